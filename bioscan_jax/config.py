@@ -1,0 +1,140 @@
+"""What a run is asked to do: frozen dataclasses, one per concern, checked when they are made."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bioscan_jax.errors import InputError
+
+
+def _at_least(flag: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise InputError(f"--{flag} {value} is too small; pass at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which weights to use, and in which precision."""
+
+    checkpoint: str
+    """Local directory, Hugging Face hub id, or random:PRESET for seeded random weights."""
+    revision: str | None = None
+    """Commit of the hub repository; required for a hub id, so that a run can be repeated."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Parameters and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+    seed: int = 0
+    """Seed of random:PRESET weights; not used for a real checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the barcodes are and how they become tokens."""
+
+    path: str
+    """Parquet or FASTA (plain or gzipped): a file, a directory, a glob or an fsspec URL."""
+    sequence_column: str = "dna_sequence"
+    """Parquet column with the DNA."""
+    id_column: str = "sequence_id"
+    """Parquet column with unique ids; where the file has no such column, ids are FILE:ROW."""
+    max_tokens: int | None = None
+    """Longest row of tokens, CLS included; the model's own limit if absent."""
+    overlong: Literal["truncate", "window", "error"] = "truncate"
+    """A sequence over max_tokens is cut, embedded in windows, or sent to the rejects."""
+    block_rows: int = 8192
+    """Rows read, embedded and committed together; the unit of resuming."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.max_tokens", self.max_tokens, 2)
+        _at_least("data.block_rows", self.block_rows, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The devices and how arrays are laid over them."""
+
+    data: int = -1
+    """Devices along the batch; -1 takes all that `model` leaves."""
+    model: int = 1
+    """Devices that share one layer's heads and feed-forward (tensor parallelism)."""
+    params: Literal["replicated", "fsdp"] = "replicated"
+    """Whole parameters on each data device, or split over them and gathered layer by layer."""
+    distributed: bool = False
+    """Call jax.distributed.initialize: several hosts, one process each."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0; found by itself on Cloud TPU, SLURM and the like."""
+    processes: int | None = None
+    """Number of processes; found by itself as above."""
+    process_id: int | None = None
+    """This process's number; found by itself as above."""
+    compilation_cache: str | None = "~/.cache/bioscan_jax/xla"
+    """Directory that keeps compiled programs between runs; null switches it off."""
+
+    def __post_init__(self) -> None:
+        _at_least("mesh.model", self.model, 1)
+        if self.data != -1:
+            _at_least("mesh.data", self.data, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """How a sequence's tokens become one vector, and how many go to a device at once."""
+
+    pooling: Literal["mean", "mean_no_cls", "cls", "max"] = "mean"
+    """Over the tokens of a view; mean counts CLS, as the model card does."""
+    layer: int = -1
+    """Hidden state to pool: 0 the embeddings, k after layer k, -1 after the final LayerNorm."""
+    strand: Literal["forward", "both"] = "forward"
+    """both averages the sequence and its reverse complement."""
+    phases: int = 1
+    """Average over this many start offsets (1 to 6) of the 6-mer frame."""
+    batch_tokens: int = 16384
+    """Tokens per data device in one batch, padding included."""
+    max_shapes: int = 8
+    """Compiled (batch, tokens) shapes at most."""
+    deduplicate: bool = True
+    """Embed a repeated sequence of a block once and write its vector to each row."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.phases <= 6:
+            raise InputError(f"--embed.phases {self.phases} is outside 1 to 6: a 6-mer frame has six starts")
+        _at_least("embed.batch_tokens", self.batch_tokens, 2)
+        _at_least("embed.max_shapes", self.max_shapes, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sink:
+    """The Lance table that takes the vectors."""
+
+    uri: str
+    """Directory (or object-store URL) of the LanceDB database."""
+    table: str = "sequences"
+    """Name of the vector table; rejected rows go to TABLE_rejects."""
+    vector_dtype: Literal["float32", "float16"] = "float32"
+    """Type the vectors are stored in."""
+    index: Literal["none", "ivf_sq", "ivf_pq"] = "none"
+    """Vector index built when the table is complete, with one on sequence_id."""
+    max_bytes_per_file: int = 3 << 30
+    """Data files stay below this, so that they fit a FAT32 stick; soft limit."""
+
+    def __post_init__(self) -> None:
+        _at_least("sink.max_bytes_per_file", self.max_bytes_per_file, 1 << 20)
+        if not self.table.replace("_", "").replace("-", "").isalnum():
+            raise InputError(f"--sink.table {self.table!r} must be letters, digits, '-' and '_'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulate:
+    """Simulated barcodes: sequences evolved along a random seven-rank tree."""
+
+    species: int = 200
+    """Species of the tree."""
+    per_species: int = 10
+    """Barcodes of each."""
+    length: int = 658
+    """Bases of a full barcode."""
+    seed: int = 0
+    """Of the tree and the mutations."""
+
+    def __post_init__(self) -> None:
+        _at_least("simulate.species", self.species, 1)
+        _at_least("simulate.per_species", self.per_species, 1)
+        _at_least("simulate.length", self.length, 50)
