@@ -1,0 +1,231 @@
+"""Cleaning of raw DNA strings, whole Arrow columns at a time: what comes out holds A, C, G, T and N alone."""
+
+import itertools
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Int8, Int64, UInt8
+
+from bioscan_jax.errors import InputError
+
+REASONS = {
+    "null": "the value is null",
+    "empty": "the string has no character but white space",
+    "no_acgt": "nothing but N, ambiguity codes and gaps: no A, C, G, T or U",
+    "not_dna": "a character outside the IUPAC nucleotide code, such as a protein letter, a digit or a non-ASCII byte",
+}
+"""Why a sequence is rejected; where several hold, the first of null, not_dna, empty, no_acgt is given."""
+
+_BLOCK_BYTES = 1 << 19
+
+# One bit for each kind of character, so that the OR over a row tells all that occurs in it.
+_BASE, _FOREIGN, _LOWER, _U, _AMBIGUOUS, _GAP, _SPACE, _N = (1 << bit for bit in range(8))
+
+
+def _character_tables() -> tuple[bytes, bytes]:
+    """Kinds of each byte, and the byte it becomes."""
+    kinds = np.full(256, _FOREIGN, np.uint8)
+    clean_bytes = np.full(256, ord("N"), np.uint8)
+    letters = {"A": _BASE, "C": _BASE, "G": _BASE, "T": _BASE, "U": _BASE | _U, "N": _N}
+    letters |= dict.fromkeys("RYSWKMBDHV", _AMBIGUOUS)
+    for letter, kind in letters.items():
+        becomes = ord(letter if kind == _BASE else "T" if kind & _U else "N")
+        kinds[ord(letter)], kinds[ord(letter.lower())] = kind, kind | _LOWER
+        clean_bytes[[ord(letter), ord(letter.lower())]] = becomes
+    kinds[[ord(gap) for gap in "-."]] = _GAP
+    kinds[[ord(space) for space in string.whitespace]] = _SPACE
+    return kinds.tobytes(), clean_bytes.tobytes()
+
+
+_KINDS, _CLEAN_BYTES = _character_tables()
+_COMPLEMENT = bytes(dict(zip(b"ACGTN", b"TGCAN", strict=True)).get(byte, 0) for byte in range(256))
+
+
+@dataclass(frozen=True)
+class CleaningCounts:
+    """Characters that cleaning changed; one that is both lower-case and U, say, counts under both."""
+
+    lower_case: int = 0
+    u_to_t: int = 0
+    ambiguous_to_n: int = 0
+    gaps_removed: int = 0
+    """Alignment gaps and white space."""
+
+    def __add__(self, other: "CleaningCounts") -> "CleaningCounts":
+        """Sum, count by count."""
+        return CleaningCounts(
+            self.lower_case + other.lower_case,
+            self.u_to_t + other.u_to_t,
+            self.ambiguous_to_n + other.ambiguous_to_n,
+            self.gaps_removed + other.gaps_removed,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Cleaned:
+    """A cleaned column, row for row."""
+
+    sequences: pa.LargeStringArray
+    """Only A, C, G, T and N; "" where the row is rejected; never null."""
+    reasons: pa.StringArray
+    """Null where the row is usable, else a key of `REASONS`."""
+    changes: CleaningCounts
+    """Counted over usable rows only."""
+
+
+def string_bytes(
+    strings: pa.LargeStringArray,
+) -> tuple[UInt8[np.ndarray, " bytes"], Int64[np.ndarray, " rows_plus_1"]]:
+    """Gives the text of an Arrow array as numpy views; row i is bytes[offsets[i]:offsets[i + 1]].
+
+    Nothing is copied, save the offsets of a slice, which are made to start at 0.
+    """
+    rows = len(strings)
+    if rows == 0:
+        return np.empty(0, np.uint8), np.zeros(1, np.int64)
+    _, offset_buffer, text_buffer = strings.buffers()
+    offsets = np.frombuffer(offset_buffer, np.int64, rows + 1, strings.offset * 8)
+    first, last = int(offsets[0]), int(offsets[-1])
+    text = np.frombuffer(text_buffer, np.uint8, last - first, first) if last > first else np.empty(0, np.uint8)
+    return text, offsets - first if first else offsets
+
+
+def row_blocks(offsets: Int64[np.ndarray, " rows_plus_1"]) -> Iterator[tuple[int, int]]:
+    """Cuts rows into blocks of about 512 KiB of text, so that temporary arrays stay small and in the cache.
+
+    Args:
+        offsets: As `string_bytes` gives them.
+
+    Yields:
+        First row and end row (exclusive) of each block; every row is in one block, in order.
+    """
+    inner = np.searchsorted(offsets, np.arange(_BLOCK_BYTES, offsets[-1], _BLOCK_BYTES))
+    yield from itertools.pairwise(np.unique([0, *inner, len(offsets) - 1]).tolist())
+
+
+def _large_strings(
+    text: UInt8[np.ndarray, " bytes"] | bytes, offsets: Int64[np.ndarray, " rows_plus_1"]
+) -> pa.LargeStringArray:
+    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(text))
+
+
+def _as_large_strings(sequences: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
+    value_type = sequences.type.value_type if pa.types.is_dictionary(sequences.type) else sequences.type
+    text_types = (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+    if value_type not in text_types:
+        raise InputError(f"sequences have the Arrow type {sequences.type}; pass a column of strings")
+    large = sequences.cast(pa.large_string())
+    return large.combine_chunks() if isinstance(large, pa.ChunkedArray) else large
+
+
+def clean(sequences: pa.Array | pa.ChunkedArray) -> Cleaned:
+    """Brings DNA strings to the alphabet A, C, G, T, N and tells which rows cannot be used.
+
+    Letters are upper-cased, U becomes T, the other IUPAC ambiguity codes become N (Cornish-Bowden 1985,
+    doi:10.1093/nar/13.9.3021), alignment gaps ('-' and '.') and white space are removed.
+
+    Args:
+        sequences: Strings of any Arrow layout (string, large_string, string_view, dictionary-encoded, chunked).
+
+    Raises:
+        InputError: The Arrow type is not a string type. No content of a string raises.
+    """
+    strings = _as_large_strings(sequences)
+    text, offsets = string_bytes(strings)
+    null = strings.is_null().to_numpy(zero_copy_only=False)
+    texts, lengths, reasons, changes = [b""], [np.zeros(1, np.int64)], [np.empty(0, np.int8)], CleaningCounts()
+    for first, last in row_blocks(offsets):
+        begin, end = offsets[first], offsets[last]
+        block = _clean_block(text[begin:end], np.diff(offsets[first : last + 1]), null[first:last])
+        texts.append(block[0])
+        lengths.append(block[1])
+        reasons.append(block[2])
+        changes += block[3]
+    reason = np.concatenate(reasons)
+    usable = reason < 0
+    named = pa.DictionaryArray.from_arrays(pa.array(reason, mask=usable), pa.array(REASONS)).dictionary_decode()
+    if usable.all() and changes == CleaningCounts():
+        return Cleaned(strings, named, changes)
+    return Cleaned(_large_strings(b"".join(texts), np.cumsum(np.concatenate(lengths))), named, changes)
+
+
+def _clean_block(
+    text: UInt8[np.ndarray, " bytes"], lengths: Int64[np.ndarray, " rows"], null: Bool[np.ndarray, " rows"]
+) -> tuple[bytes, Int64[np.ndarray, " rows"], Int8[np.ndarray, " rows"], CleaningCounts]:
+    """Cleaned text, its lengths, the index in REASONS (-1 where usable) and what was changed."""
+    raw = text.tobytes()
+    kinds = np.frombuffer(raw.translate(_KINDS), np.uint8)
+    # reduceat takes a row without characters for one with one, so it sees the other rows only.
+    filled = lengths > 0
+    starts = (np.cumsum(lengths) - lengths)[filled]
+    row_kinds = np.zeros(len(lengths), np.uint8)
+    if len(starts):
+        row_kinds[filled] = np.bitwise_or.reduceat(kinds, starts)
+    reason = np.select(
+        [null, (row_kinds & _FOREIGN) != 0, (row_kinds | _SPACE) == _SPACE, (row_kinds & _BASE) == 0],
+        [list(REASONS).index(name) for name in ("null", "not_dna", "empty", "no_acgt")],
+        default=-1,
+    ).astype(np.int8)
+
+    usable = reason < 0
+    if not usable.all():
+        kinds = np.where(np.repeat(usable, lengths), kinds, 0)
+    occurring = int(np.bitwise_or.reduce(row_kinds[usable], initial=0))
+
+    def count(kind: int) -> int:
+        return int(np.count_nonzero(kinds & kind)) if occurring & kind else 0
+
+    changes = CleaningCounts(count(_LOWER), count(_U), count(_AMBIGUOUS), count(_GAP | _SPACE))
+    if changes != CleaningCounts():
+        raw = raw.translate(_CLEAN_BYTES)
+    if changes.gaps_removed or not usable.all():
+        keep = (kinds & (_BASE | _AMBIGUOUS | _N)) != 0
+        lengths = lengths.copy()
+        if len(starts):
+            lengths[filled] = np.add.reduceat(keep, starts, dtype=np.int64)
+        raw = np.frombuffer(raw, np.uint8)[keep].tobytes()
+    return raw, lengths, reason, changes
+
+
+def reverse_complement(sequences: pa.LargeStringArray) -> pa.LargeStringArray:
+    """Reads the other strand of cleaned sequences from its 5' end; N stays N.
+
+    Raises:
+        InputError: A character is not A, C, G, T or N.
+    """
+    text, offsets = string_bytes(sequences)
+    complement = text.tobytes().translate(_COMPLEMENT)
+    if (unknown := complement.find(0)) >= 0:
+        raise unclean_character(sequences, unknown, "reverse_complement")
+    return pc.call_function("ascii_reverse", [_large_strings(complement, offsets)])
+
+
+def drop_prefix(sequences: pa.LargeStringArray, bases: int) -> pa.LargeStringArray:
+    """Removes the first `bases` characters of each sequence; a shorter sequence becomes "".
+
+    Raises:
+        InputError: `bases` is negative.
+    """
+    if bases < 0:
+        raise InputError(f"drop_prefix got bases={bases}; pass 0 or more")
+    return pc.call_function("utf8_slice_codeunits", [sequences], pc.SliceOptions(start=bases))
+
+
+def unclean_character(sequences: pa.LargeStringArray, position: int, function: str) -> InputError:
+    """Makes the error for a character that is not A, C, G, T or N.
+
+    Args:
+        sequences: The array that `function` got.
+        position: Where the character is among the bytes of `string_bytes`.
+        function: Name of the function that refuses it.
+    """
+    text, offsets = string_bytes(sequences)
+    row = int(np.searchsorted(offsets, position, side="right")) - 1
+    return InputError(
+        f"{function} got {chr(text[position])!r} at base {position - int(offsets[row])} of row {row}; "
+        "it takes A, C, G, T and N only: pass the strings through sequences.clean first"
+    )
