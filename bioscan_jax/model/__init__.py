@@ -1,0 +1,1 @@
+"""The Nucleotide Transformer: configuration, weights, forward pass."""

@@ -1,0 +1,155 @@
+"""One pre-LayerNorm encoder layer of the Nucleotide Transformer.
+
+Parameters are kept in the dtype they are made with; matrix products take them in that dtype and accumulate in
+float32; LayerNorm, softmax and rotary positions are float32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.sharding import Axes
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, accumulated and returned in float32.
+
+    The output may have several dimensions (the two halves of a gated feed-forward), so that each can be split over
+    devices by itself.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int | tuple[int, ...],
+        *,
+        axes: Axes,
+        bias: bool,
+        config: TransformerConfig,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        shape = (outputs,) if isinstance(outputs, int) else outputs
+        init = jax.nn.initializers.normal(config.initializer_range)
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, *shape), dtype), logical_axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s ..."]:
+        """Applies the layer in the kernel's dtype."""
+        kernel = self.kernel[...]
+        x = x.astype(kernel.dtype)
+        y = jax.lax.dot_general(x, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(jnp.float32)
+        return y + bias.reshape((1, 1, *bias.shape))
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the features, computed and returned in float32."""
+
+    def __init__(self, config: TransformerConfig, *, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((config.hidden_size,), dtype), logical_axes=("hidden",))
+        self.bias = nnx.Param(jnp.zeros((config.hidden_size,), dtype), logical_axes=("hidden",))
+        self.eps = config.layer_norm_eps
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Normalises each token."""
+        x = x.astype(jnp.float32)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        scale, bias = (p[...].astype(jnp.float32).reshape(1, 1, -1) for p in (self.scale, self.bias))
+        return centred * jax.lax.rsqrt(variance + self.eps) * scale + bias
+
+
+def rotary_tables(tokens: int, head_dim: int) -> tuple[Float[Array, "s half"], Float[Array, "s half"]]:
+    """Cosine and sine of rotary positions, base 10000, CLS at position 0 (Su et al. 2021, arXiv:2104.09864)."""
+    frequency = 1.0 / (10000.0 ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    angle = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequency[None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "b s h hd"], tables: tuple[Float[Array, "s half"], Float[Array, "s half"]]
+) -> Float[Array, "b s h hd"]:
+    """Rotates feature i of the first half of each head with feature i of the second half."""
+    cos, sin = (t[None, :, None, :] for t in tables)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over the tokens where `mask` is True."""
+
+    def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        d = config.hidden_size
+        self.query, self.key, self.value = (
+            Linear(d, d, axes=("hidden", "heads"), bias=True, config=config, dtype=dtype, rngs=rngs) for _ in range(3)
+        )
+        self.output = Linear(d, d, axes=("heads", "hidden"), bias=True, config=config, dtype=dtype, rngs=rngs)
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        mask: Bool[Array, "b s"],
+        rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
+    ) -> Float[Array, "b s d"]:
+        """Attends densely; logits and softmax in float32."""
+        b, s, d = x.shape
+        dtype = self.query.kernel[...].dtype
+        q, k, v = (p(x).reshape(b, s, self.heads, self.head_dim) for p in (self.query, self.key, self.value))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        attended = jax.nn.dot_product_attention(
+            q.astype(dtype),
+            k.astype(dtype),
+            v.astype(dtype),
+            mask=mask[:, None, None, :],
+            scale=1.0 / math.sqrt(self.head_dim),
+        )
+        return self.output(attended.reshape(b, s, d))
+
+
+class FeedForward(nnx.Module):
+    """GELU (v1, exact erf) or SiLU-gated (v2: SiLU of the first half times the second) feed-forward."""
+
+    def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, f, bias = config.hidden_size, config.intermediate_size, config.feed_forward_bias
+        outputs, axes = ((2, f), ("hidden", None, "mlp")) if config.gated else ((f,), ("hidden", "mlp"))
+        self.up = Linear(d, outputs, axes=axes, bias=bias, config=config, dtype=dtype, rngs=rngs)
+        self.down = Linear(f, d, axes=("mlp", "hidden"), bias=bias, config=config, dtype=dtype, rngs=rngs)
+        self.gated = config.gated
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Expands, activates in float32, projects back."""
+        up = self.up(x)
+        if self.gated:
+            return self.down(jax.nn.silu(up[:, :, 0]) * up[:, :, 1])
+        return self.down(jax.nn.gelu(up, approximate=False))
+
+
+class Layer(nnx.Module):
+    """One encoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(config, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = LayerNorm(config, dtype=dtype)
+        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        mask: Bool[Array, "b s"],
+        rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
+    ) -> Float[Array, "b s d"]:
+        """The residual stream keeps the dtype of `x`; each sum is formed in float32."""
+        attended = self.attention(self.attention_norm(x), mask, rotary)
+        x = (x.astype(jnp.float32) + attended).astype(x.dtype)
+        return (x.astype(jnp.float32) + self.feed_forward(self.feed_forward_norm(x))).astype(x.dtype)

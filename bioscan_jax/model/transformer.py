@@ -1,0 +1,156 @@
+"""The Nucleotide Transformer: token ids to hidden states, and the masked-language-model head."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.model.layers import Layer, LayerNorm, Linear, rotary_tables
+from bioscan_jax.sharding import Layout
+
+TRAINED_MASK_FRACTION = 0.15 * 0.8
+"""Share of tokens that were masked in training; `token_dropout` rescales by it (ESM, Rives et al. 2021)."""
+
+
+class LanguageModelHead(nnx.Module):
+    """Dense, GELU, LayerNorm, decoder: logits over the vocabulary."""
+
+    def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, v = config.hidden_size, config.vocab_size
+        self.dense = Linear(d, d, axes=("hidden", None), bias=True, config=config, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(config, dtype=dtype)
+        self.decoder = Linear(d, v, axes=("hidden", "vocab"), bias=True, config=config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
+        """Float32 logits."""
+        return self.decoder(self.norm(jax.nn.gelu(self.dense(hidden), approximate=False)))
+
+
+class NucleotideTransformer(nnx.Module):
+    """A v1 or v2 Nucleotide Transformer whose layers' parameters are stacked along a leading axis."""
+
+    def __init__(
+        self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, lm_head: bool = False
+    ):
+        """Makes random parameters of `dtype`; `lm_head` adds the masked-language-model head."""
+        init = jax.nn.initializers.normal(config.initializer_range)
+        d = config.hidden_size
+        self.config = config
+        self.word_embeddings = nnx.Param(
+            init(rngs.params(), (config.vocab_size, d), dtype), logical_axes=("vocab", "hidden")
+        )
+        learned = config.position_embedding_type == "absolute"
+        self.position_embeddings = (
+            nnx.Param(
+                init(rngs.params(), (config.max_position_embeddings, d), dtype), logical_axes=("position", "hidden")
+            )
+            if learned
+            else None
+        )
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, dtype=dtype, rngs=rngs)
+
+        self.layers = stacked(rngs)
+        self.final_norm = LayerNorm(config, dtype=dtype)
+        self.lm_head = LanguageModelHead(config, dtype=dtype, rngs=rngs) if lm_head else None
+
+    def embed_tokens(self, ids: Int[Array, "b s"], layout: Layout | None = None) -> Float[Array, "b s d"]:
+        """Token plus position embeddings; hidden state 0.
+
+        With `token_dropout`, mask tokens are zero and every token is scaled by (1 - 0.12) / (1 - masked fraction),
+        also at inference.
+        """
+        config = self.config
+        table, positions = self.word_embeddings, self.position_embeddings
+        if layout is not None:
+            table, positions = layout.gather((table, positions))
+        real = ids != config.pad_token_id
+        x = jnp.take(table[...], ids, axis=0)
+        dtype = x.dtype
+        x = x.astype(jnp.float32)
+        if config.token_dropout:
+            masked = ids == config.mask_token_id
+            share = jnp.sum(masked, axis=1, dtype=jnp.float32) / jnp.sum(real, axis=1, dtype=jnp.float32)
+            x = jnp.where(masked[:, :, None], 0.0, x)
+            x = x * (1.0 - TRAINED_MASK_FRACTION) / (1.0 - share)[:, None, None]
+        if positions is not None:
+            index = jnp.cumsum(real, axis=1) * real + config.pad_token_id
+            x = x + jnp.take(positions[...], index, axis=0).astype(jnp.float32)
+        return jnp.where(real[:, :, None], x, 0.0).astype(dtype)
+
+    def hidden_state(
+        self, ids: Int[Array, "b s"], *, layer: int = -1, layout: Layout | None = None
+    ) -> Float[Array, "b s d"]:
+        """The states after one layer.
+
+        Args:
+            ids: Token ids, padded on the right with the pad token; each row has at least one token.
+            layer: 0 for the embeddings, k for the residual stream after k layers, -1 (or the number of layers) for
+                the last states, after the final LayerNorm.
+            layout: Where parameters and activations live; None for a single device.
+
+        Raises:
+            InputError: `layer` is out of range.
+        """
+        depth = self.config.resolve_layer(layer)
+        x, _ = self._run(ids, depth, layout, lambda x: None)
+        return self.normalise(x, layout) if depth == self.config.num_hidden_layers else x
+
+    def hidden_states(self, ids: Int[Array, "b s"]) -> Float[Array, "layers_plus_1 b s d"]:
+        """All hidden states as transformers returns them; the last is after the final LayerNorm."""
+        first = self.embed_tokens(ids)
+        x, middle = self._run(ids, self.config.num_hidden_layers, None, lambda x: x)
+        assert middle is not None
+        last = self.normalise(x).astype(x.dtype)
+        return jnp.concatenate([first[None], middle[:-1], last[None]])
+
+    def logits(self, hidden: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
+        """Masked-language-model logits of last hidden states.
+
+        Raises:
+            ValueError: The model was made without its head.
+        """
+        if self.lm_head is None:
+            raise ValueError("this model has no language-model head; make or load it with lm_head=True")
+        with jax.default_matmul_precision(self.matmul_precision):
+            return self.lm_head(hidden)
+
+    @property
+    def matmul_precision(self) -> str:
+        """Float32 parameters ask for float32 products also on TPU and GPU, whose default is fewer bits."""
+        return "highest" if self.word_embeddings.dtype == jnp.float32 else "default"
+
+    def normalise(self, x: Float[Array, "b s d"], layout: Layout | None = None) -> Float[Array, "b s d"]:
+        """The final LayerNorm, in float32."""
+        norm = self.final_norm
+        if layout is not None:
+            graph, state = nnx.split(norm)
+            norm = nnx.merge(graph, layout.gather(state))
+        return norm(x)
+
+    def _run(
+        self, ids: Int[Array, "b s"], depth: int, layout: Layout | None, keep: Callable
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "kept b s d"] | None]:
+        mask = ids != self.config.pad_token_id
+        rotary = None
+        if self.config.position_embedding_type == "rotary":
+            rotary = rotary_tables(ids.shape[1], self.config.head_dim)
+        graph, stack = nnx.split(self.layers)
+        if depth < self.config.num_hidden_layers:
+            stack = jax.tree.map(lambda p: p[:depth], stack)
+
+        def step(x: Array, layer_state: nnx.State) -> tuple[Array, Array | None]:
+            if layout is not None:
+                x, layer_state = layout.on_batch(x), layout.gather(layer_state)
+            x = nnx.merge(graph, layer_state)(x, mask, rotary)
+            return x, keep(x)
+
+        with jax.default_matmul_precision(self.matmul_precision):
+            return jax.lax.scan(step, self.embed_tokens(ids, layout), stack)
