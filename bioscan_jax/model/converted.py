@@ -1,0 +1,128 @@
+"""Flax weights kept as an orbax checkpoint: converted once, read shard by shard at every later start."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.model.weights import abstract_model
+from bioscan_jax.sharding import Layout, stored_shardings
+from bioscan_jax.tokenizer import Vocabulary
+
+PROVENANCE_FILE = "bioscan_jax.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What made the vectors; goes into every table."""
+
+    model: str
+    """As the user named it."""
+    revision: str | None
+    weights_sha256: str
+    """Of the published files; a converted copy keeps it."""
+    license: str | None
+    """Of the weights."""
+    dtype: str
+    """Of the parameters in use."""
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether the directory holds what `save` writes."""
+    return (directory / PROVENANCE_FILE).is_file()
+
+
+def read_provenance(directory: Path) -> Provenance:
+    """Where converted weights came from.
+
+    Raises:
+        InputError: The file is damaged or of another format.
+    """
+    path = directory / PROVENANCE_FILE
+    try:
+        raw = json.loads(path.read_text())
+        if raw.pop("format") != FORMAT:
+            raise InputError(f"{path}: made by another version of bioscan_jax; convert the weights again")
+        return Provenance(**raw)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: damaged ({error}); convert the weights again") from None
+
+
+def save(
+    directory: Path,
+    model: NucleotideTransformer,
+    config: TransformerConfig,
+    vocabulary: Vocabulary,
+    provenance: Provenance,
+) -> None:
+    """Writes a directory that `--model.checkpoint` takes; the provenance file comes last and marks it whole.
+
+    Raises:
+        InputError: The directory is there already, or cannot be written.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    if directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory}: not empty; choose another --output or remove it")
+    trunk, head = _split(nnx.state(model))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        ocp.save_checkpointables(
+            str(directory.absolute() / "weights"), {"trunk": trunk} | ({"lm_head": head} if head else {})
+        )
+        (directory / "config.json").write_text(config.to_json())
+        (directory / "vocab.txt").write_text(vocabulary.text())
+        record = {"format": FORMAT} | dataclasses.asdict(provenance)
+        (directory / PROVENANCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written ({error}); free space or choose another --output") from None
+
+
+def restore(
+    directory: Path, config: TransformerConfig, dtype: DTypeLike, layout: Layout, *, lm_head: bool
+) -> NucleotideTransformer:
+    """Reads converted weights, each device its own shard.
+
+    Raises:
+        InputError: The checkpoint is damaged, or is not of this architecture.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    graph, state = nnx.split(abstract_model(config, dtype, lm_head=lm_head))
+    shardings = stored_shardings(state, layout)
+
+    def abstract(path: tuple, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(variable.get_value().shape, dtype, sharding=shardings[path])
+
+    wanted = nnx.from_flat_state(
+        [(path, variable.replace(abstract(path, variable))) for path, variable in nnx.to_flat_state(state)]
+    )
+    trunk, head = _split(wanted)
+    try:
+        parts = ocp.load_checkpointables(
+            str(directory.absolute() / "weights"), {"trunk": trunk} | ({"lm_head": head} if head else {})
+        )
+    except (OSError, ValueError, KeyError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise InputError(f"{directory}: the converted weights cannot be read ({line}); convert them again") from None
+    values = parts["trunk"] | parts.get("lm_head", {})
+    return nnx.merge(
+        graph, nnx.from_flat_state([(p, v.replace(values[".".join(map(str, p))])) for p, v in nnx.to_flat_state(state)])
+    )
+
+
+def _split(state: nnx.State) -> tuple[dict, dict]:
+    """Arrays by dotted path: the trunk's, the language-model head's."""
+    flat = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    trunk = {name: value for name, value in flat.items() if not name.startswith("lm_head.")}
+    return trunk, {name: value for name, value in flat.items() if name not in trunk}

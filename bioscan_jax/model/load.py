@@ -1,0 +1,118 @@
+"""From what the user named to a model on the mesh, with its vocabulary and its provenance."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.typing import DTypeLike
+
+from bioscan_jax import config
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
+from bioscan_jax.model.converted import Provenance, is_converted, read_provenance, restore
+from bioscan_jax.model.origin import resolve
+from bioscan_jax.model.readers import sha256_of, weight_files
+from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.model.weights import load_model, random_model
+from bioscan_jax.sharding import Layout, compute_dtype
+from bioscan_jax.tokenizer import Vocabulary
+
+RANDOM = "random:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model on its mesh."""
+
+    model: NucleotideTransformer
+    config: TransformerConfig
+    vocabulary: Vocabulary
+    layout: Layout
+    provenance: Provenance
+
+
+def read_vocabulary(directory: Path, transformer: TransformerConfig) -> Vocabulary:
+    """Reads `vocab.txt`, and checks that the model has a row for each id in use.
+
+    Raises:
+        InputError: It is missing, malformed, or of another model.
+    """
+    vocabulary = Vocabulary.from_file(directory / "vocab.txt")
+    check_vocabulary(vocabulary, transformer, str(directory / "vocab.txt"))
+    return vocabulary
+
+
+def check_vocabulary(vocabulary: Vocabulary, transformer: TransformerConfig, where: str) -> None:
+    """Raises InputError where the ids in use do not fit the model."""
+    special = (vocabulary.cls_id, vocabulary.pad_id, vocabulary.mask_id, vocabulary.unk_id)
+    highest = max(*special, vocabulary.letter_ids.max(), vocabulary.sixmer_ids.max())
+    if highest >= transformer.vocab_size:
+        raise InputError(f"{where}: token id {highest} is past the {transformer.vocab_size} embeddings of config.json")
+    for name, ours, theirs in (
+        ("pad", vocabulary.pad_id, transformer.pad_token_id),
+        ("mask", vocabulary.mask_id, transformer.mask_token_id),
+    ):
+        if ours != theirs:
+            raise InputError(f"{where}: <{name}> is id {ours}, config.json says {theirs}")
+
+
+def load(
+    wanted: config.Model, layout: Layout, *, lm_head: bool = False, on_bytes: Callable[[int], object] = lambda n: None
+) -> LoadedModel:
+    """Loads what `--model.checkpoint` names.
+
+    A directory or hub id holds Hugging Face files, or what `scripts/convert.py` wrote. `random:PRESET` makes seeded
+    random weights of a known size.
+
+    Args:
+        wanted: Checkpoint, revision, dtype, seed.
+        layout: Where the parameters go.
+        lm_head: Also load the masked-language-model head.
+        on_bytes: Called with the number of file bytes just read.
+
+    Raises:
+        InputError: Anything about the checkpoint is wrong.
+    """
+    dtype = compute_dtype(wanted.dtype)
+    if wanted.checkpoint.startswith(RANDOM):
+        return _random(wanted, dtype, layout, lm_head)
+    origin = resolve(wanted.checkpoint, wanted.revision)
+    transformer = read_config(origin.directory)
+    vocabulary = read_vocabulary(origin.directory, transformer)
+    if is_converted(origin.directory):
+        model = restore(origin.directory, transformer, dtype, layout, lm_head=lm_head)
+        provenance = dataclasses.replace(read_provenance(origin.directory), dtype=jax.numpy.dtype(dtype).name)
+    else:
+        model = load_model(origin.directory, transformer, dtype, layout, lm_head=lm_head, on_bytes=on_bytes)
+        provenance = Provenance(
+            model=origin.name,
+            revision=origin.revision,
+            weights_sha256=sha256_of(weight_files(origin.directory)),
+            license=origin.license,
+            dtype=jax.numpy.dtype(dtype).name,
+        )
+    return LoadedModel(model=model, config=transformer, vocabulary=vocabulary, layout=layout, provenance=provenance)
+
+
+def _random(wanted: config.Model, dtype: DTypeLike, layout: Layout, lm_head: bool) -> LoadedModel:
+    preset = wanted.checkpoint.removeprefix(RANDOM)
+    if preset not in PRESETS:
+        raise InputError(f"--model.checkpoint {wanted.checkpoint!r}: no such preset; known are {', '.join(PRESETS)}")
+    transformer = PRESETS[preset]
+    identity = f"random weights of {transformer}, seed {wanted.seed}, jax {jax.__version__}"
+    return LoadedModel(
+        model=random_model(transformer, dtype, layout, seed=wanted.seed, lm_head=lm_head),
+        config=transformer,
+        vocabulary=Vocabulary.published("v2" if transformer.gated else "v1"),
+        layout=layout,
+        provenance=Provenance(
+            model=f"{wanted.checkpoint} (seeded random weights, seed {wanted.seed}: not trained)",
+            revision=None,
+            weights_sha256=hashlib.sha256(identity.encode()).hexdigest(),
+            license=None,
+            dtype=jax.numpy.dtype(dtype).name,
+        ),
+    )
