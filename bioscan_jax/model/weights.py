@@ -17,7 +17,7 @@ from bioscan_jax.model.readers import StoredTensor, list_tensors, read_rows
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.sharding import Layout, parameter_axes, stored_shardings
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
 """A tensor is read, turned and cast in pieces of this size."""
 
 
@@ -181,7 +181,7 @@ def _read(
         )
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise InputError(f"{tensor.file}: {tensor.name} is {tensor.dtype}, not floating point")
-    target = np.empty(published[::-1] if transposed else published, dtype)
+    target = _aligned(published[::-1] if transposed else published, jnp.dtype(dtype))
     view = target.T if transposed else target
     row_bytes = math.prod(published[1:]) * tensor.dtype.itemsize
     step = max(1, CHUNK_BYTES // max(row_bytes, 1))
@@ -192,6 +192,14 @@ def _read(
     return target.reshape(shape)
 
 
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX's CPU device takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
@@ -199,7 +207,10 @@ def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 def _stack(
     pieces: Iterator[jax.Array], shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """Writes the layers one by one into an array that is already where it belongs."""
+    """Writes the layers one by one into an array that is already where it belongs.
+
+    Waits for each, and lets go of it before the next is read, so that no two are in host memory.
+    """
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
     write = jax.jit(
         lambda whole, piece, i: jax.lax.dynamic_update_index_in_dim(whole, piece, i, 0),
@@ -208,5 +219,6 @@ def _stack(
     )
     whole = zeros()
     for i, piece in enumerate(pieces):
-        whole = write(whole, piece, np.int32(i))
+        whole = jax.block_until_ready(write(whole, piece, np.int32(i)))
+        del piece
     return whole
