@@ -138,3 +138,22 @@ class Simulate:
         _at_least("simulate.species", self.species, 1)
         _at_least("simulate.per_species", self.per_species, 1)
         _at_least("simulate.length", self.length, 50)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters on a frozen model."""
+
+    rank: int = 16
+    """Columns of each adapter."""
+    alpha: float = 32.0
+    """An adapter is scaled by alpha / rank."""
+    dropout: float = 0.1
+    """Share of an adapter's inputs dropped in training."""
+    targets: tuple[str, ...] = ("query", "value")
+    """Layers to adapt: query, key, value, attention_output, feed_forward_in, feed_forward_out, or all_linear."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 1)
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"--lora.dropout {self.dropout} is outside 0 to 1")

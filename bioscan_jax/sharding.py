@@ -99,7 +99,7 @@ def stored_shardings(state: nnx.State, layout: Layout) -> dict[tuple, NamedShard
 def parameter_axes(path: Sequence, variable: nnx.Variable) -> Axes:
     """Logical axes of a parameter; those of the stacked layers start with `layer`."""
     axes = variable.get_metadata()["logical_axes"]
-    return ("layer", *axes) if path[0] == "layers" else axes
+    return ("layer", *axes) if "layers" in path else axes
 
 
 def make_layout(mesh: config.Mesh, *, local: bool = False) -> Layout:

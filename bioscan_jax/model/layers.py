@@ -5,12 +5,13 @@ float32; LayerNorm, softmax and rotary positions are float32.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.sharding import Axes
@@ -39,8 +40,8 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (inputs, *shape), dtype), logical_axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes[1:]) if bias else None
 
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s ..."]:
-        """Applies the layer in the kernel's dtype."""
+    def __call__(self, x: Float[Array, "b s d"], key: PRNGKeyArray | None = None) -> Float[Array, "b s ..."]:
+        """Applies the layer in the kernel's dtype; `key` is for adapters around it."""
         kernel = self.kernel[...]
         x = x.astype(kernel.dtype)
         y = jax.lax.dot_general(x, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -93,27 +94,32 @@ class Attention(nnx.Module):
         )
         self.output = Linear(d, d, axes=("heads", "hidden"), bias=True, config=config, dtype=dtype, rngs=rngs)
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.dtype = jnp.dtype(dtype)
 
     def __call__(
         self,
         x: Float[Array, "b s d"],
         mask: Bool[Array, "b s"],
         rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "b s d"]:
-        """Attends densely; logits and softmax in float32."""
+        """Attends densely, in the dtype of the residual stream; logits and softmax in float32."""
         b, s, d = x.shape
-        dtype = self.query.kernel[...].dtype
-        q, k, v = (p(x).reshape(b, s, self.heads, self.head_dim) for p in (self.query, self.key, self.value))
+        keys = _split(key, 4)
+        q, k, v = (
+            projection(x, one).reshape(b, s, self.heads, self.head_dim)
+            for projection, one in zip((self.query, self.key, self.value), keys[:3], strict=True)
+        )
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         attended = jax.nn.dot_product_attention(
-            q.astype(dtype),
-            k.astype(dtype),
-            v.astype(dtype),
+            q.astype(self.dtype),
+            k.astype(self.dtype),
+            v.astype(self.dtype),
             mask=mask[:, None, None, :],
             scale=1.0 / math.sqrt(self.head_dim),
         )
-        return self.output(attended.reshape(b, s, d))
+        return self.output(attended.reshape(b, s, d), keys[3])
 
 
 class FeedForward(nnx.Module):
@@ -126,12 +132,13 @@ class FeedForward(nnx.Module):
         self.down = Linear(f, d, axes=("mlp", "hidden"), bias=bias, config=config, dtype=dtype, rngs=rngs)
         self.gated = config.gated
 
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], key: PRNGKeyArray | None = None) -> Float[Array, "b s d"]:
         """Expands, activates in float32, projects back."""
-        up = self.up(x)
+        keys = _split(key, 2)
+        up = self.up(x, keys[0])
         if self.gated:
-            return self.down(jax.nn.silu(up[:, :, 0]) * up[:, :, 1])
-        return self.down(jax.nn.gelu(up, approximate=False))
+            return self.down(jax.nn.silu(up[:, :, 0]) * up[:, :, 1], keys[1])
+        return self.down(jax.nn.gelu(up, approximate=False), keys[1])
 
 
 class Layer(nnx.Module):
@@ -148,8 +155,14 @@ class Layer(nnx.Module):
         x: Float[Array, "b s d"],
         mask: Bool[Array, "b s"],
         rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "b s d"]:
-        """The residual stream keeps the dtype of `x`; each sum is formed in float32."""
-        attended = self.attention(self.attention_norm(x), mask, rotary)
+        """The residual stream keeps the dtype of `x`; each sum is formed in float32; `key` is for adapters."""
+        keys = _split(key, 2)
+        attended = self.attention(self.attention_norm(x), mask, rotary, keys[0])
         x = (x.astype(jnp.float32) + attended).astype(x.dtype)
-        return (x.astype(jnp.float32) + self.feed_forward(self.feed_forward_norm(x))).astype(x.dtype)
+        return (x.astype(jnp.float32) + self.feed_forward(self.feed_forward_norm(x), keys[1])).astype(x.dtype)
+
+
+def _split(key: PRNGKeyArray | None, parts: int) -> Sequence[PRNGKeyArray | None]:
+    return [None] * parts if key is None else list(jax.random.split(key, parts))

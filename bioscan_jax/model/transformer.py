@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.layers import Layer, LayerNorm, Linear, rotary_tables
@@ -86,7 +86,13 @@ class NucleotideTransformer(nnx.Module):
         return jnp.where(real[:, :, None], x, 0.0).astype(dtype)
 
     def hidden_state(
-        self, ids: Int[Array, "b s"], *, layer: int = -1, layout: Layout | None = None
+        self,
+        ids: Int[Array, "b s"],
+        *,
+        layer: int = -1,
+        layout: Layout | None = None,
+        key: PRNGKeyArray | None = None,
+        remat: bool = False,
     ) -> Float[Array, "b s d"]:
         """The states after one layer.
 
@@ -95,12 +101,14 @@ class NucleotideTransformer(nnx.Module):
             layer: 0 for the embeddings, k for the residual stream after k layers, -1 (or the number of layers) for
                 the last states, after the final LayerNorm.
             layout: Where parameters and activations live; None for a single device.
+            key: Of the adapters' dropout; None for none.
+            remat: Keep only each layer's input for the backward pass and compute the rest again.
 
         Raises:
             InputError: `layer` is out of range.
         """
         depth = self.config.resolve_layer(layer)
-        x, _ = self._run(ids, depth, layout, lambda x: None)
+        x, _ = self._run(ids, depth, layout, lambda x: None, key, remat)
         return self.normalise(x, layout) if depth == self.config.num_hidden_layers else x
 
     def hidden_states(self, ids: Int[Array, "b s"]) -> Float[Array, "layers_plus_1 b s d"]:
@@ -136,7 +144,13 @@ class NucleotideTransformer(nnx.Module):
         return norm(x)
 
     def _run(
-        self, ids: Int[Array, "b s"], depth: int, layout: Layout | None, keep: Callable
+        self,
+        ids: Int[Array, "b s"],
+        depth: int,
+        layout: Layout | None,
+        keep: Callable,
+        key: PRNGKeyArray | None = None,
+        remat: bool = False,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "kept b s d"] | None]:
         mask = ids != self.config.pad_token_id
         rotary = None
@@ -146,11 +160,14 @@ class NucleotideTransformer(nnx.Module):
         if depth < self.config.num_hidden_layers:
             stack = jax.tree.map(lambda p: p[:depth], stack)
 
-        def step(x: Array, layer_state: nnx.State) -> tuple[Array, Array | None]:
+        keys = None if key is None else jax.random.split(key, depth)
+
+        def step(x: Array, layer: tuple[nnx.State, PRNGKeyArray | None]) -> tuple[Array, Array | None]:
+            state, layer_key = layer
             if layout is not None:
-                x, layer_state = layout.on_batch(x), layout.gather(layer_state)
-            x = nnx.merge(graph, layer_state)(x, mask, rotary)
+                x, state = layout.on_batch(x), layout.gather(state)
+            x = nnx.merge(graph, state)(x, mask, rotary, layer_key)
             return x, keep(x)
 
         with jax.default_matmul_precision(self.matmul_precision):
-            return jax.lax.scan(step, self.embed_tokens(ids, layout), stack)
+            return jax.lax.scan(jax.checkpoint(step) if remat else step, self.embed_tokens(ids, layout), (stack, keys))

@@ -1,0 +1,93 @@
+"""Low-rank adapters around the linear layers of a frozen trunk (Hu et al. 2021, arXiv:2106.09685)."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from bioscan_jax import config
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.layers import Linear
+from bioscan_jax.model.transformer import NucleotideTransformer
+
+TARGETS: dict[str, tuple[str, str]] = {
+    "query": ("attention", "query"),
+    "key": ("attention", "key"),
+    "value": ("attention", "value"),
+    "attention_output": ("attention", "output"),
+    "feed_forward_in": ("feed_forward", "up"),
+    "feed_forward_out": ("feed_forward", "down"),
+}
+"""Names of the layers that can be adapted, and where they are in `model.layers`."""
+
+ALL_LINEAR = "all_linear"
+
+
+class LoRALinear(nnx.Module):
+    """`base(x) + (dropout(x) @ a @ b) * alpha / rank`, stacked like its base; a and b are float32."""
+
+    def __init__(self, base: Linear, *, rank: int, alpha: float, dropout: float, rngs: nnx.Rngs):
+        layers, inputs, *outputs = base.kernel[...].shape
+        axes = base.kernel.get_metadata()["logical_axes"]
+        bound = 1.0 / math.sqrt(inputs)
+        draw = jax.random.uniform(rngs.params(), (layers, inputs, rank), jnp.float32, -bound, bound)
+        self.base = base
+        self.a = nnx.LoRAParam(draw, logical_axes=(axes[0], None))
+        self.b = nnx.LoRAParam(jnp.zeros((layers, rank, *outputs), jnp.float32), logical_axes=(None, *axes[1:]))
+        self.scaling, self.dropout = alpha / rank, dropout
+
+    def __call__(self, x: Float[Array, "b s d"], key: PRNGKeyArray | None = None) -> Float[Array, "b s ..."]:
+        """Adds the adapter in float32; without a key nothing is dropped."""
+        y = self.base(x)
+        x = x.astype(jnp.float32)
+        if key is not None and self.dropout > 0.0:
+            kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1.0 - self.dropout), 0.0)
+        low = jax.lax.dot_general(x, self.a[...], (((2,), (0,)), ((), ())))
+        return y + self.scaling * jax.lax.dot_general(low, self.b[...], (((2,), (0,)), ((), ())))
+
+
+def resolve_targets(names: Sequence[str]) -> tuple[str, ...]:
+    """Target names in the order of `TARGETS`, with `all_linear` spelled out.
+
+    Raises:
+        InputError: A name is unknown, or there is none.
+    """
+    for name in names:
+        if name not in TARGETS and name != ALL_LINEAR:
+            raise InputError(f"--lora.targets {name!r} is unknown; known are {', '.join(TARGETS)} and {ALL_LINEAR}")
+    chosen = tuple(name for name in TARGETS if name in names or ALL_LINEAR in names)
+    if not chosen:
+        raise InputError("--lora.targets names no layer; pass at least one")
+    return chosen
+
+
+def add_adapters(model: NucleotideTransformer, lora: config.LoRA, rngs: nnx.Rngs) -> None:
+    """Puts adapters around the targets of `model`, in place; b is zero, so the outputs do not change yet.
+
+    Raises:
+        InputError: A target is unknown, or has an adapter already.
+    """
+    for name in resolve_targets(lora.targets):
+        parent, attribute = TARGETS[name]
+        module = getattr(model.layers, parent)
+        base = getattr(module, attribute)
+        if not isinstance(base, Linear):
+            raise InputError(f"--lora.targets {name!r} has an adapter already")
+        adapted = LoRALinear(base, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, rngs=rngs)
+        setattr(module, attribute, adapted)
+
+
+def merge_adapters(model: NucleotideTransformer) -> None:
+    """Adds each adapter into its base kernel, in float32 and rounded to the base's dtype, and removes it, in place."""
+    for parent, attribute in TARGETS.values():
+        module = getattr(model.layers, parent)
+        layer = getattr(module, attribute)
+        if isinstance(layer, LoRALinear):
+            kernel = layer.base.kernel[...]
+            change = jnp.einsum("lir,lr...->li...", layer.a[...], layer.b[...], precision="highest")
+            layer.base.kernel[...] = (kernel.astype(jnp.float32) + layer.scaling * change).astype(kernel.dtype)
+            setattr(module, attribute, layer.base)
