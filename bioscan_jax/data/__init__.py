@@ -1,0 +1,1 @@
+"""Rows in a fixed order, read, cut into views and batched."""

@@ -1,0 +1,399 @@
+"""Finds the input files (a file, a directory, a glob or an fsspec URL) and checks what columns they have."""
+
+import contextlib
+import difflib
+import hashlib
+import io
+import os
+import posixpath
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
+
+from bioscan_jax.config import Data
+from bioscan_jax.errors import InputError
+
+Kind = Literal["parquet", "fasta"]
+
+FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".fas", ".ffn", ".fsa", ".fastq", ".fq")
+_TAKEN = f"Parquet (.parquet) or FASTA/FASTQ ({' '.join(FASTA_SUFFIXES)}, plain or .gz)"
+_FOOTER_GUESS = 64 << 10
+_FOOTER_THREADS = 32
+
+
+ID = "sequence_id"
+RESERVED = ("source_row", "vector")
+"""Columns of the vector table, which the input must not have."""
+
+_SEQUENCE_NAMES = ("dna_sequence", "sequence", "seq", "dna", "nucleotides", "nucraw", "barcode")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Input files of one kind, in the order in which they are read."""
+
+    kind: Kind
+    paths: tuple[str, ...]
+    """Absolute local paths, or paths within `filesystem`; sorted."""
+    filesystem: AbstractFileSystem | None = None
+    """Where the files are; None for the local disk."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths relative to the closest common directory: the same wherever that directory is."""
+        parent = os.path.commonpath([posixpath.dirname(path) for path in self.paths])
+        return tuple(path[len(parent) :].lstrip("/") for path in self.paths)
+
+    def url(self, path: str) -> str:
+        """The path as a user would write it, for messages."""
+        return path if self.filesystem is None else str(self.filesystem.unstrip_protocol(path))
+
+    def open(self, path: str) -> io.IOBase:
+        """Opens a file for reading bytes from front to back."""
+        return open(path, "rb") if self.filesystem is None else cast(io.IOBase, self.filesystem.open(path, "rb"))
+
+    def arrow_source(self, path: str, size: int) -> str | pa.PythonFile:
+        """What Arrow reads the file of `size` bytes from: the path itself where it is local."""
+        return path if self.filesystem is None else pa.PythonFile(_Ranges(self.filesystem, path, size), mode="r")
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file as byte ranges: one request a read, nothing shared between threads, no read-ahead."""
+
+    def __init__(self, filesystem: AbstractFileSystem, path: str, size: int):
+        self._filesystem, self._path, self._size, self._position = filesystem, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._position + size, self._size)
+        data = b"" if end <= self._position else cast(bytes, self._filesystem.cat_file(self._path, self._position, end))
+        self._position += len(data)
+        return data
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One input file as the user gave it: Parquet, or the FASTA that was turned into Parquet."""
+
+    url: str
+    name: str
+    """Path below the closest directory that holds all input files."""
+    bytes: int
+    rows: int
+    sha256: str
+    """Of the raw Parquet footer, or of the FASTA headers and sequences."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Parquet file, as its footer describes it."""
+
+    path: str
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the columns of the files become those of a block."""
+
+    schema: pa.Schema
+    """Of the block tables."""
+    file_columns: tuple[str | None, ...]
+    """The files' name of each block column; None for ids that are made of file and row."""
+    sequence_column: str
+
+
+def find(path: str) -> Files:
+    """Finds the files that `path` stands for and says which kind they are.
+
+    A directory is searched through for the known extensions, in any case; a file of another extension, named or
+    matched by a glob, is judged by its first bytes. Names with a leading dot, directories with a leading dot or
+    underscore, and markers such as `_SUCCESS` are left out unless they are named.
+
+    Args:
+        path: File, directory, glob, or fsspec URL (gs://, s3://, memory://, file://) of any of these.
+
+    Raises:
+        InputError: Nothing found, an unknown kind of file, both kinds, or a file system that cannot be reached.
+    """
+    filesystem, root = _resolve(path)
+    local = isinstance(filesystem, LocalFileSystem)
+    try:
+        sizes = _listing(filesystem, root, local)
+        shown = root if local else path
+        if not sizes:
+            raise InputError(f"nothing found at {shown}; expected {_TAKEN}, a directory or a glob of such files")
+        found = Files("parquet", tuple(sorted(sizes)), None if local else filesystem)
+        kinds: dict[str, Kind] = {file: _kind_of_name(file) or _kind_of_content(found, file) for file in found.paths}
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {one_line(error)}; check the path and its permissions") from error
+    except Exception as error:
+        if local:
+            raise
+        # Each driver has its own exceptions for a wrong bucket, missing credentials or no network.
+        raise InputError(f"cannot read {path}: {one_line(error)}; check the URL and the credentials") from error
+    first = {kind: file for file, kind in reversed(kinds.items())}
+    if len(first) == 2:
+        raise InputError(
+            f"{shown} mixes Parquet ({found.url(first['parquet'])}) and FASTA ({found.url(first['fasta'])}); "
+            "pass a glob that matches one kind"
+        )
+    return Files(kinds[found.paths[0]], found.paths, found.filesystem)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line of text."""
+    return " ".join(f"{type(error).__name__} {error}".split())
+
+
+def _resolve(path: str) -> tuple[AbstractFileSystem, str]:
+    if not path:
+        raise InputError("--data.path is empty; pass a file, a directory, a glob or an fsspec URL")
+    protocol = path.split("://")[0].split("::")[0]
+    try:
+        filesystem, root = url_to_fs(os.path.expanduser(path))
+    except ImportError as error:
+        package = str(known_implementations.get(protocol, {}).get("class", "fsspec")).split(".")[0]
+        mend = f"pip install {package}" if package != "fsspec" else one_line(error)
+        raise InputError(f"cannot read {path}: no driver for {protocol}://; {mend}") from error
+    except ValueError as error:
+        raise InputError(f"cannot read {path}: {one_line(error)}; use gs://, s3:// or a local path") from error
+    return filesystem, root
+
+
+def _listing(filesystem: AbstractFileSystem, root: str, local: bool) -> dict[str, int]:
+    """Files that `root` stands for, with their sizes."""
+    wildcard = re.search(r"[*?\[]", root)
+    try:
+        # Not isfile(), which hides a refused login behind "no such file".
+        info = filesystem.info(root)
+    except FileNotFoundError:
+        if wildcard is None:
+            return {}
+    else:
+        return _walk(filesystem, root, local) if _is_directory(root, info, local) else {root: info["size"]}
+    fixed = root.rfind("/", 0, wildcard.start()) + 1
+    found: dict[str, int] = {}
+    for path, info in cast(dict[str, dict], filesystem.glob(root, detail=True)).items():
+        directory = _is_directory(path, info, local)
+        if _is_hidden(path[fixed:] + "/" * directory):
+            continue
+        if directory:
+            found |= _walk(filesystem, path, local)
+        elif not _is_marker(path, info["size"]):
+            found[path] = info["size"]
+    return found
+
+
+def _is_directory(path: str, info: dict, local: bool) -> bool:
+    return os.path.isdir(path) if local else info["type"] == "directory"
+
+
+def _walk(filesystem: AbstractFileSystem, root: str, local: bool) -> dict[str, int]:
+    """Files of a known extension in and below a directory."""
+    listed = {} if local else cast(dict[str, dict], filesystem.find(root, detail=True))
+    sizes = _walk_local(root) if local else {path: info["size"] for path, info in listed.items()}
+    return {
+        path: size
+        for path, size in sizes.items()
+        if _kind_of_name(path) and not _is_hidden(path[len(root) :]) and not _is_marker(path, size)
+    }
+
+
+def _walk_local(root: str) -> dict[str, int]:
+    """All files below a local directory; fsspec would pass over a directory that it may not list."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    sizes, seen = {}, set()
+    for directory, below, names in os.walk(root, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if not name.startswith((".", "_")))
+        sizes |= {
+            path: os.stat(path).st_size for name in names if _kind_of_name(path := posixpath.join(directory, name))
+        }
+    return sizes
+
+
+def _is_hidden(relative: str) -> bool:
+    """True below a directory such as .git, _temporary or _delta_log, and for a file with a leading dot."""
+    *directories, name = relative.lstrip("/").split("/")
+    return name.startswith(".") or any(part.startswith((".", "_")) for part in directories)
+
+
+def _is_marker(path: str, size: int) -> bool:
+    """True for what Spark and others leave beside the data: _SUCCESS, _metadata."""
+    return posixpath.basename(path).startswith("_") and (size == 0 or _kind_of_name(path) is None)
+
+
+def _kind_of_name(path: str) -> Kind | None:
+    name = posixpath.basename(path).lower()
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "fasta" if name.removesuffix(".gz").endswith(FASTA_SUFFIXES) else None
+
+
+def _kind_of_content(found: Files, path: str) -> Kind:
+    with found.open(path) as stream:
+        head = stream.read(512)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith(b"\x1f\x8b"):
+        with contextlib.suppress(zlib.error):
+            head = zlib.decompressobj(wbits=31).decompress(head)
+    if head.startswith((b">", b"@")):
+        return "fasta"
+    raise InputError(f"{found.url(path)} is neither Parquet nor FASTA by its name or its first bytes; pass {_TAKEN}")
+
+
+def read_footers(found: Files) -> list[Part]:
+    """Reads the footer of each Parquet file, many at a time.
+
+    Raises:
+        InputError: A file that is damaged, cut short or not Parquet.
+    """
+    with ThreadPoolExecutor(min(_FOOTER_THREADS, len(found.paths))) as pool:
+        return list(pool.map(lambda path, name: _read_footer(found, path, name), found.paths, found.names))
+
+
+def _read_footer(found: Files, path: str, name: str) -> Part:
+    url, size = found.url(path), 0
+    try:
+        with found.open(path) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _FOOTER_GUESS))
+            tail = stream.read()
+            length = int.from_bytes(tail[-8:-4], "little") + 8
+            if tail[-4:] == b"PAR1" and len(tail) < length <= size:
+                stream.seek(size - length)
+                tail = stream.read()
+        metadata = pq.read_metadata(pa.BufferReader(tail))
+        schema = metadata.schema.to_arrow_schema()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{url} ({size} bytes) is not a whole Parquet file ({one_line(error)}); get it again or leave it out"
+        ) from error
+    origin = Origin(url, name, size, metadata.num_rows, hashlib.sha256(tail[-length:-8]).hexdigest())
+    return Part(path, metadata, schema, origin)
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type a column has in a block; null is settled elsewhere."""
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    return pa.large_binary() if pa.types.is_binary_view(kind) else kind
+
+
+def common_schema(parts: Sequence[Part]) -> pa.Schema:
+    """Names and plain types of the columns of all files.
+
+    Raises:
+        InputError: Files that differ in more than the order of columns, or a column name used twice.
+    """
+    first = parts[0]
+    types: dict[str, pa.DataType] = dict.fromkeys(first.schema.names, pa.null())
+    settled_by: dict[str, str] = {}
+    for part in parts:
+        names, url = part.schema.names, part.origin.url
+        for name, count in Counter(names).items():
+            if count > 1:
+                raise InputError(f"{url} has {count} columns named {name!r}; rename them")
+        for name in (*types, *names):
+            if (name in types) != (name in names):
+                has, lacks = (url, first.origin.url) if name in names else (first.origin.url, url)
+                raise InputError(
+                    f"{lacks} has no column {name!r}, but {has} has; give all files the same columns or pass only one"
+                )
+        for field in part.schema:
+            kind, before = plain_type(field.type), types[field.name]
+            if pa.types.is_null(before):
+                types[field.name] = kind
+                settled_by[field.name] = url
+            elif not pa.types.is_null(kind) and kind != before:
+                raise InputError(
+                    f"{url}: column {field.name!r} is {kind}, but {before} in {settled_by[field.name]}; "
+                    "write all files with one type"
+                )
+    return pa.schema([(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in types.items()])
+
+
+def block_layout(schema: pa.Schema, data: Data, url: str) -> Layout:
+    """Finds the sequence and the id column and puts sequence_id first.
+
+    Raises:
+        InputError: No such sequence column, a wrong type, or two columns that would be sequence_id.
+    """
+    sequence, column = data.sequence_column, data.id_column
+    if sequence == column:
+        raise InputError(f"--data.sequence_column and --data.id_column are both {column!r}; pass two columns")
+    if sequence not in schema.names:
+        raise InputError(f"{url} has no column {sequence!r}; {_suggestion(schema, data)}")
+    if not _is_text(schema.field(sequence).type):
+        raise InputError(
+            f"{url}: column {sequence!r} is {schema.field(sequence).type}, not text; "
+            "write it as a string column, or name another with --data.sequence_column"
+        )
+    if column != ID and ID in schema.names:
+        if column in schema.names:
+            raise InputError(
+                f"{url}: column {column!r} is to become {ID!r}, but there is another column of that name; "
+                f"rename it, or pass --data.id_column {ID}"
+            )
+        raise InputError(f"{url} has no column {column!r}, but one named {ID!r}; pass --data.id_column {ID}")
+    present = column in schema.names
+    kind = schema.field(column).type if present else pa.string()
+    if not _is_text(kind) and not pa.types.is_integer(kind):
+        raise InputError(
+            f"{url}: id column {column!r} is {kind}, neither text nor integer; "
+            "write it as a string column, or name another with --data.id_column"
+        )
+    rest = [field for field in schema if field.name != column]
+    ids = pa.field(ID, kind if _is_text(kind) else pa.string())
+    file_columns = (column if present else None, *(field.name for field in rest))
+    return Layout(pa.schema([ids, *rest]), file_columns, sequence)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _suggestion(schema: pa.Schema, data: Data) -> str:
+    text = {field.name.lower(): field.name for field in schema if _is_text(field.type) and field.name != data.id_column}
+    likely = [name for name in _SEQUENCE_NAMES if name in text]
+    for wanted in (data.sequence_column.lower(), "sequence"):
+        likely += difflib.get_close_matches(wanted, [name for name in text if not name.endswith("id")], 1)
+    column = text[likely[0]] if likely else "COLUMN"
+    return f"pass --data.sequence_column {column} (columns: {', '.join(schema.names)})"
