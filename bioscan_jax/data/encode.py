@@ -1,0 +1,129 @@
+"""A block of rows to batches of tokens, rejects, and the way back to row order."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from bioscan_jax.data.source import Block
+from bioscan_jax.data.views import Views, cut_views
+from bioscan_jax.schemas import REJECTS
+from bioscan_jax.sequences import CleaningCounts, clean
+from bioscan_jax.tokenizer import Vocabulary
+
+TOO_LONG = "too_long"
+"""Reject reason under `overlong: error`; the others are `sequences.clean`'s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """All that decides the tokens of a sequence."""
+
+    sequence_column: str
+    vocabulary: Vocabulary
+    max_tokens: int
+    overlong: Literal["truncate", "window", "error"]
+    strand: Literal["forward", "both"]
+    phases: int
+    deduplicate: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCounts:
+    """What was seen in a block; sums over blocks are the run's."""
+
+    rows: int = 0
+    vectors: int = 0
+    distinct: int = 0
+    truncated: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+    changes: CleaningCounts = field(default_factory=lambda: CleaningCounts(0, 0, 0, 0))
+
+    def __add__(self, other: "BlockCounts") -> "BlockCounts":
+        """Sums each count."""
+        reasons = self.rejects.keys() | other.rejects.keys()
+        return BlockCounts(
+            rows=self.rows + other.rows,
+            vectors=self.vectors + other.vectors,
+            distinct=self.distinct + other.distinct,
+            truncated=self.truncated + other.truncated,
+            rejects={r: self.rejects.get(r, 0) + other.rejects.get(r, 0) for r in sorted(reasons)},
+            changes=self.changes + other.changes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedBlock:
+    """A block ready for the model."""
+
+    block: Block
+    kept: Int[np.ndarray, " vectors"]
+    """Rows of the block that get a vector, ascending."""
+    sequence_of: Int[np.ndarray, " vectors"]
+    """Index of the embedded sequence whose vector each kept row gets."""
+    views: Views
+    """Of the embedded sequences; `owner` counts them from 0."""
+    rejects: pa.Table
+    counts: BlockCounts
+
+
+def encode_block(block: Block, encoding: Encoding) -> EncodedBlock:
+    """Cleans, de-duplicates and tokenises the sequences of a block."""
+    given = block.table[encoding.sequence_column]
+    cleaned = clean(given)
+    usable = np.flatnonzero(cleaned.reasons.is_null().to_numpy(zero_copy_only=False))
+    sequences = cleaned.sequences.take(pa.array(usable))
+    sequence_of = np.arange(len(usable))
+    if encoding.deduplicate:
+        coded = sequences.dictionary_encode()
+        sequences, sequence_of = coded.dictionary, coded.indices.to_numpy().astype(np.int64)
+    views = cut_views(
+        sequences,
+        encoding.vocabulary,
+        max_tokens=encoding.max_tokens,
+        overlong=encoding.overlong,
+        strand=encoding.strand,
+        phases=encoding.phases,
+    )
+    refused = views.overlong if encoding.overlong == "error" else np.zeros(len(sequences), bool)
+    reasons = np.array(cleaned.reasons.to_numpy(zero_copy_only=False), dtype=object)
+    reasons[usable[refused[sequence_of]]] = TOO_LONG
+    kept = ~refused[sequence_of]
+    renumbered = np.cumsum(~refused) - 1
+    views = Views(views.tokens, renumbered[views.owner], views.overlong[~refused])
+    rejected = np.flatnonzero(reasons != None)  # noqa: E711 - elementwise
+    names, numbers = np.unique(reasons[rejected].astype(str), return_counts=True)
+    counts = BlockCounts(
+        rows=block.table.num_rows,
+        vectors=int(kept.sum()),
+        distinct=int((~refused).sum()),
+        truncated=int(views.overlong[renumbered[sequence_of[kept]]].sum()) if encoding.overlong == "truncate" else 0,
+        rejects=dict(zip(names.tolist(), numbers.tolist(), strict=True)),
+        changes=cleaned.changes,
+    )
+    return EncodedBlock(
+        block=block,
+        kept=usable[kept],
+        sequence_of=renumbered[sequence_of[kept]],
+        views=views,
+        rejects=_rejects(block, given, rejected, reasons, encoding.max_tokens),
+        counts=counts,
+    )
+
+
+def _rejects(
+    block: Block, given: pa.ChunkedArray, rows: Int[np.ndarray, " rejects"], reasons: np.ndarray, max_tokens: int
+) -> pa.Table:
+    picked = pa.array(rows)
+    chosen = [str(r) for r in reasons[rows]]
+    detail = [f"more than {max_tokens} tokens" if r == TOO_LONG else None for r in chosen]
+    columns = [
+        block.table["sequence_id"].take(picked).cast(pa.string()),
+        pa.array(rows + block.first_row, pa.uint64()),
+        pa.array(chosen, pa.string()),
+        pa.array(detail, pa.string()),
+        given.take(picked).cast(pa.string()),
+    ]
+    return pa.table(columns, schema=REJECTS)
