@@ -34,7 +34,7 @@ class Data:
     sequence_column: str = "dna_sequence"
     """Parquet column with the DNA."""
     id_column: str = "sequence_id"
-    """Parquet column with unique ids; where the file has no such column, ids are FILE:ROW."""
+    """Parquet column with unique ids; where there is no `sequence_id`, ids are FILE:ROW."""
     max_tokens: int | None = None
     """Longest row of tokens, CLS included; the model's own limit if absent."""
     overlong: Literal["truncate", "window", "error"] = "truncate"

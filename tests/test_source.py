@@ -646,3 +646,11 @@ def test_threads_may_share_a_source_in_any_order(tmp_path):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_mistyped_id_column_is_not_taken_for_none(tmp_path):
+    path = write(tmp_path / "a.parquet", pa.table({"dna_sequence": ["ACGT"], "processid": ["A"]}))
+    assert error_of(path, id_column="procesid") == (
+        f"{path} has no column 'procesid'; name one of dna_sequence, processid with --data.id_column, "
+        "or leave it out to number the rows"
+    )

@@ -373,6 +373,11 @@ def block_layout(schema: pa.Schema, data: Data, url: str) -> Layout:
                 f"rename it, or pass --data.id_column {ID}"
             )
         raise InputError(f"{url} has no column {column!r}, but one named {ID!r}; pass --data.id_column {ID}")
+    if column != ID and column not in schema.names:
+        raise InputError(
+            f"{url} has no column {column!r}; name one of {', '.join(schema.names)} with --data.id_column, "
+            "or leave it out to number the rows"
+        )
     present = column in schema.names
     kind = schema.field(column).type if present else pa.string()
     if not _is_text(kind) and not pa.types.is_integer(kind):
