@@ -1,11 +1,51 @@
-"""The seven ranks and lineage strings."""
+"""The seven ranks, lineage strings, and the names in a table that do not name a taxon."""
 
 from collections.abc import Sequence
+
+import pyarrow as pa
+
+# Most of its functions are made when it is imported, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+import pyarrow.compute as pc
 
 from bioscan_jax.errors import InputError
 
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
 """From the root down; also the names of the input's rank columns."""
+
+LINEAGE_COLUMN = "taxonomy"
+"""Column with "K;P;C;O;F;G;S", read where the seven rank columns are not all there."""
+
+_UNKNOWN = (
+    "unknown|unclassified|uncultured|uncultivated|unidentified|unassigned|undetermined|undescribed|unnamed|unplaced"
+)
+
+FILLERS = {
+    r"^[ -@[-`{-~–—]*$": "no letter at all: blank, '-', '?', '123'",
+    r"(?i)^(na|n/a|nan|none|null|missing|no rank|not (assigned|available|determined|identified))$": "NA, nan, None",
+    r"^[a-z]__$": "an empty rank of Greengenes, SILVA or UNITE: 'g__'",
+    rf"(?i)(^|[ _-])({_UNKNOWN})([^A-Za-z]|$)": "'Unknown', 'unclassified Diptera', 'Bacteria_unclassified'",
+    r"(?i)(^|[ _-])environmental([^A-Za-z]|$)": "'environmental samples'",
+    r"(?i)(^|[ _-])metagenomes?$": "'marine metagenome'",
+    r"(?i)(^|[ _-])incertae[ _-]sedis": "'Incertae Sedis', 'Ascomycota_cls_Incertae_sedis'",
+    r"_X+$": "a placeholder of PR2: 'Dino-Group-II_X', 'Dino-Group-II_XX'",
+    r"(^|[ _-])[Ss]pp?([^A-Za-z]|[A-Z]|$)": "'sp.', 'Aedes sp. BOLD:AAA1234', 'Aedes spp.', 'Litholophus spB'",
+    r"(?i)(^|[ _])(cf|aff|nr|indet)([ ._]|$)": "'Aedes cf. vexans', 'aff.', 'nr.', 'Aedes indet.'",
+    r"(?i)^(gen|fam)\.": "'gen. nov.', 'Fam. indet.'",
+    r"\?": "doubt: 'Aedes vexans?'",
+}
+"""What leaves a name of any rank unknown: regular expressions (RE2), searched in the name, with what they catch."""
+
+SPECIES_FILLERS = {
+    r"BOLD:?[A-Z]{3}[0-9]": "the number of a BOLD bin: 'BOLD:AAA1234'",
+    r"^\S+ \S*[0-9]\S*$": "a specimen code for an epithet: 'Diolcogaster jft30', 'Parornix DRD01'",
+    r"(?i)^\S+ \S+[ _-](species[ -])?(complex|group|agg\.?|aggregate)$": "several species: 'Idia lubricalis complex'",
+    r"(?i)[ _-]clade([ _-]|$)": "an unnamed clade: 'Ostreococcus clade B'",
+}
+"""What leaves a species unknown, beside `FILLERS`. A code after a whole binomial ('Allolobophora chlorotica L1') is
+a name of its own."""
+
+_EPITHET = r"^[a-z][^ A-Z]*$"
 
 
 def parse_lineage(lineage: str) -> tuple[str | None, ...]:
@@ -36,3 +76,71 @@ def format_lineage(names: Sequence[str | None]) -> str:
         if name is not None and ";" in name:
             raise InputError(f"the name {name!r} has a semicolon, which separates ranks in a lineage; remove it")
     return ";".join((name or "").strip() for name in names)
+
+
+def read_lineages(table: pa.Table | pa.RecordBatch) -> tuple[pa.Array, ...]:
+    """Reads the known names of each row, one string array for each of `RANKS`, null where unknown.
+
+    The seven rank columns are read where all of them are there, else `taxonomy`, in which a null or blank cell
+    leaves all seven unknown. White space is trimmed and runs of it become one space. Then:
+
+    - A name that `FILLERS` catches, or a species that `SPECIES_FILLERS` catches, is unknown.
+    - A species that repeats another name of its row (genus 'Bombus', species 'Bombus') is unknown.
+    - A species of one lower-case word is an epithet: it becomes 'Bombus terrestris' where the genus is known
+      (genus 'Bison', species 'bison' is 'Bison bison'), and is unknown where it is not.
+
+    Nothing moves to another rank, and no rank is filled in from another.
+
+    Raises:
+        InputError: Neither form is there, a column is not text, or a lineage has other than seven fields.
+    """
+    present = table.schema.names
+    if all(rank in present for rank in RANKS):
+        return _known([_as_strings(table, rank) for rank in RANKS])
+    if LINEAGE_COLUMN not in present:
+        raise InputError(
+            f"no labels: there is neither a column {LINEAGE_COLUMN!r} (K;P;C;O;F;G;S) nor all of {', '.join(RANKS)}; "
+            f"the columns are: {', '.join(present) or 'none'}"
+        )
+    lineages, row_of = _distinct(_as_strings(table, LINEAGE_COLUMN))
+    lineages = pc.replace_with_mask(lineages, pc.match_substring_regex(lineages, r"^[\s\pZ]*$"), pa.scalar(";" * 6))
+    fields = pc.split_pattern(lineages, ";")
+    wrong = pc.index(pc.not_equal(pc.list_value_length(fields), len(RANKS)), True).as_py()
+    if wrong >= 0:
+        parse_lineage(lineages[wrong].as_py())
+    known = _known([pc.list_element(fields, rank) for rank in range(len(RANKS))])
+    return tuple(names.take(row_of) for names in known)
+
+
+def _as_strings(table: pa.Table | pa.RecordBatch, name: str) -> pa.Array:
+    column = table.column(name)
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        raise InputError(f"column {name!r} has the Arrow type {column.type}; write names as text")
+    strings = column.cast(kind).cast(pa.string())
+    return strings.combine_chunks() if isinstance(strings, pa.ChunkedArray) else strings
+
+
+def _distinct(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Distinct values, and the index of each row's value (null for null)."""
+    coded = strings.dictionary_encode()
+    return coded.dictionary, coded.indices
+
+
+def _known(columns: Sequence[pa.Array]) -> tuple[pa.Array, ...]:
+    """Applies the rules of `read_lineages`."""
+    ranks = []
+    for rank, column in zip(RANKS, columns, strict=True):
+        names, row_of = _distinct(column)
+        names = pc.utf8_trim_whitespace(pc.replace_substring_regex(names, r"[\s\pZ]+", " "))
+        patterns = [*FILLERS, *(SPECIES_FILLERS if rank == "species" else ())]
+        filler = pc.match_substring_regex(names, "|".join(f"(?:{pattern})" for pattern in patterns))
+        ranks.append(pc.if_else(filler, pa.scalar(None, pa.string()), names).take(row_of))
+    *above, species = ranks
+    genus = above[RANKS.index("genus")]
+    for names in above:
+        repeated = pc.fill_null(pc.equal(species, names), False)
+        species = pc.if_else(repeated, pa.scalar(None, pa.string()), species)
+    epithet = pc.fill_null(pc.match_substring_regex(species, _EPITHET), False)
+    binomial = pc.call_function("binary_join_element_wise", [genus, species, pa.scalar(" ")])
+    return (*above, pc.if_else(epithet, binomial, species))
