@@ -31,10 +31,13 @@ _HELD = {errno.EAGAIN, errno.EACCES}
 
 
 def local_directory(uri: str) -> Path | None:
-    """The directory a URI names, or None if it names an object store (`gs://`, `s3://`, ...)."""
+    """The directory a URI names, or None if it names an object store (`gs://`, `s3://`, ...).
+
+    It is absolute, since Lance takes the start of a relative `a:b` for a URL's scheme.
+    """
     if uri.startswith("file://"):
         return Path(uri.removeprefix("file://"))
-    return None if "://" in uri else Path(uri).expanduser()
+    return None if "://" in uri else Path(uri).expanduser().absolute()
 
 
 def table_path(uri: str, table: str) -> str:
@@ -113,6 +116,18 @@ def open_dataset(path: str) -> "lance.LanceDataset | None":
 def table_exists(uri: str, table: str) -> bool:
     """Whether there is such a table, of whatever origin; an InputError if it cannot be read."""
     return open_dataset(table_path(uri, table)) is not None
+
+
+def drop_empty(uri: str, table: str) -> None:
+    """Removes a vector table and its rejects if neither has a row; the caller holds the lock of the table."""
+    import lance
+
+    paths = table_path(uri, table), table_path(uri, f"{table}_rejects")
+    found = {path: dataset for path in paths if (dataset := open_dataset(path)) is not None}
+    with storage_errors(paths[0]):
+        if not any(dataset.count_rows() for dataset in found.values()):
+            for path in found:
+                lance.LanceDataset.drop(path)
 
 
 def lock_path(uri: str, table: str) -> Path:

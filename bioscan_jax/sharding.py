@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from bioscan_jax import config
 from bioscan_jax.errors import InputError
+from bioscan_jax.hosts import join
 
 Axes = tuple[str | None, ...]
 """Logical axes of an array, one a dimension: batch, layer, vocab, position, hidden, heads, mlp or None."""
@@ -129,7 +130,7 @@ def start_devices(mesh: config.Mesh) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(mesh.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if mesh.distributed:
-        jax.distributed.initialize(mesh.coordinator, mesh.processes, mesh.process_id)
+        join(mesh)
 
 
 def compute_dtype(wanted: Literal["auto", "bfloat16", "float32"]) -> jax.typing.DTypeLike:

@@ -3,6 +3,7 @@
 The kernel may kill the process at any instant; what a power cut does to unwritten pages is the disk's affair.
 """
 
+import errno
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import UInt64
 
+from bioscan_jax.columns import vector_schema as vector_schema
 from bioscan_jax.errors import InputError
 from bioscan_jax.index import build_indexes
-from bioscan_jax.lock import Plan, check_origin, open_dataset, storage_errors, table_path, writer_lock
+from bioscan_jax.lock import Plan, check_origin, local_directory, open_dataset, storage_errors, table_path, writer_lock
 from bioscan_jax.lock import table_exists as table_exists
 from bioscan_jax.schemas import REJECTS
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     import lance
 
 
-_OWN_COLUMNS = ("vector", "source_row", "_distance")
-_LANCE_COLUMNS = ("_rowid", "_rowaddr", "_rowoffset", "_row_created_at_version", "_row_last_updated_at_version")
 _COMMITS_BETWEEN_CLEANINGS = 64
 
 
@@ -50,73 +50,6 @@ class Finished:
     """What was asked for and not done, and why."""
 
 
-def _storable(given: pa.DataType) -> pa.DataType | None:
-    """The type as which Lance gives a column back unaltered, or None."""
-    t = pa.types
-    if isinstance(given, pa.BaseExtensionType):  # Lance writes the text of arrow.json anew
-        return _storable(given.storage_type)
-    if isinstance(given, pa.DictionaryType):  # its values differ from block to block
-        return _storable(given.value_type)
-    if t.is_string_view(given) or t.is_binary_view(given):
-        return pa.string() if t.is_string_view(given) else pa.binary()
-    if isinstance(given, pa.Decimal32Type | pa.Decimal64Type):
-        return pa.decimal128(given.precision, given.scale)
-    if isinstance(given, pa.StructType):
-        fields = [(f.name, _storable(f.type), f.nullable) for f in given]
-        kept = [pa.field(name, type_, nullable) for name, type_, nullable in fields if type_ is not None]
-        return pa.struct(kept) if kept and len(kept) == len(fields) else None
-    if isinstance(given, pa.MapType):
-        key, item = _storable(given.key_type), _storable(given.item_type)
-        return None if key is None or item is None else pa.map_(key, item)
-    if isinstance(given, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
-        item = _storable(given.value_type)
-        if item is None:
-            return None
-        field = pa.field(given.value_field.name, item, given.value_field.nullable)
-        if isinstance(given, pa.FixedSizeListType) and given.list_size and t.is_primitive(item):
-            return pa.list_(field, given.list_size)  # Lance panics over fixed-size lists of text
-        return pa.large_list(field) if isinstance(given, pa.LargeListType) else pa.list_(field)
-    refused = (t.is_list_view, t.is_large_list_view, t.is_interval, t.is_union, t.is_run_end_encoded)
-    return None if any(test(given) for test in refused) else given
-
-
-def vector_schema(source_schema: pa.Schema, hidden_size: int, vector_dtype: Literal["float32", "float16"]) -> pa.Schema:
-    """The columns of a vector table: `sequence_id`, `source_row`, `vector`, then the input's other columns.
-
-    A type that Lance refuses or alters is stored as its plain equivalent: a dictionary as its values, an extension
-    type as its storage, a view as string or binary, a small decimal as decimal128, a fixed-size list of other than
-    numbers as a list. Metadata of the input is left behind.
-
-    Args:
-        source_schema: Columns to pass through; one called `sequence_id` is taken for the id.
-        hidden_size: Length of a vector.
-        vector_dtype: Type of its elements.
-
-    Raises:
-        InputError: a column whose name is taken or whose type cannot be stored.
-    """
-    item = {"float32": pa.float32(), "float16": pa.float16()}[vector_dtype]
-    fields = [
-        pa.field("sequence_id", pa.string(), nullable=False),
-        pa.field("source_row", pa.uint64(), nullable=False),
-        pa.field("vector", pa.list_(item, hidden_size), nullable=False),
-    ]
-    names = source_schema.names
-    for field in source_schema:
-        name, stored = field.name, _storable(field.type)
-        if names.count(name) > 1:
-            raise InputError(f"the input has {names.count(name)} columns named {name!r}; rename all but one")
-        if name in _OWN_COLUMNS:
-            raise InputError(f"input column {name!r} has a name that the vector table needs; rename it")
-        if name in _LANCE_COLUMNS or not name or "." in name or "`" in name:
-            raise InputError(f"input column {name!r} has a name that Lance cannot store; rename it (no '.' or '`')")
-        if stored is None:
-            raise InputError(f"input column {name!r} has type {field.type}, which Lance cannot store; cast or drop it")
-        if name != "sequence_id":
-            fields.append(pa.field(name, stored))
-    return pa.schema(fields)
-
-
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The columns in the schema's order and types; the vectors themselves must have their type already."""
     if set(table.column_names) != set(schema.names) or table.num_columns != len(schema):
@@ -137,7 +70,18 @@ def _write(dataset: "lance.LanceDataset", data: pa.Table, max_bytes_per_file: in
     batch_rows = max(1, data.num_rows * max_bytes_per_file // (16 * data.nbytes))
     batches = data.to_reader(max_chunksize=batch_rows)
     fragments = write_fragments(batches, dataset, max_bytes_per_file=max_bytes_per_file)
+    for file in [file for fragment in fragments for file in fragment.files]:
+        _check_whole(f"{dataset.uri}/data/{file.path}", file.file_size_bytes)
     return [json.dumps(fragment.to_json()) for fragment in fragments]
+
+
+def _check_whole(path: str, size: int) -> None:
+    """Raises OSError where a local file is short: Lance says nothing if the disk fills up while it writes the end."""
+    local = local_directory(path)
+    if local is not None and (found := local.stat().st_size) != size:
+        raise OSError(
+            errno.ENOSPC, f"only {found} of {size} bytes could be written to {path}; ulimit -f also bounds it"
+        )
 
 
 def _commit(dataset: "lance.LanceDataset", fragments: Sequence[str]) -> "lance.LanceDataset":
@@ -150,7 +94,9 @@ def _commit(dataset: "lance.LanceDataset", fragments: Sequence[str]) -> "lance.L
     return lance.LanceDataset.commit(dataset, append, read_version=dataset.version)
 
 
-def write_fragments(uri: str, table: str, data: pa.Table, *, max_bytes_per_file: int) -> list[str]:
+def write_fragments(
+    uri: str, table: str, data: pa.Table, *, max_bytes_per_file: int, safe_rows: int | None = None
+) -> list[str]:
     """Writes vectors from a process that is not the table's writer; they count once the writer commits them.
 
     The writer must have opened the table before, and must have committed before it finishes: opening and
@@ -161,6 +107,7 @@ def write_fragments(uri: str, table: str, data: pa.Table, *, max_bytes_per_file:
         table: Name of the vector table.
         data: Rows of consecutive blocks, in order of `source_row`.
         max_bytes_per_file: A new file is begun past this size.
+        safe_rows: Input rows that are committed, for the message if this fails; None if not known.
 
     Returns:
         JSON of each fragment, for `VectorTable.append_fragments`.
@@ -173,7 +120,7 @@ def write_fragments(uri: str, table: str, data: pa.Table, *, max_bytes_per_file:
     if dataset is None:
         raise InputError(f"{path} is absent; pass a --sink.uri that all hosts share")
     conformed = _conform(data, dataset.schema)
-    with storage_errors(path, dataset.count_rows()):
+    with storage_errors(path, safe_rows):
         return _write(dataset, conformed, max_bytes_per_file)
 
 
@@ -212,6 +159,7 @@ class VectorTable:
         rows: int,
         block_rows: int,
         max_bytes_per_file: int,
+        locked: bool = False,
     ) -> "VectorTable":
         """Locks the table, makes it if it is absent, and finds where to go on.
 
@@ -224,6 +172,7 @@ class VectorTable:
             rows: Rows of the input.
             block_rows: Rows of a block; the last may have fewer.
             max_bytes_per_file: A new data file is begun past this size; soft.
+            locked: The caller holds the table's `writer_lock` and keeps it until the table is closed.
 
         Raises:
             InputError: another process writes the table, it was made by another plan or altered since, or the
@@ -238,7 +187,8 @@ class VectorTable:
             raise ValueError(f"provenance has {sorted(taken)}, which the table writes itself")
         wanted = [columns.with_metadata({**provenance, **origin}) for columns in (schema, REJECTS)]
         with ExitStack() as held:
-            held.enter_context(writer_lock(uri, table))
+            if not locked:
+                held.enter_context(writer_lock(uri, table))
             found = [open_dataset(path) for path in paths]
             for path, dataset, columns in zip(paths, found, wanted, strict=True):
                 if dataset is not None:
@@ -278,6 +228,12 @@ class VectorTable:
         """Removes old versions and the files of killed commits; nobody else may be writing."""
         for dataset in (self._vectors, self._rejects):
             dataset.cleanup_old_versions(retain_versions=1, delete_unverified=True, error_if_tagged_old_versions=False)
+            directory = local_directory(dataset.uri)
+            for pattern in (
+                (".tmp*", "*#*") if directory is not None else ()
+            ):  # Lance passes over half-written manifests
+                for unfinished in directory.rglob(pattern):
+                    unfinished.unlink()
 
     @property
     def _safe_rows(self) -> int:

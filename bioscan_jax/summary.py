@@ -1,0 +1,145 @@
+"""What a run did: one table for the eyes, one JSON file for the record."""
+
+import dataclasses
+import json
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import jax
+
+from bioscan_jax.data.encode import BlockCounts
+
+VERSIONED = ("bioscan_jax", "jax", "jaxlib", "flax", "grain", "pyarrow", "pylance", "lancedb")
+
+
+@dataclass
+class Clock:
+    """Wall seconds by stage; stages run in several threads."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Counts the time inside the context to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Counts seconds to a stage."""
+        with self.lock:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """Figures of one `embed` run; those about work done cover this run alone, not an earlier part it resumed."""
+
+    table: str
+    """Where the vectors are."""
+    rows: int
+    """Of the input."""
+    vectors: int
+    """In the table."""
+    rejects: int
+    """In the rejects table."""
+    resumed_at: int
+    """Rows that were done when this run began."""
+    counts: BlockCounts
+    """Of the rows this run read."""
+    tokens_real: int
+    """Tokens of the views embedded, CLS included."""
+    tokens_computed: int
+    """The same with padding and filler rows."""
+    model_flops: int
+    """Matrix-product FLOPs of the real tokens."""
+    shapes: list[tuple[int, int]]
+    """Batches compiled, rows x tokens."""
+    seconds: dict[str, float]
+    """Wall time in all, and by stage; stages overlap, so they do not add up."""
+    peak_host_bytes: int
+    peak_device_bytes: int | None
+    """Largest of the local devices; None where the platform does not tell."""
+    devices: str
+    processes: int
+    versions: dict[str, str]
+    provenance: dict[str, str | None]
+    index: str | None
+    """What was indexed at the end."""
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows this run read, by its time after loading and compiling."""
+        busy = self.seconds["total"] - self.seconds["load"] - self.seconds["compile"]
+        return self.counts.rows / max(busy, 1e-9)
+
+    def to_json(self) -> str:
+        """Every field and the rate."""
+        record = dataclasses.asdict(self) | {"rows_per_second": self.rows_per_second}
+        return json.dumps(record, indent=2) + "\n"
+
+    def __str__(self) -> str:
+        """The table that ends a run."""
+        counts, changes = self.counts, self.counts.changes
+        rejects = ", ".join(f"{n:,} {reason}" for reason, n in counts.rejects.items()) or "none"
+        resumed = f" ({self.resumed_at:,} of them before this run)" if self.resumed_at else ""
+        waste = self.tokens_computed / self.tokens_real if self.tokens_real else 1.0
+        shapes = ", ".join(f"{rows}x{tokens}" for rows, tokens in self.shapes) or "none"
+        flops = self.model_flops / max(self.seconds["total"] - self.seconds["load"] - self.seconds["compile"], 1e-9)
+        device = f", device {_gib(self.peak_device_bytes)}" if self.peak_device_bytes is not None else ""
+        stages = ", ".join(f"{name} {s:.1f}" for name, s in self.seconds.items())
+        lines = {
+            "table": self.table,
+            "model": f"{self.provenance['model']}, {self.provenance['dtype']}",
+            "rows": f"{self.rows:,}{resumed}",
+            "vectors": f"{self.vectors:,} in the table; this run embedded {counts.distinct:,} distinct sequences",
+            "rejects": f"{self.rejects:,} in the rejects table; this run: {rejects}",
+            "truncated": f"{counts.truncated:,} sequences",
+            "cleaned": f"{changes.lower_case:,} lower-case, {changes.u_to_t:,} U to T, "
+            f"{changes.ambiguous_to_n:,} ambiguous to N, {changes.gaps_removed:,} gaps removed (characters)",
+            "tokens": f"{self.tokens_real:,} real, {self.tokens_computed:,} computed (x {waste:.3f})",
+            "shapes": f"{shapes}; compiled in {self.seconds['compile']:.1f} s",
+            "seconds": stages,
+            "speed": f"{self.rows_per_second:,.0f} rows/s, {flops / 1e9:,.1f} model GFLOP/s",
+            "memory": f"host {_gib(self.peak_host_bytes)}{device}",
+            "devices": f"{self.devices}, {self.processes} process(es)",
+        }
+        if self.index is not None:
+            lines["index"] = self.index
+        if self.resumed_at == self.rows:
+            work = ("truncated", "cleaned", "tokens", "shapes", "seconds", "speed")
+            lines = {name: text for name, text in lines.items() if name not in work}
+            lines["vectors"], lines["rejects"] = f"{self.vectors:,}", f"{self.rejects:,}"
+            lines["rows"] = f"{self.rows:,}, complete before this run: nothing was left to do"
+        return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def peak_host_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes() -> int | None:
+    """Largest memory in use on a local device so far, where the platform tells."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return max(peaks) if peaks else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes the vectors."""
+    return {name: metadata.version(name) for name in VERSIONED}

@@ -1,0 +1,43 @@
+"""Embeds DNA barcodes into a Lance table; the same command goes on where it stopped."""
+
+from command import run
+
+from bioscan_jax import config
+
+
+def main(
+    model: config.Model,
+    data: config.Data,
+    sink: config.Sink,
+    embed: config.Embed = config.Embed(),  # noqa: B008 - frozen
+    mesh: config.Mesh = config.Mesh(),  # noqa: B008
+    simulate: config.Simulate | None = None,
+    neighbours: int = 0,
+) -> None:
+    """Embed DNA barcodes into a Lance table; the same command goes on where it stopped.
+
+    Args:
+        model: Which weights.
+        data: Which sequences.
+        sink: Which table.
+        embed: How tokens become vectors.
+        mesh: Which devices.
+        simulate: Make simulated barcodes at data.path first.
+        neighbours: Print this many nearest neighbours of the first row at the end.
+    """
+    from bioscan_jax.embed import embed as run_embed
+    from bioscan_jax.search import describe_neighbours
+    from bioscan_jax.simulate import write_simulated
+
+    if simulate is not None:
+        write_simulated(data.path, **vars(simulate))
+        print(f"{data.path}: SIMULATED barcodes, evolved along a random tree; not biology")
+    if model.checkpoint.startswith("random:"):
+        print(f"{model.checkpoint}: RANDOM weights, not trained; vectors only show that the machinery runs")
+    print(run_embed(model, data, sink, embed, mesh))
+    if neighbours:
+        print(describe_neighbours(sink.uri, sink.table, neighbours))
+
+
+if __name__ == "__main__":
+    run(main)
