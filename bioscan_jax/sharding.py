@@ -16,11 +16,12 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.hosts import join
 
 Axes = tuple[str | None, ...]
-"""Logical axes of an array, one a dimension: batch, layer, vocab, position, hidden, heads, mlp or None."""
+"""Logical axes of an array, one a dimension: batch, layer, vocab, position, hidden, heads, mlp, taxa or None."""
 Tree = TypeVar("Tree")
 
 _TENSOR_PARALLEL = {"heads": "model", "mlp": "model"}
 _FULLY_SHARDED = {"hidden": "data"}
+_CLASSES = {"taxa": "data"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Layout:
 
     def stored(self, axes: Axes) -> NamedSharding:
         """Where a parameter with these logical axes is kept."""
-        rules = _TENSOR_PARALLEL | (_FULLY_SHARDED if self.params == "fsdp" else {})
+        rules = _TENSOR_PARALLEL | _CLASSES | (_FULLY_SHARDED if self.params == "fsdp" else {})
         return self._sharding(axes, rules)
 
     def gathered(self, axes: Axes) -> NamedSharding:

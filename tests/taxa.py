@@ -1,0 +1,48 @@
+"""Random taxon trees with gaps, as plain arrays."""
+
+import numpy as np
+
+from bioscan_jax.model.tree import TaxonTree
+
+ROWS = 6
+
+
+def random_tree(seed, *, branching=3, gap=0.3, end=0.15):
+    """Grows a tree from the root: a rank may be unknown (`gap`), a lineage may end early (`end`)."""
+    rng = np.random.default_rng(seed)
+    sizes, paths = [0] * 7, []
+
+    def grow(path):
+        rank = len(path)
+        if rank == 7 or (rank > 1 and path[-1] >= 0 and rng.random() < end):
+            paths.append([*path, *[-1] * (7 - rank)])
+            return
+        for _ in range(rng.integers(1, branching + 1)):
+            sizes[rank] += 1
+            grow([*path, sizes[rank] - 1])
+        if rank < 6 and rng.random() < gap:
+            grow([*path, -1])
+
+    grow([])
+    keep = [path for path in paths if max(path) >= 0 and not is_prefix(path, paths)]
+    return TaxonTree(tuple(sizes), np.array(keep, np.int32)[rng.permutation(len(keep))])
+
+
+def is_prefix(path, paths):
+    """Whether a path says nothing more than another does: its last taxon is not a leaf."""
+    known = max(i for i, taxon in enumerate(path) if taxon >= 0) + 1
+    return any(other is not path and other[:known] == path[:known] for other in paths)
+
+
+def flat_tree(species, per=(1, 2, 4, 20, 200, 3000)):
+    """A regular tree, for sizes; species i is below taxon i * count // species of each rank above."""
+    index = np.arange(species)
+    paths = np.stack([*(index * count // species for count in per), index], axis=1).astype(np.int32)
+    return TaxonTree((*per, species), paths)
+
+
+def random_labels(seed, tree, rows=ROWS):
+    """Labels with unknown ranks: paths to leaves, some fields blanked."""
+    rng = np.random.default_rng(seed)
+    labels = tree.leaf_paths[rng.integers(0, len(tree.leaf_paths), rows)]
+    return np.where(rng.random(labels.shape) < 0.3, -1, labels).astype(np.int32)
