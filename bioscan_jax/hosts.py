@@ -5,6 +5,7 @@ Collectives on the devices could carry it too, but they queue behind the devices
 """
 
 import itertools
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,8 +35,8 @@ def join(mesh: config.Mesh) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    if mesh.coordinator is not None and not mesh.coordinator.rpartition(":")[2].isdecimal():
-        raise InputError(f"--mesh.coordinator {mesh.coordinator!r} has no port; pass HOST:PORT of process 0")
+    if mesh.coordinator is not None:
+        _check_coordinator(mesh.coordinator, here=mesh.process_id == 0)
     # JAX's own preemption service would take each SIGTERM before stop_on_signals does, and may hang at exit after one.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -47,6 +48,19 @@ def join(mesh: config.Mesh) -> None:
             "HOST:PORT (a free port of process 0), --mesh.processes and --mesh.process_id, or none of them on Cloud TPU"
         ) from error
     jax.devices()  # the processes wait for each other here, before one of them can fail alone
+
+
+def _check_coordinator(coordinator: str, *, here: bool) -> None:
+    port = coordinator.rpartition(":")[2]
+    if not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise InputError(f"--mesh.coordinator {coordinator!r} has no port; pass HOST:PORT of process 0")
+    if here:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:  # where JAX itself finds the port taken, it may crash
+            mend = "pass another port, or stop what listens there"
+            why = os.strerror(error.errno) if error.errno else error
+            raise InputError(f"--mesh.coordinator {coordinator!r}: {why}; {mend}") from error
 
 
 def gather_bytes(payload: bytes) -> Sequence[bytes]:

@@ -296,10 +296,11 @@ here = f"127.0.0.1:{taken.getsockname()[1]}"
 mend = "pass --mesh.coordinator HOST:PORT (a free port of process 0), --mesh.processes and --mesh.process_id, or none "
 for coordinator, processes, process_id, *parts in [
     (None, 2, 0, "with coordinator None, ", "(coordinator_address should be defined.); ", mend),
-    ("10.0.0.1", 2, 0, "--mesh.coordinator '10.0.0.1' has no port; pass HOST:PORT of process 0"),
+    ("10.0.0.1", 2, 1, "--mesh.coordinator '10.0.0.1' has no port; pass HOST:PORT of process 0"),
+    ("10.0.0.1:65536", 2, 1, "--mesh.coordinator '10.0.0.1:65536' has no port; pass HOST:PORT of process 0"),
     (here, 2, None, "processes 2, process_id None (The process id of the current process must be defined.); ", mend),
     (here, 2, 5, "processes 2, process_id 5 (", "Got process_id=5, num_processes=2.); ", mend),
-    (here, 2, 0, f"with coordinator {here}, processes 2, process_id 0 (", "Failed to start RPC server); ", mend),
+    (here, 2, 0, f"--mesh.coordinator '{here}': Address already in use; pass another port, or stop what listens "),
 ]:
     try:
         join(Mesh(coordinator=coordinator, processes=processes, process_id=process_id))
