@@ -35,6 +35,7 @@ from bioscan_jax.job import Job, prepare, scratch_directory
 from bioscan_jax.lock import drop_empty, storage_errors, writer_lock
 from bioscan_jax.model.load import LoadedModel, load
 from bioscan_jax.schemas import TokenBatch
+from bioscan_jax.sequences import CleaningCounts
 from bioscan_jax.sharding import Layout, make_layout, start_devices
 from bioscan_jax.sink import VectorTable, table_exists, table_path, write_fragments
 from bioscan_jax.summary import Clock, RunSummary, peak_device_bytes, peak_host_bytes, versions
@@ -72,6 +73,7 @@ def embed(
     embed, mesh = embed or config.Embed(), mesh or config.Mesh()
     clock, begun = Clock(), time.perf_counter()
     start_devices(mesh)
+    progress = progress and jax.process_index() == 0
     with ExitStack() as held:
         if jax.process_index() == 0:
             held.enter_context(writer_lock(sink.uri, sink.table))
@@ -89,7 +91,7 @@ def embed(
         resumed = min(first * source.block_rows, source.rows)
         stop = held.enter_context(stop_on_signals())
         bar = held.enter_context(
-            tqdm(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress or table is None)
+            tqdm(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress)
         )
         work = _run(job, table, first, stop, bar, clock)
         bar.close()
@@ -104,8 +106,9 @@ def embed(
             with clock.stage("index"):
                 finished = table.finish(sink.index)
             index = "; ".join([*finished.indexes, *finished.notes])
-        gather_bytes(b"")  # a process that leaves while another builds an index for minutes takes it down
-        summary = _summary(job, work, table, resumed, index, clock, time.perf_counter() - begun)
+        # Also keeps the others here while process 0 builds an index: one that left would take it down.
+        work, vectors, rejects = _totals(work, table)
+        summary = _summary(job, work, vectors, rejects, resumed, index, clock, time.perf_counter() - begun)
         if table is not None and resumed < source.rows:
             with storage_errors(sink.uri, source.rows):
                 _write_text(sink.uri, f"{sink.table}.run.json", summary.to_json())
@@ -281,10 +284,23 @@ def _opened_table(job: Job) -> Iterator[VectorTable]:
             raise
 
 
+def _totals(work: _Work, table: VectorTable | None) -> tuple[_Work, int, int]:
+    """What all processes did, and how many vectors and rejects process 0's tables hold."""
+    mine = dataclasses.asdict(work) | {"table": (table.vectors, table.rejects) if table is not None else None}
+    every = [json.loads(payload) for payload in gather_bytes(json.dumps(mine).encode())]
+    counts = BlockCounts()
+    for one in every:
+        changes = CleaningCounts(**one["counts"].pop("changes"))
+        counts += BlockCounts(**one["counts"], changes=changes)
+    sums = {name: sum(one[name] for one in every) for name in ("tokens_real", "tokens_computed", "model_flops")}
+    return dataclasses.replace(work, counts=counts, **sums), *every[0]["table"]
+
+
 def _summary(
     job: Job,
     work: _Work,
-    table: VectorTable | None,
+    vectors: int,
+    rejects: int,
     resumed: int,
     index: str | None,
     clock: Clock,
@@ -294,8 +310,8 @@ def _summary(
     return RunSummary(
         table=table_path(job.sink.uri, job.sink.table),
         rows=job.source.rows,
-        vectors=table.vectors if table is not None else work.counts.vectors,
-        rejects=table.rejects if table is not None else sum(work.counts.rejects.values()),
+        vectors=vectors,
+        rejects=rejects,
         resumed_at=resumed,
         counts=work.counts,
         tokens_real=work.tokens_real,

@@ -42,7 +42,10 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """Figures of one `embed` run; those about work done cover this run alone, not an earlier part it resumed."""
+    """Figures of one `embed` run; those about work done cover this run alone, not an earlier part it resumed.
+
+    Counts are of all processes; seconds and memory are of this one.
+    """
 
     table: str
     """Where the vectors are."""

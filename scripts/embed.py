@@ -25,6 +25,8 @@ def main(
         simulate: Make simulated barcodes at data.path first.
         neighbours: Print this many nearest neighbours of the first row at the end.
     """
+    import jax
+
     from bioscan_jax.embed import embed as run_embed
     from bioscan_jax.search import describe_neighbours
     from bioscan_jax.simulate import write_simulated
@@ -34,9 +36,11 @@ def main(
         print(f"{data.path}: SIMULATED barcodes, evolved along a random tree; not biology")
     if model.checkpoint.startswith("random:"):
         print(f"{model.checkpoint}: RANDOM weights, not trained; vectors only show that the machinery runs")
-    print(run_embed(model, data, sink, embed, mesh))
-    if neighbours:
-        print(describe_neighbours(sink.uri, sink.table, neighbours))
+    summary = run_embed(model, data, sink, embed, mesh)
+    if jax.process_index() == 0:
+        print(summary)
+        if neighbours:
+            print(describe_neighbours(sink.uri, sink.table, neighbours))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Two processes of four fake devices each run the real script; what they leave must be what one process leaves."""
 
+import json
 import os
 import shutil
 import signal
@@ -167,10 +168,14 @@ def whole(embed: Start, expected: dict[str, pa.Table], tmp_path: Path) -> dict[s
 
 
 def test_two_processes_make_the_table_of_one(embed: Start, whole: dict[str, pa.Table], tmp_path: Path) -> None:
-    for code, output in wait(embed(tmp_path / "t", 2)):
-        assert code == 0, output
-        assert "4 x cpu, 2 process(es)" in output
+    ended = wait(embed(tmp_path / "t", 2))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert ["4 x cpu, 2 process(es)" in output for _, output in ended] == [True, False]  # process 0 speaks for both
     check_whole(tmp_path / "t", whole)
+    record = json.loads((tmp_path / "t" / "sequences.run.json").read_text())
+    assert record["rows"] == record["counts"]["rows"] == ROWS
+    assert record["vectors"] == record["counts"]["vectors"] == whole["sequences"].num_rows
+    assert record["rejects"] == sum(record["counts"]["rejects"].values()) == whole["sequences_rejects"].num_rows
 
 
 def test_two_killed_processes_are_resumed_by_two(embed: Start, whole: dict[str, pa.Table], tmp_path: Path) -> None:
@@ -180,9 +185,9 @@ def test_two_killed_processes_are_resumed_by_two(embed: Start, whole: dict[str, 
         process.kill()
     assert [code for code, _ in wait(killed)] == [-signal.SIGKILL] * 2
     check_beginning(tmp_path / "t", whole)
-    for code, output in wait(embed(tmp_path / "t", 2)):
-        assert code == 0, output
-        assert "of them before this run" in output
+    ended = wait(embed(tmp_path / "t", 2))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "of them before this run" in ended[0][1]
     check_whole(tmp_path / "t", whole)
 
 
