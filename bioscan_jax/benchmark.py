@@ -1,6 +1,7 @@
 """Measurements that anyone can repeat: what is compared is first checked to give the same, then timed in turns."""
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -40,6 +41,8 @@ def tokenizer(data: config.Data | None = None, rows: int = 2000, seed: int = 0, 
     Raises:
         InputError: A number is too small, or there is no sequence to encode.
     """
+    # Its tokenizer needs no PyTorch, and the advice to install it would stand among our figures.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import EsmTokenizer
 
     for flag, value in (("rows", rows), ("repeats", repeats)):
