@@ -50,7 +50,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        before = previous[number]
+        before = previous[signal.Signals(number)]
         if stop and number == signal.SIGINT and callable(before):
             before(number, frame)
         stop.set(number)

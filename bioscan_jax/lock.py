@@ -34,7 +34,12 @@ def local_directory(uri: str) -> Path | None:
     """The directory a URI names, or None if it names an object store (`gs://`, `s3://`, ...).
 
     It is absolute, since Lance takes the start of a relative `a:b` for a URL's scheme.
+
+    Raises:
+        InputError: the URI is empty.
     """
+    if not uri:
+        raise InputError("--sink.uri is empty; pass a directory or an object-store URL")
     if uri.startswith("file://"):
         return Path(uri.removeprefix("file://"))
     return None if "://" in uri else Path(uri).expanduser().absolute()

@@ -75,7 +75,7 @@ def _write(dataset: "lance.LanceDataset", data: pa.Table, max_bytes_per_file: in
     return [json.dumps(fragment.to_json()) for fragment in fragments]
 
 
-def _check_whole(path: str, size: int) -> None:
+def _check_whole(path: str, size: int | None) -> None:
     """Raises OSError where a local file is short: Lance says nothing if the disk fills up while it writes the end."""
     local = local_directory(path)
     if local is not None and (found := local.stat().st_size) != size:
@@ -228,11 +228,8 @@ class VectorTable:
         """Removes old versions and the files of killed commits; nobody else may be writing."""
         for dataset in (self._vectors, self._rejects):
             dataset.cleanup_old_versions(retain_versions=1, delete_unverified=True, error_if_tagged_old_versions=False)
-            directory = local_directory(dataset.uri)
-            for pattern in (
-                (".tmp*", "*#*") if directory is not None else ()
-            ):  # Lance passes over half-written manifests
-                for unfinished in directory.rglob(pattern):
+            if (directory := local_directory(dataset.uri)) is not None:
+                for unfinished in [*directory.rglob(".tmp*"), *directory.rglob("*#*")]:  # manifests, which Lance leaves
                     unfinished.unlink()
 
     @property

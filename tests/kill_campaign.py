@@ -229,14 +229,14 @@ def campaign(whole: Uninterrupted, directory: Path, kills: int, seed: int, say: 
     killed = tables = 0
     while killed < kills:
         uri, unfinished = directory / f"table-{tables}", True
-        arguments = whole.command(uri)
+        arguments = command(whole.data, uri, directory / "cache")  # a kill may spoil what is in it
         while unfinished and killed < kills:
             when = kill_once(arguments, uri, chance, whole.seconds)
             unfinished = when is not None
             killed += unfinished
             say(f"kill {killed:3d}: {when}, {rows_there(uri)} rows there" if unfinished else "ended before its kill")
-        last = run(arguments)
-        found = [last.stderr] if last.returncode else whole.compare(uri)
+        last = run(arguments) if unfinished else None
+        found = [last.stderr] if last is not None and last.returncode else whole.compare(uri)
         say(f"table {tables}: {'; '.join(found) or 'identical to the uninterrupted one'}")
         wrong += [f"table {tables}: {text}" for text in found]
         tables += 1

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import lance
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,21 @@ HERE = Path(__file__).parent
 SCRIPTS = HERE.parent / "scripts"
 GOLDEN = {family: HERE / "golden" / family for family in ("v1", "v2")}
 GOOD = ["ACGTAC" * 20, "TTGACA" * 15 + "N", "GGGCCATTA" * 9]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """Keeps compiled programs for the next test, in this process and in those it starts."""
+    directory = str(tmp_path_factory.mktemp("compiled"))
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("JAX_COMPILATION_CACHE_DIR", directory)
+        changed.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        yield
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
 def write(path: Path, sequences: list | pa.Array, **columns) -> Path:
@@ -406,6 +422,13 @@ def test_a_sink_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     message = refused(tmp_path, sink={"uri": str(tmp_path / "file" / "db")})
     assert_says(message, tmp_path / "file" / "db", "a file stands where a directory is needed", "--sink.uri")
+
+
+def test_a_sink_without_a_name(tmp_path, monkeypatch):
+    write(tmp_path / "in.parquet", GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert_says(refused(tmp_path, sink={"uri": ""}), "--sink.uri is empty", "pass a directory")
+    assert files(tmp_path) == {str(tmp_path / "in.parquet")}
 
 
 def test_the_table_of_another_plan(tmp_path):

@@ -753,8 +753,3 @@ def test_what_the_storage_says_is_one_line_with_the_mend(error, said):
     assert said in message
     assert "\n" not in message
     assert ".rs" not in message
-
-
-def test_the_import_is_light():
-    heavy = "import sys, bioscan_jax.sink; sys.exit(any(m in sys.modules for m in ('lance', 'lancedb', 'jax')))"
-    assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0

@@ -46,11 +46,18 @@ def read_vocabulary(directory: Path, transformer: TransformerConfig) -> Vocabula
 
 
 def check_vocabulary(vocabulary: Vocabulary, transformer: TransformerConfig, where: str) -> None:
-    """Raises InputError where the ids in use do not fit the model."""
+    """Raises InputError where the ids in use do not fit the model.
+
+    Both families number their letters last, at the end of the embedding table; ids past it (v1's <eos>, <bos>) are
+    never used.
+    """
     special = (vocabulary.cls_id, vocabulary.pad_id, vocabulary.mask_id, vocabulary.unk_id)
     highest = max(*special, vocabulary.letter_ids.max(), vocabulary.sixmer_ids.max())
-    if highest >= transformer.vocab_size:
-        raise InputError(f"{where}: token id {highest} is past the {transformer.vocab_size} embeddings of config.json")
+    if highest != transformer.vocab_size - 1:
+        raise InputError(
+            f"{where}: its last letter has id {highest}, config.json has {transformer.vocab_size} embeddings; "
+            "v1 and v2 number their tokens differently, use the model's own vocab.txt"
+        )
     for name, ours, theirs in (
         ("pad", vocabulary.pad_id, transformer.pad_token_id),
         ("mask", vocabulary.mask_id, transformer.mask_token_id),

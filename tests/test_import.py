@@ -1,0 +1,25 @@
+"""The start-up path."""
+
+import json
+import subprocess
+import sys
+
+MEASURE = """
+import json, sys, time
+import jax
+start = time.process_time()
+import bioscan_jax
+seconds = time.process_time() - start
+from jax._src import xla_bridge
+heavy = [m for m in ("torch", "transformers", "lance", "lancedb", "wandb", "huggingface_hub") if m in sys.modules]
+print(json.dumps([seconds, heavy, len(xla_bridge._backends)]))
+"""
+
+
+def test_the_import_is_light_and_starts_no_backend():
+    """Under one second of processor time beyond jax itself."""
+    run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    seconds, heavy, backends = json.loads(run.stdout)
+    assert seconds < 1.0
+    assert heavy == []
+    assert backends == 0
