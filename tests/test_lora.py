@@ -86,17 +86,26 @@ def test_only_adapters_get_gradients_and_dropout_acts(model):
 
     direction = jnp.cos(jnp.arange(64.0))[None, None, :]
 
-    def loss(trainable, key, remat=True):
-        hidden = nnx.merge(graph, trainable, frozen).hidden_state(ids, key=key, remat=remat)
+    def loss(trainable, keys, remat=True):
+        hidden = nnx.merge(graph, trainable, frozen).hidden_state(ids, keys=keys, remat=remat)
         return jnp.sum(hidden * direction)
 
     gradient = jax.grad(loss)(trainable, None)
     assert jax.tree.structure(gradient) == jax.tree.structure(trainable)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
-    first, again, other = (loss(trainable, jax.random.key(k)) for k in (0, 0, 1))
+    first, again, other = (loss(trainable, jax.random.split(jax.random.key(k), len(ids))) for k in (0, 0, 1))
     assert first == again != other
     kept = jax.grad(lambda t: loss(t, None, remat=False))(trainable)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), kept, gradient)
+
+
+def test_what_is_dropped_for_a_row_does_not_depend_on_its_batch(model):
+    add_adapters(model, dataclasses.replace(EVERY, dropout=0.5), nnx.Rngs(0))
+    randomised(model)
+    ids, keys = jnp.asarray(rows(model.config)), jax.random.split(jax.random.key(0), 4)
+    whole = model.hidden_state(ids, keys=keys)
+    part = model.hidden_state(ids[2:], keys=keys[2:])
+    np.testing.assert_allclose(part, whole[2:], rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_are_stacked_with_the_layers(model):

@@ -6,15 +6,19 @@ float32; LayerNorm, softmax and rotary positions are float32.
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key
 
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.sharding import Axes
+
+RowKeys: TypeAlias = Key[Array, " b"]
+"""One random key a row of the batch: what is drawn for a row depends on nothing else in its batch."""
 
 
 class Linear(nnx.Module):
@@ -40,8 +44,8 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (inputs, *shape), dtype), logical_axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes[1:]) if bias else None
 
-    def __call__(self, x: Float[Array, "b s d"], key: PRNGKeyArray | None = None) -> Float[Array, "b s ..."]:
-        """Applies the layer in the kernel's dtype; `key` is for adapters around it."""
+    def __call__(self, x: Float[Array, "b s d"], keys: RowKeys | None = None) -> Float[Array, "b s ..."]:
+        """Applies the layer in the kernel's dtype; `keys` are for adapters around it."""
         kernel = self.kernel[...]
         x = x.astype(kernel.dtype)
         y = jax.lax.dot_general(x, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -101,14 +105,14 @@ class Attention(nnx.Module):
         x: Float[Array, "b s d"],
         mask: Bool[Array, "b s"],
         rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
-        key: PRNGKeyArray | None = None,
+        keys: RowKeys | None = None,
     ) -> Float[Array, "b s d"]:
         """Attends densely, in the dtype of the residual stream; logits and softmax in float32."""
         b, s, d = x.shape
-        keys = _split(key, 4)
+        of = _split(keys, 4)
         q, k, v = (
             projection(x, one).reshape(b, s, self.heads, self.head_dim)
-            for projection, one in zip((self.query, self.key, self.value), keys[:3], strict=True)
+            for projection, one in zip((self.query, self.key, self.value), of[:3], strict=True)
         )
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
@@ -119,7 +123,7 @@ class Attention(nnx.Module):
             mask=mask[:, None, None, :],
             scale=1.0 / math.sqrt(self.head_dim),
         )
-        return self.output(attended.reshape(b, s, d), keys[3])
+        return self.output(attended.reshape(b, s, d), of[3])
 
 
 class FeedForward(nnx.Module):
@@ -132,13 +136,13 @@ class FeedForward(nnx.Module):
         self.down = Linear(f, d, axes=("mlp", "hidden"), bias=bias, config=config, dtype=dtype, rngs=rngs)
         self.gated = config.gated
 
-    def __call__(self, x: Float[Array, "b s d"], key: PRNGKeyArray | None = None) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], keys: RowKeys | None = None) -> Float[Array, "b s d"]:
         """Expands, activates in float32, projects back."""
-        keys = _split(key, 2)
-        up = self.up(x, keys[0])
+        of = _split(keys, 2)
+        up = self.up(x, of[0])
         if self.gated:
-            return self.down(jax.nn.silu(up[:, :, 0]) * up[:, :, 1], keys[1])
-        return self.down(jax.nn.gelu(up, approximate=False), keys[1])
+            return self.down(jax.nn.silu(up[:, :, 0]) * up[:, :, 1], of[1])
+        return self.down(jax.nn.gelu(up, approximate=False), of[1])
 
 
 class Layer(nnx.Module):
@@ -155,14 +159,19 @@ class Layer(nnx.Module):
         x: Float[Array, "b s d"],
         mask: Bool[Array, "b s"],
         rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
-        key: PRNGKeyArray | None = None,
+        keys: RowKeys | None = None,
     ) -> Float[Array, "b s d"]:
-        """The residual stream keeps the dtype of `x`; each sum is formed in float32; `key` is for adapters."""
-        keys = _split(key, 2)
-        attended = self.attention(self.attention_norm(x), mask, rotary, keys[0])
+        """The residual stream keeps the dtype of `x`; each sum is formed in float32; `keys` are for adapters."""
+        of = _split(keys, 2)
+        attended = self.attention(self.attention_norm(x), mask, rotary, of[0])
         x = (x.astype(jnp.float32) + attended).astype(x.dtype)
-        return (x.astype(jnp.float32) + self.feed_forward(self.feed_forward_norm(x), keys[1])).astype(x.dtype)
+        return (x.astype(jnp.float32) + self.feed_forward(self.feed_forward_norm(x), of[1])).astype(x.dtype)
 
 
-def _split(key: PRNGKeyArray | None, parts: int) -> Sequence[PRNGKeyArray | None]:
-    return [None] * parts if key is None else list(jax.random.split(key, parts))
+def _split(keys: RowKeys | None, parts: int) -> Sequence[RowKeys | None]:
+    return [None] * parts if keys is None else list(split_rows(keys, parts))
+
+
+def split_rows(keys: RowKeys, parts: int) -> Key[Array, "parts b"]:
+    """Splits each row's key."""
+    return jax.vmap(lambda key: jax.random.split(key, parts), out_axes=1)(keys)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from bioscan_jax import config
 from bioscan_jax.errors import InputError
-from bioscan_jax.model.layers import Linear
+from bioscan_jax.model.layers import Linear, RowKeys
 from bioscan_jax.model.transformer import NucleotideTransformer
 
 TARGETS: dict[str, tuple[str, str]] = {
@@ -39,12 +39,12 @@ class LoRALinear(nnx.Module):
         self.b = nnx.LoRAParam(jnp.zeros((layers, rank, *outputs), jnp.float32), logical_axes=(None, *axes[1:]))
         self.scaling, self.dropout = alpha / rank, dropout
 
-    def __call__(self, x: Float[Array, "b s d"], key: PRNGKeyArray | None = None) -> Float[Array, "b s ..."]:
-        """Adds the adapter in float32; without a key nothing is dropped."""
+    def __call__(self, x: Float[Array, "b s d"], keys: RowKeys | None = None) -> Float[Array, "b s ..."]:
+        """Adds the adapter in float32; without keys nothing is dropped."""
         y = self.base(x)
         x = x.astype(jnp.float32)
-        if key is not None and self.dropout > 0.0:
-            kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+        if keys is not None and self.dropout > 0.0:
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.dropout, x.shape[1:]))(keys)
             x = jnp.where(kept, x / (1.0 - self.dropout), 0.0)
         low = jax.lax.dot_general(x, self.a[...], (((2,), (0,)), ((), ())))
         return y + self.scaling * jax.lax.dot_general(low, self.b[...], (((2,), (0,)), ((), ())))

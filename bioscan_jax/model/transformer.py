@@ -1,15 +1,16 @@
 """The Nucleotide Transformer: token ids to hidden states, and the masked-language-model head."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from bioscan_jax.model.config import TransformerConfig
-from bioscan_jax.model.layers import Layer, LayerNorm, Linear, rotary_tables
+from bioscan_jax.model.layers import Layer, LayerNorm, Linear, RowKeys, rotary_tables, split_rows
 from bioscan_jax.sharding import Layout
 
 TRAINED_MASK_FRACTION = 0.15 * 0.8
@@ -40,6 +41,8 @@ class NucleotideTransformer(nnx.Module):
         init = jax.nn.initializers.normal(config.initializer_range)
         d = config.hidden_size
         self.config = config
+        # Float32 products also on TPU and GPU, whose "default" is fewer bits (on a TPU, one bfloat16 pass).
+        self.float32_products: Literal["highest", "default"] = "highest"
         self.word_embeddings = nnx.Param(
             init(rngs.params(), (config.vocab_size, d), dtype), logical_axes=("vocab", "hidden")
         )
@@ -91,7 +94,7 @@ class NucleotideTransformer(nnx.Module):
         *,
         layer: int = -1,
         layout: Layout | None = None,
-        key: PRNGKeyArray | None = None,
+        keys: RowKeys | None = None,
         remat: bool = False,
     ) -> Float[Array, "b s d"]:
         """The states after one layer.
@@ -101,14 +104,14 @@ class NucleotideTransformer(nnx.Module):
             layer: 0 for the embeddings, k for the residual stream after k layers, -1 (or the number of layers) for
                 the last states, after the final LayerNorm.
             layout: Where parameters and activations live; None for a single device.
-            key: Of the adapters' dropout; None for none.
+            keys: Of the adapters' dropout; None for none.
             remat: Keep only each layer's input for the backward pass and compute the rest again.
 
         Raises:
             InputError: `layer` is out of range.
         """
         depth = self.config.resolve_layer(layer)
-        x, _ = self._run(ids, depth, layout, lambda x: None, key, remat)
+        x, _ = self._run(ids, depth, layout, lambda x: None, keys, remat)
         return self.normalise(x, layout) if depth == self.config.num_hidden_layers else x
 
     def hidden_states(self, ids: Int[Array, "b s"]) -> Float[Array, "layers_plus_1 b s d"]:
@@ -132,8 +135,8 @@ class NucleotideTransformer(nnx.Module):
 
     @property
     def matmul_precision(self) -> str:
-        """Float32 parameters ask for float32 products also on TPU and GPU, whose default is fewer bits."""
-        return "highest" if self.word_embeddings.dtype == jnp.float32 else "default"
+        """Of the products: bfloat16 parameters have only one."""
+        return self.float32_products if self.word_embeddings.dtype == jnp.float32 else "default"
 
     def normalise(self, x: Float[Array, "b s d"], layout: Layout | None = None) -> Float[Array, "b s d"]:
         """The final LayerNorm, in float32."""
@@ -149,7 +152,7 @@ class NucleotideTransformer(nnx.Module):
         depth: int,
         layout: Layout | None,
         keep: Callable,
-        key: PRNGKeyArray | None = None,
+        keys: RowKeys | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "kept b s d"] | None]:
         mask = ids != self.config.pad_token_id
@@ -160,14 +163,16 @@ class NucleotideTransformer(nnx.Module):
         if depth < self.config.num_hidden_layers:
             stack = jax.tree.map(lambda p: p[:depth], stack)
 
-        keys = None if key is None else jax.random.split(key, depth)
+        of_layers = None if keys is None else split_rows(keys, depth)
 
-        def step(x: Array, layer: tuple[nnx.State, PRNGKeyArray | None]) -> tuple[Array, Array | None]:
-            state, layer_key = layer
+        def step(x: Array, layer: tuple[nnx.State, RowKeys | None]) -> tuple[Array, Array | None]:
+            state, layer_keys = layer
             if layout is not None:
                 x, state = layout.on_batch(x), layout.gather(state)
-            x = nnx.merge(graph, state)(x, mask, rotary, layer_key)
+            x = nnx.merge(graph, state)(x, mask, rotary, layer_keys)
             return x, keep(x)
 
         with jax.default_matmul_precision(self.matmul_precision):
-            return jax.lax.scan(jax.checkpoint(step) if remat else step, self.embed_tokens(ids, layout), (stack, keys))
+            return jax.lax.scan(
+                jax.checkpoint(step) if remat else step, self.embed_tokens(ids, layout), (stack, of_layers)
+            )
