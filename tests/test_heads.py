@@ -12,6 +12,7 @@ from scipy.special import log_softmax, logsumexp
 from taxa import flat_tree, random_labels, random_tree
 
 from bioscan_jax import config
+from bioscan_jax.model import heads
 from bioscan_jax.model.heads import MarginalHead, RankLogits, make_head, padded, predict
 from bioscan_jax.sharding import make_layout
 from bioscan_jax.taxonomy import RANKS
@@ -258,8 +259,11 @@ def test_100_000_species_are_split_over_eight_devices(kind):
     assert memory.temp_size_in_bytes < parameters / 8
 
 
+@pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_devices_do_not_change_the_loss_or_the_gradient(kind):
+def test_devices_do_not_change_the_loss_or_the_gradient(kind, split, monkeypatch):
+    if split:
+        monkeypatch.setattr(heads, "SPLIT_FROM", 0)
     results = []
     x, labels = vectors(8), random_labels(1, TREE, 8)
     for devices in (1, 2, 8):
@@ -267,7 +271,7 @@ def test_devices_do_not_change_the_loss_or_the_gradient(kind):
         step, abstract = gradient_step(kind, TREE, WIDTH, layout)
         state = jax.tree.map(lambda p, at: jax.device_put(p, at.sharding), nnx.state(head_of(kind)), abstract)
         kernel = jax.tree.leaves(state)[-1]
-        assert kernel.addressable_shards[0].data.shape == (WIDTH, kernel.shape[1] // devices)
+        assert kernel.addressable_shards[0].data.shape == (WIDTH, kernel.shape[1] // (devices if split else 1))
         value, gradients = step(state, jax.device_put(x, layout.batched(2)), jax.device_put(labels, layout.batched(2)))
         results.append(jax.device_get((value, gradients)))
     for other in results[1:]:

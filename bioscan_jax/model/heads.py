@@ -1,8 +1,10 @@
 """Heads that give log-probabilities of the taxa at each of the seven ranks, and the predictions read from them.
 
 The class axis is padded to a multiple of 128, so that a checkpoint restores on any such number of devices; padding
-has log-probability -inf and gets no gradient. With many species the class axis is split over the devices (logical axis
-`taxa`): each keeps its share of the kernel and of the logits, and the small pooled vectors are gathered instead.
+has log-probability -inf and gets no gradient. From `SPLIT_FROM` classes on the class axis is split over the devices
+(logical axis `taxa`): each keeps its share of the kernel and of the logits, and the small pooled vectors are gathered
+instead. Below that the kernel is whole on each device, the logits are split along the batch like all else, and nothing
+but the kernel's gradient is ever sent.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,10 @@ from bioscan_jax.taxonomy import RANKS
 HeadKind = Literal["independent", "marginal"]
 CLASS_MULTIPLE = 128
 """Class axes are padded to a multiple of this."""
-_CLASSES: Axes = (None, "taxa")
+SPLIT_FROM = 32_768
+"""Classes whose kernel, at 2,560 features with its gradient and two moments, takes 1.3 GB."""
+_SPLIT: Axes = (None, "taxa")
+_WHOLE: Axes = (None, None)
 
 
 class RankLogits(NamedTuple):
@@ -61,13 +66,15 @@ class Classes(nnx.Module):
     def __init__(self, inputs: int, classes: int, *, multiple: int, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(0.02)
         self.classes = classes
-        self.linear = Dense(inputs, padded(classes, multiple), axes=_CLASSES, init=init, rngs=rngs)
+        self.split = padded(classes, multiple) >= SPLIT_FROM
+        axes = _SPLIT if self.split else _WHOLE
+        self.linear = Dense(inputs, padded(classes, multiple), axes=axes, init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d"], layout: Layout | None) -> Float32[Array, "b padded"]:
         """Log-probabilities; -inf in the padding."""
-        if layout is not None:
+        if layout is not None and self.split:
             x = jax.lax.with_sharding_constraint(x, layout.replicated())
-        logits = _split_classes(self.linear(x), layout)
+        logits = _placed(self.linear(x), layout, self.split)
         if not self.classes:
             return jnp.full_like(logits, -jnp.inf)
         real = jnp.arange(logits.shape[1]) < self.classes
@@ -103,16 +110,16 @@ class MarginalHead(nnx.Module):
 
     def __call__(self, pooled: Float[Array, "b d"], layout: Layout | None = None) -> RankLogits:
         """Log-probabilities of the taxa."""
-        groups, found = self.leaves(pooled, layout), []
+        groups, found, split = self.leaves(pooled, layout), [], self.leaves.split
         for level in self.tree.levels:
             if level.group_of is not None:
                 width = padded(level.groups, self.multiple)
                 groups = _segment_logsumexp(groups, level.group_of, level.groups, width)
-                groups = _split_classes(groups, layout)
+                groups = _placed(groups, layout, split)
             width = padded(len(level.taxa), self.multiple)
             index = np.pad(level.taxa, (0, width - len(level.taxa)), constant_values=groups.shape[1])
             taxa = jnp.take(groups, index, axis=1, mode="fill", fill_value=-jnp.inf)
-            found.append(_split_classes(taxa, layout))
+            found.append(_placed(taxa, layout, split))
         return RankLogits(tuple(reversed(found)))
 
 
@@ -132,8 +139,11 @@ def make_head(
     return head(hidden_size, tree, rngs=rngs, multiple=multiple)
 
 
-def _split_classes(x: Float[Array, "b padded"], layout: Layout | None) -> Float[Array, "b padded"]:
-    return x if layout is None else jax.lax.with_sharding_constraint(x, layout.stored(_CLASSES))
+def _placed(x: Float[Array, "b padded"], layout: Layout | None, split: bool) -> Float[Array, "b padded"]:
+    """Split along the classes, or along the batch."""
+    if layout is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, layout.stored(_SPLIT) if split else layout.batched(2))
 
 
 def _segment_logsumexp(
