@@ -23,6 +23,8 @@ class Model:
     """Parameters and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
     seed: int = 0
     """Seed of random:PRESET weights; not used for a real checkpoint."""
+    adapter: str | None = None
+    """Directory with a LoRA adapter for this checkpoint, in PEFT's format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,3 +159,136 @@ class LoRA:
         _at_least("lora.rank", self.rank, 1)
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"--lora.dropout {self.dropout} is outside 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The labelled barcodes to train on, and which of them are kept aside."""
+
+    path: str
+    """Parquet: a file, a directory, a glob or an fsspec URL; with `taxonomy` or the seven rank columns."""
+    sequence_column: str = "dna_sequence"
+    """Column with the DNA."""
+    id_column: str = "sequence_id"
+    """Column with unique ids; where there is no `sequence_id`, ids are FILE:ROW."""
+    max_tokens: int | None = None
+    """Longest row of tokens, CLS included; the model's own limit if absent. Longer sequences are cut."""
+    split: Literal["random", "held_out_species", "held_out_genera"] = "random"
+    """What validation and test rows have that training rows have not: the sequence, the species, the genus."""
+    split_column: str | None = None
+    """Column that says train, validation, test or unused; then `split` and the shares are not used."""
+    validation: float = 0.1
+    """Share of the distinct sequences (or taxa) to validate on."""
+    test: float = 0.0
+    """Share of them kept for a test; no training run looks at these."""
+    split_seed: int = 0
+    """Another seed keeps other rows aside."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.max_tokens", self.max_tokens, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What training minimises."""
+
+    objective: Literal["taxonomy", "mlm"] = "taxonomy"
+    """The seven ranks of each barcode, or its masked 6-mers (then no labels are read)."""
+    head: Literal["marginal", "independent"] = "marginal"
+    """One softmax over the finest taxa, summed up the tree; or one softmax a rank."""
+    pooling: Literal["mean", "mean_no_cls", "cls", "max"] = "mean"
+    """Over the tokens; the vector that the heads see."""
+    rank_weights: tuple[float, float, float, float, float, float, float] = (2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.6)
+    """Kingdom to species."""
+    metadata: bool = False
+    """Also predict the ranks from depth, latitude and longitude."""
+    metadata_weight: float = 0.3
+    """Share of the metadata's loss in the total."""
+    mask_rate: float = 0.15
+    """Share of the tokens to be predicted by mlm."""
+
+    def __post_init__(self) -> None:
+        if min(self.rank_weights) < 0 or not any(self.rank_weights):
+            raise InputError(f"--loss.rank_weights {list(self.rank_weights)} must be at least 0, and not all 0")
+        for flag, share in (("metadata_weight", self.metadata_weight), ("mask_rate", self.mask_rate)):
+            if not 0.0 < share < 1.0:
+                raise InputError(f"--loss.{flag} {share} is outside 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How training goes."""
+
+    mode: Literal["lora", "full"] = "lora"
+    """Adapters on a frozen model, or all of its weights (kept in float32)."""
+    epochs: int = 10
+    """Passes over the training rows."""
+    batch_size: int = 32
+    """Barcodes of one optimizer step, over all devices."""
+    learning_rate: float = 2e-4
+    """After the warm-up; AdamW."""
+    warmup_steps: int = 500
+    """Linear from 0; a cosine down to 0 at the last step follows."""
+    weight_decay: float = 0.01
+    """Not on biases and norms."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    batch_tokens: int = 16384
+    """Tokens per data device worked at once, padding included; a larger batch is accumulated in equal parts."""
+    max_shapes: int = 4
+    """Compiled widths at most."""
+    remat: Literal["none", "layer"] = "none"
+    """layer keeps only each layer's input for the backward pass: less memory, a third more work."""
+    reverse_complement: float = 0.5
+    """Share of the barcodes turned to the other strand, drawn anew each epoch."""
+    subsequence: float = 0.5
+    """Share of the barcodes cut to a random stretch, drawn anew each epoch; ends come in any phase."""
+    shortest: int = 150
+    """Bases of such a stretch at least."""
+    balance: Literal["none", "kingdom", "phylum", "class", "order", "family", "genus", "species"] = "none"
+    """Draw rows with replacement so that the taxa of this rank come equally often."""
+    patience: int | None = None
+    """Stop after this many epochs without a lower validation loss."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    seed: int = 0
+    """Of the new parameters, the order of rows, augmentation, dropout and masking."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_shapes", "log_every", "patience", "shortest"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.warmup_steps", self.warmup_steps, 0)
+        _at_least("train.batch_tokens", self.batch_tokens, 2)
+        for name in ("learning_rate", "clip_norm"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise InputError(f"--train.{name} {getattr(self, name)} must be more than 0")
+        for name in ("reverse_complement", "subsequence"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"--train.{name} {getattr(self, name)} is outside 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When the state of training is saved; it always is at a SIGTERM and at the end."""
+
+    every_minutes: float = 30.0
+    """Wall time between two checkpoints."""
+    keep: int = 2
+    """The newest ones kept; the best state is kept beside them."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.keep", self.keep, 1)
+        if not self.every_minutes >= 0:
+            raise InputError(f"--checkpoint.every_minutes {self.every_minutes} must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """Weights & Biases; metrics.jsonl and curves.png are written in any case."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto is online where WANDB_API_KEY or a login is found, offline elsewhere."""
+    project: str = "bioscan_jax"
+    """Project of the dashboard."""
+    name: str | None = None
+    """Name of the run; Weights & Biases invents one if absent."""

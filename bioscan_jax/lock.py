@@ -157,12 +157,13 @@ def _holder(descriptor: int) -> str:
 
 
 @contextmanager
-def writer_lock(uri: str, table: str) -> Iterator[None]:
+def writer_lock(uri: str, table: str, *, kind: str = "table") -> Iterator[None]:
     """Holds the lock of one table; the kernel lets go of it when the process ends, however it ends.
 
     Args:
         uri: Database directory, made if absent, or object-store URL.
-        table: Name of the vector table.
+        table: Name of the vector table, or of what else is written there.
+        kind: What messages call it.
 
     Raises:
         InputError: another process holds it (named), or the file system has no locks or cannot be written.
@@ -177,7 +178,7 @@ def writer_lock(uri: str, table: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in _HELD:
                 mend = "wait for it or stop it, then run the same command again"
-                raise InputError(f"{uri}: table {table} is being written by {_holder(descriptor)}; {mend}") from error
+                raise InputError(f"{uri}: {kind} {table} is being written by {_holder(descriptor)}; {mend}") from error
             mend = "write to a local disk, then copy"
             raise InputError(f"{path}: this file system has no locks ({error}); {mend}") from error
         command = shlex.join(sys.orig_argv)
@@ -221,7 +222,8 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, json.dumps(value)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The dotted names of what differs between two plans' facts, with both values, as one line; "" if nothing."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     changed = [name for name in sorted(before | after) if before.get(name) != after.get(name)]
 
@@ -252,8 +254,8 @@ def check_origin(path: str, found: pa.Schema, wanted: pa.Schema, mend: str) -> N
             {**json.loads(m["plan_facts"]), "table": {key: int(m[key]) for key in ("rows", "block_rows")}}
             for m in (old, new)
         ]
-        raise InputError(f"{path} was made by another plan: {_differences(facts[0], facts[1])}; {mend}")
+        raise InputError(f"{path} was made by another plan: {differences(facts[0], facts[1])}; {mend}")
     types = [{field.name: str(field.type) for field in schema} for schema in (found, wanted)]
     if list(types[0].items()) != list(types[1].items()):
-        changed = _differences(types[0], types[1]) or "their order"
+        changed = differences(types[0], types[1]) or "their order"
         raise InputError(f"{path} was made with other columns: {changed}; {mend}")

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from taxa import random_labels, random_tree
 
+from bioscan_jax.data.metadata import check_metadata
 from bioscan_jax.errors import InputError
-from bioscan_jax.model.metadata import MetadataEncoder, check_metadata, metadata_features
+from bioscan_jax.model.metadata import MetadataEncoder, metadata_features
 from bioscan_jax.train.losses import rank_losses, total_loss
 
 NAN = math.nan

@@ -99,17 +99,21 @@ def make_batches(tokens: TokenRows, shapes: Sequence[BatchShape], *, cls: int, p
             wider = 0 if last else shapes[used[position + 1]].tokens - shape.tokens
             if last or (shape.rows - len(waiting)) * shape.tokens <= len(waiting) * wider:
                 full, waiting = len(rows), rows[:0]
-        batches += [
-            _pad(tokens, rows[s : min(s + shape.rows, full)], shape, cls, pad) for s in range(0, full, shape.rows)
-        ]
+        for start in range(0, full, shape.rows):
+            chosen = rows[start : min(start + shape.rows, full)]
+            ids = pad_rows(tokens, chosen, shape.rows, shape.tokens, cls=cls, pad=pad)
+            batches.append(TokenBatch(ids, chosen))
     return batches
 
 
-def _pad(tokens: TokenRows, rows: Int[np.ndarray, " used"], shape: BatchShape, cls: int, pad: int) -> TokenBatch:
-    ids = np.full((shape.rows, shape.tokens), pad, np.int32)
+def pad_rows(
+    tokens: TokenRows, chosen: Int[np.ndarray, " used"], rows: int, width: int, *, cls: int, pad: int
+) -> Int[np.ndarray, "rows width"]:
+    """Some rows as a rectangle, padded on the right and cut at its width; rows past them hold CLS alone."""
+    ids = np.full((rows, width), pad, np.int32)
     ids[:, 0] = cls
-    column = np.arange(shape.tokens)
-    real = column < tokens.lengths[rows][:, None]
-    index = tokens.offsets[rows][:, None] + column
-    ids[: len(rows)][real] = tokens.ids[index[real]]
-    return TokenBatch(ids, rows)
+    column = np.arange(width)
+    real = column < tokens.lengths[chosen][:, None]
+    index = tokens.offsets[chosen][:, None] + column
+    ids[: len(chosen)][real] = tokens.ids[index[real]]
+    return ids
