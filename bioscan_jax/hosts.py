@@ -87,6 +87,12 @@ def gather_bytes(payload: bytes) -> Sequence[bytes]:
     return every
 
 
+def agree(*flags: bool) -> tuple[bool, ...]:
+    """Each flag as it is on any process; the rules of `gather_bytes` hold."""
+    every = gather_bytes(bytes(flags))
+    return tuple(any(one) for one in zip(*every, strict=True))
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """Tells the other processes when this one fails, so that their `gather_bytes` raises within a second.

@@ -39,7 +39,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(what: str = "block") -> Iterator[StopRequest]:
     """Turns the first SIGINT or SIGTERM into a request to stop; a second SIGINT is handled as it was before.
 
     Python's own way with SIGINT is KeyboardInterrupt; the scripts leave at once. Outside the main thread, where Python cannot take signals, the request is never set.
@@ -56,7 +56,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         stop.set(number)
         if sys.stderr is not None:
             with suppress(OSError):  # sys.stderr itself may be in the middle of a write, and cannot be entered twice
-                os.write(2, b"\nstopping after the block in hand\n")
+                os.write(2, f"\nstopping after the {what} in hand\n".encode())
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:

@@ -49,6 +49,10 @@ class Layout:
         """An array of this rank whose first axis is the batch."""
         return NamedSharding(self.mesh, P("data", *(None,) * (rank - 1)))
 
+    def accumulated(self, rank: int) -> NamedSharding:
+        """An array of this rank whose first axis is worked in turn, the second being the batch."""
+        return NamedSharding(self.mesh, P(None, "data", *(None,) * (rank - 2)))
+
     def replicated(self) -> NamedSharding:
         """The same array on every device."""
         return NamedSharding(self.mesh, P())

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 
 import jax
 
@@ -99,10 +100,11 @@ class RunSummary:
         shapes = ", ".join(f"{rows}x{tokens}" for rows, tokens in self.shapes) or "none"
         flops = self.model_flops / max(self.seconds["total"] - self.seconds["load"] - self.seconds["compile"], 1e-9)
         device = f", device {_gib(self.peak_device_bytes)}" if self.peak_device_bytes is not None else ""
+        adapter = f" with the adapter {self.provenance['adapter']}" if self.provenance["adapter"] else ""
         stages = ", ".join(f"{name} {s:.1f}" for name, s in self.seconds.items())
         lines = {
             "table": self.table,
-            "model": f"{self.provenance['model']}, {self.provenance['dtype']}",
+            "model": f"{self.provenance['model']}{adapter}, {self.provenance['dtype']}",
             "rows": f"{self.rows:,}{resumed}",
             "vectors": f"{self.vectors:,} in the table; this run embedded {counts.distinct:,} distinct sequences",
             "rejects": f"{self.rejects:,} in the rejects table; this run: {rejects}",
@@ -141,6 +143,21 @@ def peak_device_bytes() -> int | None:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) if peaks else None
+
+
+def device_bytes_in_use() -> int | None:
+    """Memory in use now on the fullest local device, where the platform tells."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    used = [s["bytes_in_use"] for s in stats if "bytes_in_use" in s]
+    return max(used) if used else None
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; its peak where the system has no /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_host_bytes()
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,50 @@
+"""Fine-tunes a model on labelled DNA barcodes; the same command goes on where it stopped."""
+
+from command import run
+
+from bioscan_jax import config
+
+
+def main(
+    model: config.Model,
+    data: config.Examples,
+    output_dir: str,
+    lora: config.LoRA = config.LoRA(),  # noqa: B008 - frozen
+    loss: config.Loss = config.Loss(),  # noqa: B008
+    train: config.Train = config.Train(),  # noqa: B008
+    checkpoint: config.Checkpoint = config.Checkpoint(),  # noqa: B008
+    tracking: config.Tracking = config.Tracking(),  # noqa: B008
+    mesh: config.Mesh = config.Mesh(),  # noqa: B008
+    simulate: config.Simulate | None = None,
+) -> None:
+    """Fine-tune a model on labelled DNA barcodes; the same command goes on where it stopped.
+
+    Args:
+        model: Which weights to start from.
+        data: Which barcodes, and which of them are kept aside.
+        output_dir: The run's directory: checkpoints, label space, metrics, curves.
+        lora: The adapters.
+        loss: What is minimised.
+        train: How training goes.
+        checkpoint: How often the state is saved.
+        tracking: Weights & Biases.
+        mesh: Which devices.
+        simulate: Make simulated barcodes at data.path first.
+    """
+    import jax
+
+    from bioscan_jax.finetune import finetune
+    from bioscan_jax.simulate import write_simulated
+
+    if simulate is not None:
+        write_simulated(data.path, **vars(simulate))
+        print(f"{data.path}: SIMULATED barcodes, evolved along a random tree; not biology")
+    if model.checkpoint.startswith("random:"):
+        print(f"{model.checkpoint}: RANDOM weights, not trained before; adapters and heads learn on top of noise")
+    summary = finetune(model, data, output_dir, lora, loss, train, checkpoint, tracking, mesh)
+    if jax.process_index() == 0:
+        print(summary)
+
+
+if __name__ == "__main__":
+    run(main)
