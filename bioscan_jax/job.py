@@ -51,6 +51,7 @@ class Job:
     @property
     def plan(self) -> Plan:
         """All that decides the rows of the table and their values; devices and batching do not."""
+        adapter = self.loaded.provenance.adapter_sha256
         return Plan(
             {
                 "input": self.source.fingerprint,
@@ -66,6 +67,8 @@ class Job:
                     "dtype": self.loaded.provenance.dtype,
                     "vocabulary_sha256": self.loaded.vocabulary.sha256,
                     "config": dataclasses.asdict(self.loaded.config),
+                    # No key without an adapter: tables made before there were any still open.
+                    **({} if adapter is None else {"adapter_sha256": adapter}),
                 },
                 "embed": {
                     "pooling": self.embed.pooling,

@@ -33,6 +33,10 @@ class Provenance:
     """Of the weights."""
     dtype: str
     """Of the parameters in use."""
+    adapter: str | None = None
+    """Directory of the adapter in use, as the user named it."""
+    adapter_sha256: str | None = None
+    """Of what the adapter does to the numbers: its weights and their scaling."""
 
 
 def is_converted(directory: Path) -> bool:
@@ -68,10 +72,15 @@ def save(
     """Writes a directory that `--model.checkpoint` takes; the provenance file comes last and marks it whole.
 
     Raises:
-        InputError: The directory is there already, or cannot be written.
+        InputError: The model has an adapter, the directory is there already, or it cannot be written.
     """
     from orbax.checkpoint import v1 as ocp
 
+    if provenance.adapter is not None:
+        raise InputError(
+            f"--model.adapter {provenance.adapter!r} cannot be converted; convert the checkpoint alone and pass the "
+            "adapter where the vectors are made"
+        )
     if directory.exists() and any(directory.iterdir()):
         raise InputError(f"{directory}: not empty; choose another --output or remove it")
     trunk, head = _split(nnx.state(model))
@@ -82,7 +91,8 @@ def save(
         )
         (directory / "config.json").write_text(config.to_json())
         (directory / "vocab.txt").write_text(vocabulary.text())
-        record = {"format": FORMAT} | dataclasses.asdict(provenance)
+        facts = dataclasses.asdict(provenance).items()
+        record = {"format": FORMAT} | {k: v for k, v in facts if not k.startswith("adapter")}
         (directory / PROVENANCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{directory}: cannot be written ({error}); free space or choose another --output") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.model.converted import Provenance, is_converted, read_provenance, restore
 from bioscan_jax.model.origin import resolve
+from bioscan_jax.model.peft import Adapter, read_adapter
 from bioscan_jax.model.readers import sha256_of, weight_files
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.model.weights import load_model, random_model
@@ -32,6 +34,8 @@ class LoadedModel:
     vocabulary: Vocabulary
     layout: Layout
     provenance: Provenance
+    adapter: Adapter | None = None
+    """What is around its layers, if anything."""
 
 
 def read_vocabulary(directory: Path, transformer: TransformerConfig) -> Vocabulary:
@@ -72,17 +76,27 @@ def load(
     """Loads what `--model.checkpoint` names.
 
     A directory or hub id holds Hugging Face files, or what `scripts/convert.py` wrote. `random:PRESET` makes seeded
-    random weights of a known size.
+    random weights of a known size. `--model.adapter` puts an adapter around its layers, not merged.
 
     Args:
-        wanted: Checkpoint, revision, dtype, seed.
+        wanted: Checkpoint, revision, dtype, seed, adapter.
         layout: Where the parameters go.
         lm_head: Also load the masked-language-model head.
         on_bytes: Called with the number of file bytes just read.
 
     Raises:
-        InputError: Anything about the checkpoint is wrong.
+        InputError: Anything about the checkpoint or the adapter is wrong.
     """
+    loaded = _load_base(wanted, layout, lm_head, on_bytes)
+    if wanted.adapter is None:
+        return loaded
+    directory = Path(os.path.expanduser(wanted.adapter))
+    adapter = read_adapter(directory, loaded.model, layout, base=loaded.provenance)
+    provenance = dataclasses.replace(loaded.provenance, adapter=wanted.adapter, adapter_sha256=adapter.sha256)
+    return dataclasses.replace(loaded, provenance=provenance, adapter=adapter)
+
+
+def _load_base(wanted: config.Model, layout: Layout, lm_head: bool, on_bytes: Callable[[int], object]) -> LoadedModel:
     dtype = compute_dtype(wanted.dtype)
     if wanted.checkpoint.startswith(RANDOM):
         return _random(wanted, dtype, layout, lm_head)

@@ -29,7 +29,7 @@ FORMATS = (
 )
 """File a checkpoint is entered by, most preferred first."""
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -83,11 +83,11 @@ def list_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     entry = _entry(directory)
     if entry.suffix != ".json":
-        return {tensor.name: tensor for tensor in _list_file(entry)}
+        return {tensor.name: tensor for tensor in list_file(entry)}
     weight_map = _weight_map(entry)
     found: dict[str, StoredTensor] = {}
     for file in weight_files(directory):
-        for tensor in _list_file(file):
+        for tensor in list_file(file):
             if tensor.name in found:
                 raise InputError(
                     f"tensor {tensor.name!r} is in both {found[tensor.name].file} and {file}; download them again"
@@ -197,7 +197,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _list_file(file: Path) -> list[StoredTensor]:
+def list_file(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors or PyTorch file.
+
+    Raises:
+        InputError: It is damaged, or neither.
+    """
     try:
         with open(file, "rb") as opened:
             head = opened.read(32)
@@ -227,12 +232,12 @@ def _list_safetensors(file: Path) -> list[StoredTensor]:
     size = file.stat().st_size
     tensors = []
     for name, entry in header.items():
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise InputError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
         shape = tuple(entry["shape"])
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
-        tensor = StoredTensor(name, file, begin, _SAFETENSORS_DTYPES[entry["dtype"]], shape, strides)
+        tensor = StoredTensor(name, file, begin, SAFETENSORS_DTYPES[entry["dtype"]], shape, strides)
         tensors.append(_bounded(tensor, end, size))
     return tensors
 
