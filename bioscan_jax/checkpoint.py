@@ -73,15 +73,15 @@ class Checkpoints:
             )
         return Progress(**record)
 
-    def restore(self, step: int, abstract: Any) -> Any:
-        """The arrays of a step, each where its abstract counterpart says.
+    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The named trees of a step, each array where its abstract counterpart says.
 
         Raises:
             InputError: They cannot be read.
         """
         return _loaded(self._last, step, abstract, self._directory / LAST)
 
-    def save(self, progress: Progress, arrays: Any, *, wait: bool) -> None:
+    def save(self, progress: Progress, trees: dict[str, Any], *, wait: bool) -> None:
         """Begins to write a checkpoint, after waiting for the one before it; only `wait` stays until it is whole.
 
         Raises:
@@ -91,7 +91,7 @@ class Checkpoints:
         with _storage(self._directory / LAST):
             record = {"version": VERSION} | dataclasses.asdict(progress)
             self._pending = self._last.save_checkpointables_async(
-                progress.step, {"state": arrays}, custom_metadata=record, force=True, overwrite=True
+                progress.step, trees, custom_metadata=record, force=True, overwrite=True
             )
         if wait:
             self.wait()
@@ -155,15 +155,12 @@ def restore_params(directory: Path, which: str, abstract: dict[str, Any]) -> tup
         if checkpointer.latest is None:
             raise InputError(f"{path}: no checkpoint yet; let the run reach one, or pass --which last")
         step = checkpointer.latest.step
-        if which == "best":
-            with _storage(path):
-                return step, checkpointer.load_checkpointables(step, {"params": abstract})["params"]
         return step, _loaded(checkpointer, step, {"params": abstract}, path)["params"]
 
 
-def _loaded(checkpointer: Any, step: int, abstract: Any, path: Path) -> Any:
+def _loaded(checkpointer: Any, step: int, abstract: dict[str, Any], path: Path) -> dict[str, Any]:
     with _storage(path):
-        return checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+        return checkpointer.load_checkpointables(step, abstract)
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from bioscan_jax.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.labels import LabelSpace
 from bioscan_jax.lock import differences, local_directory, writer_lock
 from bioscan_jax.model.classifier import Arrays, flat, make_classifier
+from bioscan_jax.model.head_files import taxon_tree
 from bioscan_jax.model.load import LoadedModel, load
-from bioscan_jax.model.tree import TaxonTree
 from bioscan_jax.sharding import Layout, compute_dtype, make_layout, start_devices
 from bioscan_jax.summary import peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.taxonomy import RANKS
@@ -147,7 +147,7 @@ def finetune(
         examples = _prepare(source, data, loss, loaded, scratch, progress)
         facts = _facts(source, data, loaded, lora, loss, train, examples.space)
         if first:
-            _claim(directory, facts, loaded, examples.space)
+            _claim(directory, facts, model, loaded, examples.space)
         gather_bytes(b"")  # the others wait until the directory is process 0's
         learner = _learner(loaded, lora, loss, train, examples.space)
         batches = TrainingBatches(examples, train, loaded.vocabulary, _max_tokens(data, loaded))
@@ -269,7 +269,9 @@ def _facts(
     return json.loads(json.dumps(facts))
 
 
-def _claim(directory: Path, facts: dict[str, Any], loaded: LoadedModel, space: LabelSpace | None) -> None:
+def _claim(
+    directory: Path, facts: dict[str, Any], model: config.Model, loaded: LoadedModel, space: LabelSpace | None
+) -> None:
     """Makes the directory this run's, or checks that it is.
 
     Raises:
@@ -293,6 +295,7 @@ def _claim(directory: Path, facts: dict[str, Any], loaded: LoadedModel, space: L
         space.save(directory / LABEL_SPACE_FILE)
     record = {
         "decided_by": facts,
+        "model": {"checkpoint": model.checkpoint, "revision": model.revision, "seed": model.seed},
         "provenance": dataclasses.asdict(loaded.provenance),
         "versions": versions(),
     }
@@ -304,7 +307,7 @@ def _claim(directory: Path, facts: dict[str, Any], loaded: LoadedModel, space: L
 def _learner(
     loaded: LoadedModel, lora: config.LoRA, loss: config.Loss, train: config.Train, space: LabelSpace | None
 ) -> Learner:
-    tree = None if space is None else TaxonTree(tuple(map(len, space.names)), space.leaf_paths())
+    tree = None if space is None else taxon_tree(space)
     adapters = lora if train.mode == "lora" else None
     classifier = make_classifier(loaded.model, loss, adapters, tree, loaded.layout, seed=train.seed)
     vocabulary = loaded.vocabulary

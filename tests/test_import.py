@@ -11,7 +11,7 @@ start = time.process_time()
 import bioscan_jax
 seconds = time.process_time() - start
 from jax._src import xla_bridge
-heavy = [m for m in ("torch", "transformers", "lance", "lancedb", "wandb", "huggingface_hub") if m in sys.modules]
+heavy = [m for m in ("torch", "transformers", "lance", "lancedb", "wandb", "huggingface_hub", "matplotlib") if m in sys.modules]
 print(json.dumps([seconds, heavy, len(xla_bridge._backends)]))
 """
 

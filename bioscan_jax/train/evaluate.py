@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from bioscan_jax.data.training import ExampleBatch
+from bioscan_jax.hosts import agree
 from bioscan_jax.interrupt import StopRequest
 from bioscan_jax.model.classifier import Arrays
 from bioscan_jax.taxonomy import RANKS
@@ -39,7 +40,7 @@ class Evaluation:
             known += found.counts
             if loss.objective == "taxonomy":
                 counts = add_predictions(counts, found.predicted[: len(batch.labels)], batch.labels)
-            if stop:
+            if agree(bool(stop))[0]:
                 return None
         means = sums / np.maximum(known, 1.0)
         if loss.objective == "mlm":

@@ -88,7 +88,8 @@ def run(course: Course, state: State, progress: Progress, stop: StopRequest, bar
     with closing(_reader(course, progress)) as reader:
         while True:
             progress, over = _end_of_epoch(course, state, progress, stop)
-            over = over or (progress.step >= total and "all epochs done")
+            if progress.step >= total and (course.evaluate is None or progress.evaluated == total):
+                over = over or "all epochs done"
             asked, due = agree(bool(stop), time.monotonic() - saved >= 60.0 * course.checkpoint.every_minutes)
             if over or asked or (due and progress.step):
                 window.settle(pending, 0)
