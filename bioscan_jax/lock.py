@@ -255,7 +255,8 @@ def check_origin(path: str, found: pa.Schema, wanted: pa.Schema, mend: str) -> N
             for m in (old, new)
         ]
         raise InputError(f"{path} was made by another plan: {differences(facts[0], facts[1])}; {mend}")
-    types = [{field.name: str(field.type) for field in schema} for schema in (found, wanted)]
+    made = [field for field in found if b"annotated" not in (field.metadata or {})]
+    types = [{field.name: str(field.type) for field in fields} for fields in (made, wanted)]
     if list(types[0].items()) != list(types[1].items()):
         changed = differences(types[0], types[1]) or "their order"
         raise InputError(f"{path} was made with other columns: {changed}; {mend}")
