@@ -1,0 +1,293 @@
+"""Where a bundle lies: a directory or stick, an fsspec URL, or an rclone remote; files in it come and go whole."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from bioscan_jax.errors import InputError
+
+MOUNT_POINTS = ("/media", "/mnt", "/run/media", "/Volumes")
+"""Below these stand other disks; a directory there that is on no such disk is one that has been pulled."""
+UNFINISHED = ".unfinished"
+"""Directory for files that are being written."""
+_SYSTEM_DIRECTORY = re.compile(
+    r"System Volume Information|\.Spotlight-V100|\.Trashes|\.fseventsd|\.Trash-\d+|\$RECYCLE\.BIN|lost\+found"
+)
+"""What Windows, macOS and Linux put on every disk, often unreadable."""
+_RCLONE_NOT_FOUND = (3, 4)
+
+
+@contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    """Each driver has its own exceptions for a wrong bucket, a full disk, missing credentials or no network."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        raise InputError(f"{where}: the storage failed ({text}); mend it and run the same command again") from error
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory of this machine or of a stick; needs neither hard links nor modes."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """As the user knows it."""
+        return str(self.root)
+
+    def sizes(self) -> dict[str, int | None]:
+        """Bytes of every file but those that systems keep in directories of their own; links are not followed."""
+        found: dict[str, int | None] = {}
+        if not self.root.exists():
+            return found
+        with _one_line(self.name):
+            for directory, below, names in os.walk(self.root, onerror=_refuse):
+                below[:] = [name for name in below if not _SYSTEM_DIRECTORY.fullmatch(name)]
+                links = [name for name in below if (Path(directory) / name).is_symlink()]
+                for name in [*names, *links]:
+                    path = Path(directory) / name
+                    plain = path.is_file() and not path.is_symlink()
+                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size if plain else None
+        return found
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A directory on the same disk, emptied of what a killed process left."""
+        directory = self.root / UNFINISHED
+        with _one_line(self.name):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """The directory itself: nothing has to be copied."""
+        yield self.root
+
+    def put(self, file: Path, path: str) -> None:
+        """Moves a file to its path once its bytes are on the disk."""
+        goal = self.root / path
+        with _one_line(str(goal)):
+            _sync(file)
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, goal)
+            with suppress(OSError):  # not every file system can sync a directory
+                _sync(goal.parent)
+
+    def fetch(self, path: str, scratch: Path) -> Path:
+        """The file itself."""
+        return self.root / path
+
+    def remove(self, path: str) -> None:
+        """Removes a file if it is there."""
+        with _one_line(self.name):
+            (self.root / path).unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        """Room on the disk for this user."""
+        with _one_line(self.name):
+            return shutil.disk_usage(self.root if self.root.is_dir() else self.root.parent).free
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="bioscan_jax-") as directory:
+        yield Path(directory)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What an fsspec URL names."""
+
+    url: str
+    filesystem: fsspec.AbstractFileSystem
+    root: str
+
+    @property
+    def name(self) -> str:
+        """As the user knows it."""
+        return self.url
+
+    def sizes(self) -> dict[str, int | None]:
+        """Bytes of every file."""
+        with _one_line(self.name):
+            self.filesystem.invalidate_cache()
+            if not self.filesystem.exists(self.root):
+                return {}
+            found = cast(dict[str, dict], self.filesystem.find(self.root, detail=True))
+        start = len(self.root.rstrip("/")) + 1
+        return {path[start:]: info["size"] for path, info in found.items()}
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A temporary directory."""
+        return _temporary()
+
+    scratch = staging
+
+    def put(self, file: Path, path: str) -> None:
+        """Uploads a file and removes it here."""
+        goal = f"{self.root.rstrip('/')}/{path}"
+        with _one_line(f"{self.name}/{path}"):
+            self.filesystem.makedirs(goal.rsplit("/", 1)[0], exist_ok=True)
+            self.filesystem.put_file(str(file), goal)
+            file.unlink()
+
+    def fetch(self, path: str, scratch: Path) -> Path:
+        """Downloads a file."""
+        local = scratch / "fetched"
+        with _one_line(f"{self.name}/{path}"):
+            self.filesystem.get_file(f"{self.root.rstrip('/')}/{path}", str(local))
+        return local
+
+    def remove(self, path: str) -> None:
+        """Removes a file if it is there."""
+        with _one_line(self.name), suppress(FileNotFoundError):
+            self.filesystem.rm_file(f"{self.root.rstrip('/')}/{path}")
+
+    def free_bytes(self) -> int | None:
+        """Buckets do not say."""
+        return None
+
+
+@dataclass(frozen=True)
+class Remote:
+    """REMOTE:PATH of an rclone configuration, through the rclone program."""
+
+    remote: str
+
+    @property
+    def name(self) -> str:
+        """As the user knows it."""
+        return f"rclone:{self.remote}"
+
+    def _run(self, *arguments: str, missing_ok: bool = False) -> str | None:
+        if (program := shutil.which("rclone")) is None:
+            raise InputError(f"{self.name}: rclone is not installed; get it from your distribution or rclone.org")
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode == 0:
+            return done.stdout
+        if missing_ok and done.returncode in _RCLONE_NOT_FOUND:
+            return None
+        said = " ".join((done.stderr.strip().splitlines() or [""])[-1].split())[:300]
+        raise InputError(f"{self.name}: rclone {arguments[0]} failed ({said}); mend it and run the same command again")
+
+    def _at(self, path: str) -> str:
+        return f"{self.remote}{path}" if self.remote.endswith((":", "/")) else f"{self.remote}/{path}"
+
+    def sizes(self) -> dict[str, int | None]:
+        """Bytes of every file."""
+        listed = self._run("lsjson", "--recursive", "--files-only", self.remote, missing_ok=True)
+        return {entry["Path"]: entry["Size"] for entry in json.loads(listed or "[]")}
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A temporary directory."""
+        return _temporary()
+
+    scratch = staging
+
+    def put(self, file: Path, path: str) -> None:
+        """Uploads a file and removes it here; rclone compares the checksums."""
+        self._run("moveto", str(file), self._at(path))
+
+    def fetch(self, path: str, scratch: Path) -> Path:
+        """Downloads a file."""
+        local = scratch / "fetched"
+        self._run("copyto", "--ignore-times", self._at(path), str(local))
+        return local
+
+    def remove(self, path: str) -> None:
+        """Removes a file if it is there."""
+        self._run("deletefile", self._at(path), missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        """What the remote says, if it does."""
+        try:
+            return json.loads(self._run("about", "--json", f"{self.remote.split(':')[0]}:") or "{}").get("free")
+        except InputError:  # many remotes cannot tell
+            return None
+
+
+Location = Directory | Bucket | Remote
+"""A place that holds files under relative paths with `/`.
+
+`staging` gives a local directory for files on their way there, `put` moves one from it to its path, where it appears
+whole; `fetch` gives a local file with the same bytes, in `scratch` unless it is local already.
+"""
+
+
+def locate(place: str, flag: str) -> Location:
+    """Finds what a directory, URL or rclone:REMOTE:PATH stands for.
+
+    Args:
+        place: As the user gave it.
+        flag: What gave it, for messages.
+
+    Raises:
+        InputError: It is empty, no driver is installed for it, or rclone is not.
+    """
+    if not place:
+        raise InputError(f"--{flag} is empty; pass a directory, an fsspec URL or rclone:REMOTE:PATH")
+    if place.startswith("rclone:"):
+        remote = place.removeprefix("rclone:")
+        if ":" not in remote or remote.startswith("-"):
+            raise InputError(f"--{flag} {place}: pass rclone:REMOTE:PATH with a REMOTE of `rclone listremotes`")
+        found = Remote(remote)
+        found._run("version")
+        return found
+    if "://" in place and not place.startswith("file://"):
+        try:
+            filesystem, root = url_to_fs(place)
+        except (ImportError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise InputError(f"--{flag} {place}: {text}; install that driver or pass another") from error
+        return Bucket(place.rstrip("/"), filesystem, root)
+    return Directory(Path(place.removeprefix("file://")).expanduser().absolute())
+
+
+def check_mounted(directory: Path, flag: str) -> None:
+    """Refuses a directory whose disk is not there, before anything is written to the disk beneath.
+
+    Raises:
+        InputError: The directory above is missing, or it is below a mount point with nothing mounted.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--{flag} {directory}: a file stands there; pass a directory")
+    if not directory.parent.is_dir():
+        raise InputError(f"--{flag} {directory}: there is no {directory.parent}; is the disk mounted?")
+    resolved = directory.resolve()
+    for point in map(Path, MOUNT_POINTS):
+        if resolved.is_relative_to(point):
+            between = [path for path in (resolved, *resolved.parents) if path.is_relative_to(point)]
+            if not any(os.path.ismount(path) for path in between):
+                raise InputError(f"--{flag} {directory}: nothing is mounted at or above it below {point}; mount it")
