@@ -1,11 +1,12 @@
 """The Nucleotide Transformer: token ids to hidden states, and the masked-language-model head."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -173,6 +174,10 @@ class NucleotideTransformer(nnx.Module):
             return x, keep(x)
 
         with jax.default_matmul_precision(self.matmul_precision):
-            return jax.lax.scan(
-                jax.checkpoint(step) if remat else step, self.embed_tokens(ids, layout), (stack, of_layers)
-            )
+            body = jax.checkpoint(step) if remat else jax.checkpoint(step, policy=_kept, prevent_cse=False)
+            return jax.lax.scan(body, self.embed_tokens(ids, layout), (stack, of_layers))
+
+
+def _kept(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """Whether the backward pass keeps a value: all but gathered weights, of which the layers' would be a second copy."""
+    return primitive.name != "sharding_constraint"

@@ -1,0 +1,204 @@
+"""Compiles a step for TPUs that are not here: libtpu's compiler, in a process of its own."""
+
+import dataclasses
+import importlib.util
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import jax
+import numpy as np
+
+from bioscan_jax import config
+from bioscan_jax.chips import Slice
+from bioscan_jax.data.batching import BatchShape
+from bioscan_jax.errors import InputError
+from bioscan_jax.planning import hlo
+from bioscan_jax.planning.flops import dots
+from bioscan_jax.planning.programs import Program, argument_bytes
+from bioscan_jax.sharding import Layout, make_layout
+
+INSTALL = "pip install 'jax[tpu]==0.10.2' (the extra `aot` of bioscan_jax); no TPU is needed"
+_SECONDS_AT_MOST = 1200
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",  # JAX looks for a TPU otherwise, and takes libtpu's lock
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v3-8",  # any known one; what is compiled for is named by the topology
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # these programs cannot be loaded again without a TPU
+}
+"""Of a process that compiles, set before it imports JAX."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What is known of a step before it is compiled."""
+
+    shape: BatchShape
+    matmul_flops: int
+    """Of all devices that work on the batch."""
+    matmul_passes: int
+    """The same, each product times the bfloat16 passes that it needs."""
+    argument_bytes: int
+    """On one device: parameters, the optimizer's state and the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler says of a step; bytes are those of one device."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    """Outputs that take the place of arguments."""
+    temporaries: int
+    code: int
+    collectives: tuple[hlo.Collective, ...]
+    trip_counts: tuple[int | None, ...]
+    seconds: float
+    libtpu: str
+
+    @property
+    def hbm_bytes(self) -> int:
+        """All that must be in memory at once."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclass(frozen=True, kw_only=True)
+class TooLarge:
+    """The compiler gave up: the temporaries alone are more than there is."""
+
+    temporaries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    program: Program
+    tpu: Slice
+    mesh: config.Mesh
+    traced: tuple[BatchShape, ...]
+    compiled: BatchShape | None
+
+
+def has_compiler() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def trace_and_compile(
+    program: Program, tpu: Slice, mesh: config.Mesh, traced: Sequence[BatchShape], compiled: BatchShape | None
+) -> tuple[list[Traced], Compiled | TooLarge | None]:
+    """Traces a step for some batch shapes and compiles it for one, in a process that ends with it.
+
+    Args:
+        program: The step.
+        tpu: Devices that work on one batch.
+        mesh: How they are laid out; all of them are used, whatever `mesh.data` says.
+        traced: Shapes of the batch.
+        compiled: None for none; otherwise `has_compiler` must be true.
+
+    Raises:
+        InputError: The step cannot be laid out so, or the compiler failed.
+    """
+    request = _Request(program=program, tpu=tpu, mesh=mesh, traced=tuple(traced), compiled=compiled)
+    devices = f"--xla_force_host_platform_device_count={tpu.devices}"
+    environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip()}
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-c", "from bioscan_jax.planning.aot import serve; serve()"],
+            input=pickle.dumps(request),
+            env=environment,
+            capture_output=True,
+            timeout=_SECONDS_AT_MOST,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"the compiler was not ready after {_SECONDS_AT_MOST} s for {compiled}; pass a smaller --batch or --tokens"
+        ) from None
+    if ran.returncode:
+        said = [line for line in ran.stderr.decode(errors="replace").splitlines() if line.strip()]
+        raise InputError(
+            f"the compiler failed for {compiled} on {tpu.topology[0]} with exit code {ran.returncode}: "
+            f"{said[-1] if said else 'it said nothing'}; libtpu of other versions than jax[tpu]==0.10.2's may crash"
+        )
+    answer = pickle.loads(ran.stdout)
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
+def serve() -> None:
+    """Answers one request: pickled from stdin, pickled to stdout, which libtpu does not get to write to."""
+    with os.fdopen(os.dup(1), "wb") as stdout:
+        os.dup2(2, 1)
+        request: _Request = pickle.load(sys.stdin.buffer)
+        answer: object
+        try:
+            layout = make_layout(dataclasses.replace(request.mesh, data=-1))
+            traced = [trace(request.program, layout, shape) for shape in request.traced]
+            compiled = None
+            if request.compiled is not None:
+                there = on_topology(layout, request.tpu)
+                compiled = compile_step(request.program, there, request.compiled)
+            answer = traced, compiled
+        except InputError as error:
+            answer = error
+        pickle.dump(answer, stdout)
+
+
+def trace(program: Program, layout: Layout, shape: BatchShape) -> Traced:
+    """Counts what a step does; its devices may be of any kind."""
+    step, arguments = program.build(layout, shape)
+    found = dots(step.trace(*arguments).jaxpr)
+    return Traced(
+        shape=shape,
+        matmul_flops=sum(dot.flops for dot in found),
+        matmul_passes=sum(dot.flops * dot.passes for dot in found),
+        argument_bytes=argument_bytes(arguments),
+    )
+
+
+def on_topology(layout: Layout, tpu: Slice) -> Layout:
+    """The same layout on the devices of a slice; libtpu must be installed, its variables set before JAX started."""
+    from jax.experimental import topologies
+
+    name, options = tpu.topology
+    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    mesh = layout.mesh
+    there = jax.sharding.Mesh(devices.reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types)
+    return dataclasses.replace(layout, mesh=there)
+
+
+def compile_step(program: Program, layout: Layout, shape: BatchShape) -> Compiled | TooLarge:
+    """Compiles a step on the devices of a topology."""
+    step, arguments = program.build(layout, shape)
+    lowered = step.trace(*arguments).lower()
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if found := re.search(r"temporaries \(([\d.]+)G\) exceeds", str(error)):
+            return TooLarge(temporaries=int(float(found.group(1)) * 2**30))
+        raise
+    seconds = time.perf_counter() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        collectives=tuple(hlo.collectives(text)),
+        trip_counts=tuple(hlo.trip_counts(text)),
+        seconds=seconds,
+        libtpu=metadata.version("libtpu"),
+    )

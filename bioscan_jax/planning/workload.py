@@ -1,0 +1,141 @@
+"""How long an input's barcodes are, and the batches that a run would make of them."""
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from bioscan_jax import config
+from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes, choose_widths, make_batches
+from bioscan_jax.data.encode import BlockCounts, Encoding, encode_block
+from bioscan_jax.data.source import ParquetBlocks, open_source
+from bioscan_jax.data.training import epoch_order
+from bioscan_jax.errors import InputError
+from bioscan_jax.job import SAMPLED_ROWS
+from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.sequences import clean
+from bioscan_jax.tokenizer import Vocabulary, encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The first rows of an input, as batches."""
+
+    rows: int
+    """Rows read."""
+    vectors: int
+    """Rows that get a vector, or are trained on once."""
+    lengths: Int[np.ndarray, " views"]
+    """Tokens of each row of tokens that is computed, CLS included."""
+    batches: dict[BatchShape, int]
+    """How many of each shape."""
+
+
+def embedding_workload(
+    data: config.Data, embed: config.Embed, transformer: TransformerConfig, devices: int
+) -> Workload:
+    """What `embed` computes for the first rows: de-duplicated within blocks, cut into views, batched.
+
+    Args:
+        data: Where they are; nothing but the sequences is read.
+        embed: Views and batching.
+        transformer: Says which vocabulary, and how many tokens a row may have.
+        devices: Along the batch, in one process.
+
+    Raises:
+        InputError: The input cannot be read, or nothing in it can be embedded.
+    """
+    vocabulary = _vocabulary(transformer)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = _sequences(data, scratch)
+        encoding = Encoding(
+            sequence_column=source.sequence_column,
+            vocabulary=vocabulary,
+            max_tokens=data.max_tokens or transformer.max_tokens,
+            overlong=data.overlong,
+            strand=embed.strand,
+            phases=embed.phases,
+            deduplicate=embed.deduplicate,
+        )
+        counts, blocks = BlockCounts(), []
+        for index in range(len(source)):
+            encoded = encode_block(source[index], encoding)
+            counts += encoded.counts
+            blocks.append(encoded.views.tokens)
+            if counts.rows >= SAMPLED_ROWS and counts.vectors:
+                break
+        rows, column = source.rows, source.sequence_column
+    if not counts.vectors:
+        raise InputError(f"no sequence in column {column!r} can be embedded; pass another --data.sequence_column")
+    lengths = np.concatenate([tokens.lengths for tokens in blocks])
+    widths = _widths(lengths, encoding.max_tokens, embed.max_shapes, whole=counts.rows == rows)
+    views = embed.phases * (2 if embed.strand == "both" else 1)
+    shapes = batch_shapes(
+        widths,
+        devices=devices,
+        tokens_per_device=embed.batch_tokens,
+        most_rows=min(data.block_rows, rows) * views,
+    )
+    ids = {"cls": vocabulary.cls_id, "pad": vocabulary.pad_id}
+    batches = Counter(
+        BatchShape(*batch.ids.shape) for tokens in blocks for batch in make_batches(tokens, shapes, **ids)
+    )
+    return Workload(rows=counts.rows, vectors=counts.vectors, lengths=lengths, batches=dict(batches))
+
+
+def training_workload(data: config.Examples, train: config.Train, transformer: TransformerConfig) -> Workload:
+    """What an epoch of `finetune` computes for the first rows, as whole sequences: labels and splits are not read.
+
+    Args:
+        data: Where they are; nothing but the sequences is read.
+        train: Batching.
+        transformer: Says which vocabulary, and how many tokens a row may have.
+
+    Raises:
+        InputError: The input cannot be read, or nothing in it can be trained on.
+    """
+    limit = data.max_tokens or transformer.max_tokens
+    source_of = config.Data(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column)
+    read, every = 0, []
+    with tempfile.TemporaryDirectory() as scratch:
+        source = _sequences(source_of, scratch)
+        for index in range(len(source)):
+            cleaned = clean(source[index].table[source.sequence_column])
+            tokens = encode(cleaned.sequences.filter(cleaned.reasons.is_null()), _vocabulary(transformer))
+            read += len(cleaned.reasons)
+            every.append(np.minimum(tokens.lengths, limit))
+            if read >= SAMPLED_ROWS:
+                break
+        whole, column = read == source.rows, source.sequence_column
+    lengths = np.concatenate(every)
+    if not len(lengths):
+        raise InputError(f"no sequence in column {column!r} can be trained on; pass another --data.sequence_column")
+    widths = np.array(_widths(lengths, limit, train.max_shapes, whole=whole))
+    rows = np.arange(len(lengths))
+    order = epoch_order(rows, lengths, batch_size=train.batch_size, seed=train.seed, epoch=0)
+    longest = np.where(order >= 0, lengths[order], 0).max(axis=1)
+    batches = Counter(widths[np.searchsorted(widths, longest)].tolist())
+    return Workload(
+        rows=read,
+        vectors=len(lengths),
+        lengths=lengths,
+        batches={BatchShape(train.batch_size, width): count for width, count in sorted(batches.items())},
+    )
+
+
+def _sequences(data: config.Data, scratch: str) -> ParquetBlocks:
+    source = open_source(data, scratch=Path(scratch))
+    return source.select([source.sequence_column], source.block_rows)
+
+
+def _vocabulary(transformer: TransformerConfig) -> Vocabulary:
+    return Vocabulary.published("v2" if transformer.gated else "v1")
+
+
+def _widths(lengths: Int[np.ndarray, " views"], limit: int, most: int, *, whole: bool) -> tuple[int, ...]:
+    """Where every row was seen, no batch is wider than the widest, as in the runs."""
+    longest = min(limit, -(-int(lengths.max()) // WIDTH_STEP) * WIDTH_STEP)
+    return choose_widths(lengths, longest if whole else limit, most)
