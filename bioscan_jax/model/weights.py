@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -211,14 +212,18 @@ def _stack(
 
     Waits for each, and lets go of it before the next is read, so that no two are in host memory.
     """
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-    write = jax.jit(
-        lambda whole, piece, i: jax.lax.dynamic_update_index_in_dim(whole, piece, i, 0),
-        donate_argnums=0,
-        out_shardings=sharding,
-    )
-    whole = zeros()
+    whole = _zeros(shape, jnp.dtype(dtype), sharding)
     for i, piece in enumerate(pieces):
-        whole = jax.block_until_ready(write(whole, piece, np.int32(i)))
+        whole = jax.block_until_ready(_write(whole, piece, np.int32(i), sharding))
         del piece
     return whole
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _write(whole: jax.Array, piece: jax.Array, i: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(whole, piece, i, 0), sharding)
