@@ -117,7 +117,7 @@ def open_checkpoints(directory: Path, *, keep: int) -> Iterator[Checkpoints]:
     from orbax.checkpoint import v1 as ocp
 
     def opened(name: str, number: int) -> Any:
-        newest = ocp.training.preservation_policies.LatestN(number)
+        newest: Any = ocp.training.preservation_policies.LatestN(number)
         path = str((directory / name).absolute())
         return ocp.training.Checkpointer(path, cleanup_tmp_directories=True, preservation_policy=newest)
 

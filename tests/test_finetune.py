@@ -3,10 +3,13 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -218,3 +221,20 @@ def test_a_run_goes_on_with_other_devices(whole, barcodes, tmp_path, monkeypatch
     ours, theirs = ([x["train/loss"] for x in lines(d) if "train/loss" in x] for d in (tmp_path / "run", directory))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     assert jax.device_count() == 8
+
+
+def test_the_script_refuses_in_one_line(barcodes, tmp_path):
+    table = pq.read_table(barcodes)
+    where = table.schema.get_field_index("latitude")
+    wrong = table.set_column(where, "latitude", pa.array([400.0] * table.num_rows))
+    pq.write_table(wrong, tmp_path / "wrong.parquet")
+    script = Path(__file__).parent.parent / "scripts" / "finetune.py"
+    flags = {"model.checkpoint": "random:tiny-v2", "data.path": tmp_path / "wrong.parquet", "loss.metadata": "true"}
+    flags |= {"output_dir": tmp_path / "run", "mesh.compilation_cache": "null"}
+    command = [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the latitude 400 of row 0 is outside -90 to 90 (72 such rows)")
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("[!.]*"))
