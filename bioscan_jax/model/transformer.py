@@ -168,6 +168,7 @@ class NucleotideTransformer(nnx.Module):
 
         def step(x: Array, layer: tuple[nnx.State, RowKeys | None]) -> tuple[Array, Array | None]:
             state, layer_keys = layer
+            state = jax.tree.map(_as_bfloat16, state)
             if layout is not None:
                 x, state = layout.on_batch(x), layout.gather(state)
             x = nnx.merge(graph, state)(x, mask, rotary, layer_keys)
@@ -176,6 +177,11 @@ class NucleotideTransformer(nnx.Module):
         with jax.default_matmul_precision(self.matmul_precision):
             body = jax.checkpoint(step) if remat else jax.checkpoint(step, policy=_kept, prevent_cse=False)
             return jax.lax.scan(body, self.embed_tokens(ids, layout), (stack, of_layers))
+
+
+def _as_bfloat16(array: Array) -> Array:
+    """Undoes `vectors.kept_narrow`, for one layer."""
+    return jax.lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == jnp.uint16 else array
 
 
 def _kept(primitive: Primitive, *_: Any, **__: Any) -> bool:
