@@ -91,6 +91,7 @@ def test_bad_input(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_whole_model(barcodes, tmp_path):  # noqa: F811
     train(barcodes, tmp_path / "run", mode="full", epochs=1)
     with pytest.raises(InputError, match="trained the whole model and has no adapter"):

@@ -115,7 +115,7 @@ def test_a_finished_run_says_so(whole, barcodes):
     assert len(lines(directory)) == len(lines(directory))
 
 
-@pytest.mark.parametrize("step", [7, 17])
+@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.slow), 17])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, barcodes, tmp_path, monkeypatch, step):
     """In the middle of an epoch, and between its last step and its evaluation."""
     directory, summary = whole

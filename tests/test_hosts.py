@@ -178,6 +178,7 @@ def test_two_processes_make_the_table_of_one(embed: Start, whole: dict[str, pa.T
     assert record["rejects"] == sum(record["counts"]["rejects"].values()) == whole["sequences_rejects"].num_rows
 
 
+@pytest.mark.slow
 def test_two_killed_processes_are_resumed_by_two(embed: Start, whole: dict[str, pa.Table], tmp_path: Path) -> None:
     killed = embed(tmp_path / "t", 2)
     wait_for_commits(tmp_path / "t", killed)
@@ -211,6 +212,7 @@ def test_sigterm_to_one_stops_both_and_one_process_goes_on(
     check_whole(tmp_path / "t", whole)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_one(embed: Start, whole: dict[str, pa.Table], tmp_path: Path) -> None:
     stopped = embed(tmp_path / "t", 1)
     wait_for_commits(tmp_path / "t", stopped)

@@ -29,7 +29,7 @@ def configured(tmp_path, monkeypatch) -> Path:
     return tmp_path / "remote"
 
 
-@pytest.mark.slow
+@pytest.mark.rclone
 def test_a_bundle_goes_through_a_remote_and_comes_back(configured, tmp_path):
     made = make_table(tmp_path / "db")
     export(str(tmp_path / "db"), str(tmp_path / "local"), part_bytes=PARTS, progress=False)
@@ -54,7 +54,7 @@ def test_a_bundle_goes_through_a_remote_and_comes_back(configured, tmp_path):
     assert {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()} == sent
 
 
-@pytest.mark.slow
+@pytest.mark.rclone
 def test_a_bundle_goes_over_webdav(configured, tmp_path, monkeypatch):
     made = make_table(tmp_path / "db", 200)
     with socket.socket() as free:
@@ -81,7 +81,7 @@ def test_a_bundle_goes_over_webdav(configured, tmp_path, monkeypatch):
         verify("rclone:dav:bundle")
 
 
-@pytest.mark.slow
+@pytest.mark.rclone
 def test_what_rclone_says_is_one_line(configured):
     with pytest.raises(InputError, match="it is no bundle; check the path"):
         verify("rclone:stick:nowhere")

@@ -283,6 +283,7 @@ def child(*code_and_arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_eight_kills_leave_the_table_of_an_uninterrupted_run(tmp_path):
     rows, seed = 180 * BLOCK_ROWS - 5, random.SystemRandom().randrange(2**32)
     chance = random.Random(seed)
