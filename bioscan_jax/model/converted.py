@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
@@ -16,8 +17,13 @@ from bioscan_jax.model.weights import abstract_model
 from bioscan_jax.sharding import Layout, stored_shardings
 from bioscan_jax.tokenizer import Vocabulary
 
+if TYPE_CHECKING:
+    from orbax.checkpoint import v1 as ocp
+
 PROVENANCE_FILE = "bioscan_jax.json"
 FORMAT = 1
+CHUNK_BYTES = 64 << 20
+"""A stored array is cut into pieces of at most this size, each compressed by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +92,9 @@ def save(
     trunk, head = _split(nnx.state(model))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        ocp.save_checkpointables(
-            str(directory.absolute() / "weights"), {"trunk": trunk} | ({"lm_head": head} if head else {})
-        )
+        trees = {"trunk": trunk} | ({"lm_head": head} if head else {})
+        with _bounded_memory(trees, max(array.dtype.itemsize for array in trunk.values())):
+            ocp.save_checkpointables(str(directory.absolute() / "weights"), trees)
         (directory / "config.json").write_text(config.to_json())
         (directory / "vocab.txt").write_text(vocabulary.text())
         facts = dataclasses.asdict(provenance).items()
@@ -108,6 +114,7 @@ def restore(
     """
     from orbax.checkpoint import v1 as ocp
 
+    stored = read_provenance(directory).dtype
     graph, state = nnx.split(abstract_model(config, dtype, lm_head=lm_head))
     shardings = stored_shardings(state, layout)
 
@@ -119,9 +126,9 @@ def restore(
     )
     trunk, head = _split(wanted)
     try:
-        parts = ocp.load_checkpointables(
-            str(directory.absolute() / "weights"), {"trunk": trunk} | ({"lm_head": head} if head else {})
-        )
+        trees = {"trunk": trunk} | ({"lm_head": head} if head else {})
+        with _bounded_memory(trees, max(jax.numpy.dtype(d).itemsize for d in (dtype, stored))):
+            parts = ocp.load_checkpointables(str(directory.absolute() / "weights"), trees)
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:200]
         raise InputError(f"{directory}: the converted weights cannot be read ({line}); convert them again") from None
@@ -129,6 +136,17 @@ def restore(
     return nnx.merge(
         graph, nnx.from_flat_state([(p, v.replace(values[".".join(map(str, p))])) for p, v in nnx.to_flat_state(state)])
     )
+
+
+def _bounded_memory(trees: dict, itemsize: int) -> "ocp.Context":
+    """One large array at a time, in small pieces: what is on its way adds little to the weights in memory."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    largest = max(leaf.size for leaf in jax.tree.leaves(trees)) * itemsize + (1 << 20)
+    context.memory.read_concurrent_bytes = context.memory.write_concurrent_bytes = largest
+    return context
 
 
 def _split(state: nnx.State) -> tuple[dict, dict]:
