@@ -25,6 +25,11 @@ class Model:
     """Seed of random:PRESET weights; not used for a real checkpoint."""
     adapter: str | None = None
     """Directory with a LoRA adapter for this checkpoint, in PEFT's format."""
+    attention: Literal["auto", "dense", "splash", "cudnn"] = "auto"
+    """auto is dense below 512 tokens, from there on splash (TPU v4 and newer) or cuDNN's flash (NVIDIA) where it works.
+
+    Like the devices it changes vectors by rounding alone, and another choice may go on with a table.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The device mesh and the rules from logical axes to mesh axes: the only place that names mesh axes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -35,6 +35,11 @@ class Layout:
     def data_devices(self) -> int:
         """Devices along the batch."""
         return self.mesh.shape["data"]
+
+    @property
+    def head_devices(self) -> int:
+        """Devices that split one layer's heads."""
+        return self.mesh.shape["model"]
 
     def stored(self, axes: Axes) -> NamedSharding:
         """Where a parameter with these logical axes is kept."""
@@ -71,6 +76,21 @@ class Layout:
     def on_batch(self, x: jax.Array) -> jax.Array:
         """Constrains an activation to be split along its first axis alone."""
         return jax.lax.with_sharding_constraint(x, self.batched(x.ndim))
+
+    def by_rows_and_heads(
+        self, function: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+    ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+        """Gives each device its own rows and heads, for kernels that the compiler cannot split.
+
+        Args:
+            function: Of three arrays whose first axes are rows and heads and one whose first axis is rows, to one like
+                the three. Rows and heads must be multiples of their devices.
+        """
+        heads, rows = P("data", "model"), P("data")
+        # Kernels do not say over which axes their results differ.
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
 
     def _sharding(self, axes: Axes, rules: dict[str, str]) -> NamedSharding:
         named = [rules.get(axis) if axis is not None else None for axis in axes]

@@ -4,7 +4,6 @@ Parameters are kept in the dtype they are made with; matrix products take them i
 float32; LayerNorm, softmax and rotary positions are float32.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -14,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
+from bioscan_jax.model.attention import Attend, dense
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.sharding import Axes
 
@@ -106,8 +106,9 @@ class Attention(nnx.Module):
         mask: Bool[Array, "b s"],
         rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
         keys: RowKeys | None = None,
+        attend: Attend = dense,
     ) -> Float[Array, "b s d"]:
-        """Attends densely, in the dtype of the residual stream; logits and softmax in float32."""
+        """Attends in the dtype of the parameters; logits and softmax in float32."""
         b, s, d = x.shape
         of = _split(keys, 4)
         q, k, v = (
@@ -116,13 +117,7 @@ class Attention(nnx.Module):
         )
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        attended = jax.nn.dot_product_attention(
-            q.astype(self.dtype),
-            k.astype(self.dtype),
-            v.astype(self.dtype),
-            mask=mask[:, None, None, :],
-            scale=1.0 / math.sqrt(self.head_dim),
-        )
+        attended = attend(q, k.astype(self.dtype), v.astype(self.dtype), mask)
         return self.output(attended.reshape(b, s, d), of[3])
 
 
@@ -160,10 +155,11 @@ class Layer(nnx.Module):
         mask: Bool[Array, "b s"],
         rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
         keys: RowKeys | None = None,
+        attend: Attend = dense,
     ) -> Float[Array, "b s d"]:
         """The residual stream keeps the dtype of `x`; each sum is formed in float32; `keys` are for adapters."""
         of = _split(keys, 2)
-        attended = self.attention(self.attention_norm(x), mask, rotary, of[0])
+        attended = self.attention(self.attention_norm(x), mask, rotary, of[0], attend)
         x = (x.astype(jnp.float32) + attended).astype(x.dtype)
         return (x.astype(jnp.float32) + self.feed_forward(self.feed_forward_norm(x), of[1])).astype(x.dtype)
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from bioscan_jax import config
 from bioscan_jax.errors import InputError
+from bioscan_jax.model.attention import choose, site
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.model.converted import Provenance, is_converted, read_provenance, restore
 from bioscan_jax.model.origin import resolve
@@ -79,15 +80,16 @@ def load(
     random weights of a known size. `--model.adapter` puts an adapter around its layers, not merged.
 
     Args:
-        wanted: Checkpoint, revision, dtype, seed, adapter.
+        wanted: Checkpoint, revision, dtype, seed, adapter, attention.
         layout: Where the parameters go.
         lm_head: Also load the masked-language-model head.
         on_bytes: Called with the number of file bytes just read.
 
     Raises:
-        InputError: Anything about the checkpoint or the adapter is wrong.
+        InputError: Anything about the checkpoint or the adapter is wrong, or the attention cannot work here.
     """
     loaded = _load_base(wanted, layout, lm_head, on_bytes)
+    loaded.model.attention = wanted.attention
     if wanted.adapter is None:
         return loaded
     directory = Path(os.path.expanduser(wanted.adapter))
@@ -102,6 +104,7 @@ def _load_base(wanted: config.Model, layout: Layout, lm_head: bool, on_bytes: Ca
         return _random(wanted, dtype, layout, lm_head)
     origin = resolve(wanted.checkpoint, wanted.revision)
     transformer = read_config(origin.directory)
+    _check_attention(wanted, transformer, dtype, layout)
     vocabulary = read_vocabulary(origin.directory, transformer)
     if is_converted(origin.directory):
         model = restore(origin.directory, transformer, dtype, layout, lm_head=lm_head)
@@ -118,11 +121,18 @@ def _load_base(wanted: config.Model, layout: Layout, lm_head: bool, on_bytes: Ca
     return LoadedModel(model=model, config=transformer, vocabulary=vocabulary, layout=layout, provenance=provenance)
 
 
+def _check_attention(wanted: config.Model, transformer: TransformerConfig, dtype: DTypeLike, layout: Layout) -> None:
+    """Raises InputError where the attention asked for cannot work here, before any weight is read."""
+    heads, head_dim = transformer.num_attention_heads, transformer.head_dim
+    choose(wanted.attention, site(layout, heads=heads, head_dim=head_dim, dtype=dtype), tokens=0)
+
+
 def _random(wanted: config.Model, dtype: DTypeLike, layout: Layout, lm_head: bool) -> LoadedModel:
     preset = wanted.checkpoint.removeprefix(RANDOM)
     if preset not in PRESETS:
         raise InputError(f"--model.checkpoint {wanted.checkpoint!r}: no such preset; known are {', '.join(PRESETS)}")
     transformer = PRESETS[preset]
+    _check_attention(wanted, transformer, dtype, layout)
     identity = f"random weights of {transformer}, seed {wanted.seed}, jax {jax.__version__}"
     return LoadedModel(
         model=random_model(transformer, dtype, layout, seed=wanted.seed, lm_head=lm_head),

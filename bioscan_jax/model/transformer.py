@@ -10,6 +10,7 @@ from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from bioscan_jax.model.attention import Choice, attend_by, choose, site
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.layers import Layer, LayerNorm, Linear, RowKeys, rotary_tables, split_rows
 from bioscan_jax.sharding import Layout
@@ -44,6 +45,7 @@ class NucleotideTransformer(nnx.Module):
         self.config = config
         # Float32 products also on TPU and GPU, whose "default" is fewer bits (on a TPU, one bfloat16 pass).
         self.float32_products: Literal["highest", "default"] = "highest"
+        self.attention: Choice = "auto"
         self.word_embeddings = nnx.Param(
             init(rngs.params(), (config.vocab_size, d), dtype), logical_axes=("vocab", "hidden")
         )
@@ -160,6 +162,10 @@ class NucleotideTransformer(nnx.Module):
         rotary = None
         if self.config.position_embedding_type == "rotary":
             rotary = rotary_tables(ids.shape[1], self.config.head_dim)
+        config = self.config
+        heads, head_dim = config.num_attention_heads, config.head_dim
+        where = site(layout, heads=heads, head_dim=head_dim, dtype=self.word_embeddings.dtype)
+        attend = attend_by(choose(self.attention, where, ids.shape[1]), layout)
         graph, stack = nnx.split(self.layers)
         if depth < self.config.num_hidden_layers:
             stack = jax.tree.map(lambda p: p[:depth], stack)
@@ -171,7 +177,7 @@ class NucleotideTransformer(nnx.Module):
             state = jax.tree.map(_as_bfloat16, state)
             if layout is not None:
                 x, state = layout.on_batch(x), layout.gather(state)
-            x = nnx.merge(graph, state)(x, mask, rotary, layer_keys)
+            x = nnx.merge(graph, state)(x, mask, rotary, layer_keys, attend)
             return x, keep(x)
 
         with jax.default_matmul_precision(self.matmul_precision):
