@@ -98,13 +98,16 @@ class Embed:
     max_shapes: int = 8
     """Compiled (batch, tokens) shapes at most."""
     deduplicate: bool = True
-    """Embed a repeated sequence of a block once and write its vector to each row."""
+    """Embed a repeated sequence once and write its vector to each row."""
+    cache_rows: int = 65536
+    """Rows behind the current block in which a repeat is still found; host memory up to this times a stored vector."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.phases <= 6:
             raise InputError(f"--embed.phases {self.phases} is outside 1 to 6: a 6-mer frame has six starts")
         _at_least("embed.batch_tokens", self.batch_tokens, 2)
         _at_least("embed.max_shapes", self.max_shapes, 1)
+        _at_least("embed.cache_rows", self.cache_rows, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,14 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from bioscan_jax import config
-from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes, choose_widths
+from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, choose_shapes
 from bioscan_jax.data.encode import BlockCounts, Encoding, encode_block
 from bioscan_jax.data.source import ParquetBlocks
 from bioscan_jax.errors import InputError
 from bioscan_jax.lock import local_directory
 from bioscan_jax.model.load import LoadedModel
+from bioscan_jax.repeats import Window, digests, fresh_views, window_blocks
+from bioscan_jax.schemas import TokenRows
 from bioscan_jax.sink import Plan, table_exists, vector_schema
 
 SAMPLED_ROWS = 65536
@@ -102,13 +104,8 @@ def prepare(
         InputError: The settings do not fit the model, or no sequence of the input can be embedded.
     """
     encoding = _encoding(source, data, embed, loaded)
-    views = embed.phases * (2 if embed.strand == "both" else 1)
-    shapes = batch_shapes(
-        _widths(source, encoding, embed),
-        devices=loaded.layout.data_devices,
-        tokens_per_device=embed.batch_tokens,
-        most_rows=min(source.block_rows, source.rows) * views,
-    )
+    sample = sample_blocks(source, encoding, embed)
+    shapes = sample.shapes(embed, loaded.layout.data_devices)
     return Job(source=source, loaded=loaded, encoding=encoding, shapes=shapes, data=data, embed=embed, sink=sink)
 
 
@@ -131,26 +128,52 @@ def _encoding(source: ParquetBlocks, data: config.Data, embed: config.Embed, loa
     )
 
 
-def _widths(source: ParquetBlocks, encoding: Encoding, embed: config.Embed) -> tuple[int, ...]:
-    """Chooses the batch widths from the first rows, which must not all be rejects."""
-    lengths: list[Int[np.ndarray, " views"]] = []
-    rows, rejects = 0, BlockCounts()
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The first blocks of an input."""
+
+    blocks: list[TokenRows]
+    """What of each is computed."""
+    counts: BlockCounts
+    max_tokens: int
+    """No row of tokens is longer."""
+
+    @property
+    def lengths(self) -> list[Int[np.ndarray, " _"]]:
+        """Tokens of each row of tokens in each block."""
+        return [tokens.lengths for tokens in self.blocks]
+
+    def shapes(self, embed: config.Embed, devices: int) -> tuple[BatchShape, ...]:
+        """The batch shapes for blocks like these."""
+        return choose_shapes(
+            self.lengths, self.max_tokens, most=embed.max_shapes, devices=devices, tokens_per_device=embed.batch_tokens
+        )
+
+
+def sample_blocks(source: ParquetBlocks, encoding: Encoding, embed: config.Embed) -> Sample:
+    """Reads the first blocks, as a run that starts there would, until SAMPLED_ROWS rows and one that is no reject.
+
+    Raises:
+        InputError: No sequence of the input can be embedded.
+    """
+    blocks, counts, window = [], BlockCounts(), Window(window_blocks(embed, source.block_rows))
     for index in range(len(source)):
         encoded = encode_block(source[index], encoding)
-        rows, rejects = rows + encoded.counts.rows, rejects + encoded.counts
-        lengths.append(encoded.views.tokens.lengths)
-        if rows >= SAMPLED_ROWS and rejects.vectors:
+        repeats = window.see(index, digests(encoded.views, encoded.counts.distinct))
+        counts += encoded.counts
+        blocks.append(fresh_views(encoded.views, repeats.copied).tokens)
+        if counts.rows >= SAMPLED_ROWS and counts.vectors:
             break
-    if not rejects.vectors:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.rejects.items())
+    if not counts.vectors:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.rejects.items())
         raise InputError(
             f"no sequence in column {encoding.sequence_column!r} can be embedded ({reasons}); "
             "is it DNA? pass another --data.sequence_column"
         )
-    seen = np.concatenate(lengths)
     # Where every row was seen, no batch need be wider than the widest.
-    limit = min(encoding.max_tokens, -(-int(seen.max()) // WIDTH_STEP) * WIDTH_STEP)
-    return choose_widths(seen, limit if rows == source.rows else encoding.max_tokens, embed.max_shapes)
+    widest = -(-max(int(tokens.lengths.max(initial=1)) for tokens in blocks) // WIDTH_STEP) * WIDTH_STEP
+    limit = min(encoding.max_tokens, widest) if counts.rows == source.rows else encoding.max_tokens
+    return Sample(blocks=blocks, counts=counts, max_tokens=limit)
 
 
 @contextmanager

@@ -41,6 +41,53 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
+@dataclass
+class InFlight:
+    """How long the devices had work: from the handing over of a batch until its vectors are there.
+
+    Time in which the host compiles counts neither as busy nor at all. Threads may call it.
+    """
+
+    busy: float = 0.0
+    """Seconds with at least one batch handed over and not finished."""
+    wall: float = 0.0
+    """Seconds from `begin` to `end`."""
+    _batches: int = 0
+    _counting: bool = False
+    _since: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def share(self) -> float:
+        """Of the wall time that the devices were busy."""
+        return self.busy / self.wall if self.wall else 0.0
+
+    def begin(self) -> None:
+        """Starts counting, or goes on after `end`."""
+        self._turn(0, True)
+
+    def end(self) -> None:
+        """Stops counting."""
+        self._turn(0, False)
+
+    def given(self) -> None:
+        """A batch is about to be handed over."""
+        self._turn(1)
+
+    def done(self) -> None:
+        """The vectors of a batch are there."""
+        self._turn(-1)
+
+    def _turn(self, batches: int, counting: bool | None = None) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            if self._counting:
+                self.wall += now - self._since
+                self.busy += (now - self._since) * (self._batches > 0)
+            self._counting = self._counting if counting is None else counting
+            self._batches, self._since = self._batches + batches, now
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """Figures of one `embed` run; those about work done cover this run alone, not an earlier part it resumed.
@@ -70,6 +117,12 @@ class RunSummary:
     """Batches compiled, rows x tokens."""
     seconds: dict[str, float]
     """Wall time in all, and by stage; stages overlap, so they do not add up."""
+    device_busy: float
+    """Share of the time after compiling in which a batch was on the devices, as the host sees it."""
+    waiting_for_input: float
+    """Share of that time in which no block was ready to be handed over."""
+    seconds_to_first_commit: float | None
+    """From the call to the first block safe in the table; None where this process did not commit."""
     peak_host_bytes: int
     peak_device_bytes: int | None
     """Largest of the local devices; None where the platform does not tell."""
@@ -106,7 +159,8 @@ class RunSummary:
             "table": self.table,
             "model": f"{self.provenance['model']}{adapter}, {self.provenance['dtype']}",
             "rows": f"{self.rows:,}{resumed}",
-            "vectors": f"{self.vectors:,} in the table; this run embedded {counts.distinct:,} distinct sequences",
+            "vectors": f"{self.vectors:,} in the table; this run embedded {counts.distinct:,} sequences and copied the "
+            f"vectors of {counts.vectors - counts.distinct:,} repeats",
             "rejects": f"{self.rejects:,} in the rejects table; this run: {rejects}",
             "truncated": f"{counts.truncated:,} sequences",
             "cleaned": f"{changes.lower_case:,} lower-case, {changes.u_to_t:,} U to T, "
@@ -115,13 +169,14 @@ class RunSummary:
             "shapes": f"{shapes}; compiled in {self.seconds['compile']:.1f} s",
             "seconds": stages,
             "speed": f"{self.rows_per_second:,.0f} rows/s, {flops / 1e9:,.1f} model GFLOP/s",
+            "overlap": f"devices busy {self.device_busy:.1%} of the time, no input ready {self.waiting_for_input:.1%}",
             "memory": f"host {_gib(self.peak_host_bytes)}{device}",
             "devices": f"{self.devices}, {self.processes} process(es)",
         }
         if self.index is not None:
             lines["index"] = self.index
         if self.resumed_at == self.rows:
-            work = ("truncated", "cleaned", "tokens", "shapes", "seconds", "speed")
+            work = ("truncated", "cleaned", "tokens", "shapes", "seconds", "speed", "overlap")
             lines = {name: text for name, text in lines.items() if name not in work}
             lines["vectors"], lines["rejects"] = f"{self.vectors:,}", f"{self.rejects:,}"
             lines["rows"] = f"{self.rows:,}, complete before this run: nothing was left to do"

@@ -1,4 +1,4 @@
-"""Measures one thing: python scripts/benchmark.py NAME [--json FILE] [that benchmark's flags; --help lists them]."""
+"""Measures one thing: python scripts/benchmark.py NAME [--json FILE] [--picture FILE] [its own flags; --help lists]."""
 
 import argparse
 import functools
@@ -8,12 +8,14 @@ from command import run
 
 
 def main() -> None:
-    """Run the benchmark that the first argument names, print what it found and keep it as JSON if asked to."""
-    from bioscan_jax.benchmark import BENCHMARKS, describe, write_json
+    """Run the benchmark that the first argument names, print what it found, keep it as JSON and picture if asked to."""
+    from bioscan_jax.benchmarks import BENCHMARKS
+    from bioscan_jax.benchmarks.figures import describe, write_json, write_picture
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("name", nargs="?", default="")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--picture", metavar="FILE")
     wanted, flags = parser.parse_known_args()
     if wanted.name not in BENCHMARKS:
         print(f"error: no benchmark {wanted.name!r}; pass one of {', '.join(BENCHMARKS)} first", file=sys.stderr)
@@ -26,6 +28,8 @@ def main() -> None:
         print(describe(figures))
         if wanted.json is not None:
             write_json(figures, wanted.json)
+        if wanted.picture is not None:
+            write_picture(figures, wanted.picture, f"{wanted.name}: {next(iter(figures.values()))}")
 
     run(measure)
 

@@ -31,7 +31,7 @@ TABLES = ("sequences", "sequences_rejects")
 
 
 def write_input(directory: Path, rows: int, seed: int = 0) -> Path:
-    """Three Parquet files with all kinds of rejects, whole blocks of them too, repeats, lower case and gaps."""
+    """Three Parquet files with all kinds of rejects, whole blocks of them too, repeats, lower case, gaps."""
     table = simulate(species=-(-rows // 10), per_species=10, length=400, seed=seed).slice(0, rows)
     sequences = table["dna_sequence"].to_pylist()
     for row in range(rows):
@@ -39,6 +39,8 @@ def write_input(directory: Path, rows: int, seed: int = 0) -> Path:
             sequences[row] = [None, "", "MKVLAAGIVGPRE", "NNNNNNNNNNNN", " "][row % 5]
         elif row % 11 == 3:
             sequences[row] = sequences[row - row % 11 + 1]
+        elif row % 13 == 4:  # a repeat from up to six blocks ago, of which the job remembers three
+            sequences[row] = sequences[max(1, row - 7 * (row % 109))]
         elif row % 7 == 2:
             sequences[row] = f"{sequences[row][:50]}-{sequences[row][50:90].lower()}RU{sequences[row][92:]}"
     table = table.set_column(table.column_names.index("dna_sequence"), "dna_sequence", [sequences])
@@ -57,6 +59,7 @@ def command(data: Path, uri: Path, cache: Path, *more: str) -> list[str]:
         "data.path": data,
         "data.block_rows": BLOCK_ROWS,
         "embed.max_shapes": 2,
+        "embed.cache_rows": 3 * BLOCK_ROWS,
         "mesh.compilation_cache": cache,
         "sink.uri": uri,
     }

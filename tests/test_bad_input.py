@@ -26,10 +26,13 @@ from safetensors.numpy import load_file, save_file
 from bioscan_jax import Data, Embed, InputError, Mesh, Model, Sink, embed, job
 from bioscan_jax.lock import writer_lock
 
+ROUNDS = importlib.import_module("bioscan_jax.rounds")
 EMBED = importlib.import_module("bioscan_jax.embed")  # the package's name `embed` is the function
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent / "scripts"
 GOLDEN = {family: HERE / "golden" / family for family in ("v1", "v2")}
+ALL = {"cache_rows": 0, "max_shapes": 1}
+"""Every block is computed, though it repeats the one before."""
 GOOD = ["ACGTAC" * 20, "TTGACA" * 15 + "N", "GGGCCATTA" * 9]
 
 
@@ -88,14 +91,14 @@ def refused(tmp_path: Path, data: dict | None = None, **settings) -> str:
 @contextmanager
 def spoilt_after(monkeypatch, blocks: int) -> Iterator[list]:
     """Has the model give NaN once so many blocks have been fetched; yields the calls that fetched."""
-    fetch, calls = EMBED.collect, []
+    fetch, calls = ROUNDS.collect, []
 
     def collect(*arguments):
         calls.append(arguments)
         return fetch(*arguments) * (1.0 if len(calls) <= blocks else np.nan)
 
     with monkeypatch.context() as changed:
-        changed.setattr(EMBED, "collect", collect)
+        changed.setattr(ROUNDS, "collect", collect)
         yield calls
 
 
@@ -246,7 +249,7 @@ def test_fasta_goes_on_where_it_stopped(tmp_path, monkeypatch):
     (tmp_path / "in.fa.gz").write_bytes(gzip.compress(text.encode()))
     monkeypatch.chdir(tmp_path)
     uri = tmp_path / "a:b" / "c d ü%20#?"
-    settings = {"data": {"path": "in.fa.gz", "block_rows": 4}, "sink": {"uri": "a:b/c d ü%20#?"}}
+    settings = {"data": {"path": "in.fa.gz", "block_rows": 4}, "sink": {"uri": "a:b/c d ü%20#?"}, "embed": ALL}
     with spoilt_after(monkeypatch, 1), pytest.raises(InputError, match="the vector of 's4' is not finite"):
         embed_here(tmp_path, **settings)
     assert (uri / ".sequences.input" / "input.parquet").is_file()
@@ -256,7 +259,7 @@ def test_fasta_goes_on_where_it_stopped(tmp_path, monkeypatch):
     found = Table.read(uri).vectors
     assert found["dna_sequence"].to_pylist() == GOOD * 4
     write(tmp_path / "in.parquet", GOOD * 4)
-    embed_here(tmp_path, {"block_rows": 4})
+    embed_here(tmp_path, {"block_rows": 4}, embed=ALL)
     assert found["vector"].equals(Table.read(tmp_path / "db").vectors["vector"])
 
 
@@ -464,7 +467,7 @@ def test_a_failure_after_commits_keeps_them(tmp_path, monkeypatch):
     """A vector that is not finite in a later block: what was committed stays, nothing follows it."""
     write(tmp_path / "in.parquet", GOOD * 4)
     with spoilt_after(monkeypatch, 2) as calls, pytest.raises(InputError, match="the vector of 's4' is not finite"):
-        embed_here(tmp_path, {"block_rows": 2})
+        embed_here(tmp_path, {"block_rows": 2}, embed=ALL)
     assert len(calls) == 3
     assert Table.read(tmp_path / "db").vectors.num_rows == 4
     assert embed_here(tmp_path, {"block_rows": 2}).resumed_at == 4

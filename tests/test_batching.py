@@ -4,7 +4,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes, choose_widths, make_batches
+from bioscan_jax.data.batching import (
+    WIDTH_STEP,
+    BatchShape,
+    batch_shapes,
+    choose_shapes,
+    choose_widths,
+    make_batches,
+)
 from bioscan_jax.schemas import TokenRows
 
 CLS, PAD = 3, 1
@@ -69,3 +76,57 @@ def test_a_small_rest_moves_up_and_a_large_one_is_filled():
     assert [b.ids.shape for b in few] == [(4, 8), (4, 16)]
     many = make_batches(rows_of([8] * 7 + [16] * 4), shapes, cls=CLS, pad=PAD)
     assert [b.ids.shape for b in many] == [(4, 8), (4, 8), (4, 16)]
+
+
+@given(
+    st.lists(st.integers(1, 24), max_size=40),
+    st.lists(st.integers(1, 6), min_size=3, max_size=3),
+)
+def test_no_other_way_of_moving_rests_up_computes_less(lengths, rows):
+    shapes = [BatchShape(n, width) for n, width in zip(rows, (8, 16, 24), strict=True)]
+    computed = sum(batch.ids.size for batch in make_batches(rows_of(lengths), shapes, cls=CLS, pad=PAD))
+    counts = np.bincount(np.searchsorted([8, 16, 24], lengths), minlength=3)
+    costs = []
+    for moves in itertools.product((False, True), repeat=2):
+        waiting = cost = 0
+        for shape, own, up in zip(shapes, counts, (*moves, False), strict=True):
+            batches, left = divmod(waiting + own, shape.rows)
+            waiting, batches = (left, batches) if up else (0, batches + (left > 0))
+            cost += batches * shape.rows * shape.tokens
+        costs.append(cost)
+    assert computed == min(costs)
+
+
+def barcode_lengths(rng, rows):
+    """Most are of one length, some shorter, few long: as barcodes are."""
+    kinds = rng.choice(4, rows, p=[0.6, 0.3, 0.09, 0.01])
+    return np.choose(
+        kinds, [114, rng.integers(90, 114, rows), rng.integers(20, 140, rows), rng.integers(140, 480, rows)]
+    )
+
+
+def test_shapes_fit_what_blocks_have_left_over():
+    """With batches as large as the budget allows, rests cost more than the padding."""
+    rng = np.random.default_rng(0)
+    blocks = [barcode_lengths(rng, 6000) for _ in range(5)]
+    settings = {"devices": 8, "tokens_per_device": 16384}
+    shapes = choose_shapes(blocks, 480, most=8, **settings)
+    plain = batch_shapes(choose_widths(np.concatenate(blocks), 480, 8), most_rows=6000, **settings)
+
+    def ratio(shapes, seed):
+        fresh = [barcode_lengths(np.random.default_rng(seed + i), 6000) for i in range(5)]
+        computed = sum(b.ids.size for one in fresh for b in make_batches(rows_of(one), shapes, cls=CLS, pad=PAD))
+        return computed / sum(map(sum, fresh))
+
+    assert len(shapes) <= 8
+    assert shapes[-1].tokens == 480
+    assert all(shape.rows % 8 == 0 and shape.rows * shape.tokens <= 8 * 16384 for shape in shapes)
+    assert ratio(shapes, 100) < 1.12 < 1.2 < ratio(plain, 100)
+
+
+def test_a_width_that_no_row_has_gets_the_smallest_batch():
+    shapes = choose_shapes([np.full(500, 30)], 2048, most=4, devices=2, tokens_per_device=4096)
+    assert shapes[-1] == BatchShape(2, 2048)
+    assert choose_shapes([np.empty(0, np.int64), np.array([5])], 8, most=8, devices=1, tokens_per_device=2) == (
+        BatchShape(1, 8),
+    )

@@ -11,7 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bioscan_jax import benchmark, config
+from bioscan_jax import config
+from bioscan_jax.benchmarks import BENCHMARKS, figures, tokenizer
+from bioscan_jax.benchmarks.embedding import check_same_vectors
+from bioscan_jax.benchmarks.tokenizing import check_same_ids
 from bioscan_jax.errors import InputError
 from bioscan_jax.schemas import TokenRows
 
@@ -50,9 +53,7 @@ def test_the_script_prints_what_it_writes(tmp_path: Path) -> None:
 def test_an_unknown_name_exits_2(names: list[str]) -> None:
     done = script(*names)
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr == f"error: no benchmark {''.join(names)!r}; pass one of {', '.join(benchmark.BENCHMARKS)} first\n"
-    )
+    assert done.stderr == f"error: no benchmark {''.join(names)!r}; pass one of {', '.join(BENCHMARKS)} first\n"
 
 
 def test_a_mistaken_flag_exits_2_with_a_line() -> None:
@@ -69,7 +70,7 @@ def barcodes(directory: Path, texts: list[str | None]) -> config.Data:
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_follow_each_other_from_one_that_the_seed_draws(tmp_path: Path, seed: int) -> None:
     data = barcodes(tmp_path, ["ACGTN" * 2 + "A" * row for row in range(30)])
-    figures = benchmark.tokenizer(data, rows=7, seed=seed, repeats=1)
+    figures = tokenizer(data, rows=7, seed=seed, repeats=1)
     first = np.random.default_rng(seed).integers(24)
     assert figures["rows"] == 7
     assert figures["mean_bases"] == 10 + first + 3
@@ -78,30 +79,30 @@ def test_rows_follow_each_other_from_one_that_the_seed_draws(tmp_path: Path, see
 
 def test_a_file_with_fewer_rows_is_taken_whole_without_its_rejects(tmp_path: Path) -> None:
     data = barcodes(tmp_path, ["acgu-acg", None, "protein", "NNN", "ACGTACGTAC"])
-    figures = benchmark.tokenizer(data, rows=100, repeats=1)
+    figures = tokenizer(data, rows=100, repeats=1)
     assert (figures["rows"], figures["mean_bases"]) == (2, 8.5)
 
 
 def test_nothing_to_encode_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^none of the 2 rows can be encoded; pass another --data\.path or --seed$"):
-        benchmark.tokenizer(barcodes(tmp_path, ["NNN", "protein"]), repeats=1)
+        tokenizer(barcodes(tmp_path, ["NNN", "protein"]), repeats=1)
 
 
 @pytest.mark.parametrize("flag", ["rows", "repeats"])
 def test_too_few_are_told(flag: str) -> None:
     with pytest.raises(InputError, match=f"^--{flag} 0 is too small; pass at least 1$"):
-        benchmark.tokenizer(None, **{flag: 0})
+        tokenizer(None, **{flag: 0})
 
 
 def test_ids_must_be_the_same() -> None:
     ours = TokenRows(np.array([3, 7, 3, 8, 9], np.int32), np.array([0, 2, 5]))
-    benchmark.check_same_ids(ours, [[3, 7], [3, 8, 9]])
+    check_same_ids(ours, [[3, 7], [3, 8, 9]])
     with pytest.raises(RuntimeError, match="^row 1 has other ids"):
-        benchmark.check_same_ids(ours, [[3, 7], [3, 8, 8]])
+        check_same_ids(ours, [[3, 7], [3, 8, 8]])
     with pytest.raises(RuntimeError, match="^row 0 has other ids"):
-        benchmark.check_same_ids(ours, [[3], [3, 8, 9]])
+        check_same_ids(ours, [[3], [3, 8, 9]])
     with pytest.raises(RuntimeError, match="^2 rows of ids where EsmTokenizer gives 1"):
-        benchmark.check_same_ids(ours, [[3, 7]])
+        check_same_ids(ours, [[3, 7]])
 
 
 def test_tasks_are_timed_in_turns_by_the_processor_time_they_take() -> None:
@@ -118,7 +119,7 @@ def test_tasks_are_timed_in_turns_by_the_processor_time_they_take() -> None:
         "busy": lambda: spend("busy", next(long_once)),
         "asleep": lambda: (order.append("asleep"), time.sleep(0.1)),
     }
-    seconds = benchmark.median_core_seconds(tasks, 3)
+    seconds = figures.median_core_seconds(tasks, 3)
     assert order == ["busy", "asleep"] * 3
     assert 0.02 <= seconds["busy"] < 0.1
     assert seconds["asleep"] < 0.02
@@ -126,4 +127,110 @@ def test_tasks_are_timed_in_turns_by_the_processor_time_they_take() -> None:
 
 def test_json_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent/x: cannot be written \(No such file or directory\); pass another"):
-        benchmark.write_json({"rows": 1}, str(tmp_path / "absent" / "x"))
+        figures.write_json({"rows": 1}, str(tmp_path / "absent" / "x"))
+
+
+@pytest.mark.parametrize(
+    ("found", "error"),
+    [({"rows_per_second": 3.0, "other_rows_per_second": 2.0, "ratio": 1.5}, None), ({"rows": 3}, "nothing to draw")],
+)
+def test_the_picture_has_what_was_compared(tmp_path: Path, found: dict, error: str | None) -> None:
+    if error:
+        with pytest.raises(ValueError, match=error):
+            figures.write_picture(found, str(tmp_path / "picture.png"), "title")
+        return
+    figures.write_picture(found, str(tmp_path / "picture.png"), "title")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match=r"absent/x: cannot be written \(No such file or directory\); pass another"):
+        figures.write_picture(found, str(tmp_path / "absent" / "x"), "title")
+
+
+def test_what_fails_in_a_process_is_told() -> None:
+    assert figures.in_a_process("bioscan_jax.benchmarks.figures:rounded", value=12345.6) == 12350
+    with pytest.raises(RuntimeError, match="figures:rounded failed: ValueError: Unknown format code 'g'"):
+        figures.in_a_process("bioscan_jax.benchmarks.figures:rounded", value="text")
+
+
+def test_peers_that_are_not_installed_are_told() -> None:
+    mend = r"^no_such_peer is not installed: run pip install -e '\.\[parity\]' to compare with it$"
+    with pytest.raises(InputError, match=mend):
+        figures.require("json", "no_such_peer")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("embed", {"preset": "nt-v3"}, r"--preset 'nt-v3': no such preset; known are nt-v1-500m, "),
+        ("embed", {"padded_rows": 0}, "--padded_rows 0 is too small; pass at least 1"),
+        ("finetune", {"tokens": 1}, "--tokens 1 is too small; pass at least 2"),
+        ("load", {"gib": 0.001}, "--gib 0.001 is too small"),
+        ("pipeline", {"rows": 100, "resume_at": 100}, "--resume_at 100 is past the 100 rows; pass a smaller one"),
+    ],
+)
+def test_mistaken_flags_are_told(name: str, flags: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BENCHMARKS[name](**flags)
+
+
+def test_the_pipeline_of_real_vectors_without_a_model(tmp_path: Path) -> None:
+    texts: list[str | None] = ["ACGTTGCA" * (3 + row % 17) for row in range(40)]
+    found = BENCHMARKS["pipeline"](barcodes(tmp_path, texts), rows=100)
+    assert (found["rows"], found["hidden_size"]) == (100, 2560)
+    assert found["rows_per_second"] > 0
+    assert 0 <= found["device_busy"] <= 1
+    assert 0.05 < found["peak_host_gib"] < 4
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_is_resumed(tmp_path: Path) -> None:
+    texts: list[str | None] = ["ACGTTGCA" * (3 + row % 17) for row in range(40)]
+    found = BENCHMARKS["pipeline"](barcodes(tmp_path, texts), rows=50, more_rows=2000, resume_at=100)
+    assert 100 <= found["resumed_at_row"] < 2000
+    assert found["resume_ratio_to_fresh_start"] > 0
+    assert found["rows_per_second_ratio_more_to_less"] > 0
+
+
+@pytest.mark.parity
+def test_embedding_against_pytorch(tmp_path: Path) -> None:
+    texts: list[str | None] = ["ACGTNTGCA" * (2 + row % 13) for row in range(30)]
+    found = BENCHMARKS["embed"](barcodes(tmp_path, texts), rows=30, preset="tiny-v2", repeats=1, padded_rows=2)
+    assert (found["rows"], found["sequences_computed"], found["deduplicated_rows"]) == (30, 13, 13)
+    for ratio, ours, theirs in (
+        ("ratio_to_sorted", "ours", "sorted_torch"),
+        ("ratio_to_padded_with_compiling", "ours_with_compiling", "padded_torch"),
+        ("deduplicated_ratio_to_sorted", "deduplicated_ours", "deduplicated_sorted_torch"),
+    ):
+        expected = found[f"{ours}_rows_per_second"] / found[f"{theirs}_rows_per_second"]
+        assert found[ratio] == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parity
+def test_loading_against_transformers() -> None:
+    found = BENCHMARKS["load"](gib=0.08, form="safetensors", repeats=1)
+    assert (found["file"], found["layers"]) == ("model.safetensors", 1)
+    assert found["ours_seconds"] > 0
+    assert found["transformers_seconds"] > 0
+    assert found["ours_peak_gib"] > found["gib"]
+
+
+@pytest.mark.parity
+def test_a_step_against_peft() -> None:
+    found = BENCHMARKS["finetune"](preset="tiny-v2", batch_size=2, tokens=8, rank=2, repeats=1)
+    ratio = found["rows_per_second"] / found["peft_rows_per_second"]
+    assert found["ratio"] == pytest.approx(ratio, rel=2e-3)
+
+
+def test_vectors_must_be_the_same(tmp_path: Path) -> None:
+    import lance
+
+    def write(name: str, names: list[str], values: list[float]) -> str:
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(values, pa.float32()), 1)
+        lance.write_dataset(pa.table({"sequence_id": names, "vector": vectors}), str(tmp_path / name))
+        return str(tmp_path / name)
+
+    ours = write("ours", ["a", "b"], [1.0, 2.0])
+    check_same_vectors(ours, write("same", ["b", "a"], [2.0, 1.0001]))
+    with pytest.raises(RuntimeError, match="by 0.5 of the largest value"):
+        check_same_vectors(ours, write("other", ["b", "a"], [2.0, 2.0]))
+    with pytest.raises(RuntimeError, match="absent was not written"):
+        check_same_vectors(ours, str(tmp_path / "absent"))

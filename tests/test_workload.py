@@ -62,7 +62,7 @@ def test_only_the_widest_is_as_wide_as_what_was_seen(tmp_path):
     pq.write_table(pa.table({"dna_sequence": ["ACGTAC" * 11] * 40}), path)
     work = embedding_workload(config.Data(path=str(path)), Embed(batch_tokens=64), TINY, devices=4)
     assert work.lengths.tolist() == [12]
-    assert work.batches == {BatchShape(16, 16): 1}
+    assert work.batches == {BatchShape(4, 16): 1}
     assert training_workload(config.Examples(path=str(path)), config.Train(batch_size=7), TINY).batches == {
         BatchShape(7, 16): 6
     }
@@ -71,7 +71,9 @@ def test_only_the_widest_is_as_wide_as_what_was_seen(tmp_path):
 def test_nothing_usable_is_said(tmp_path):
     path = tmp_path / "empty.parquet"
     pq.write_table(pa.table({"dna_sequence": ["", "-"]}), path)
-    with pytest.raises(InputError, match="no sequence in column 'dna_sequence' can be embedded; pass another"):
+    with pytest.raises(
+        InputError, match="no sequence in column 'dna_sequence' can be embedded .*; is it DNA. pass another"
+    ):
         embedding_workload(config.Data(path=str(path)), Embed(), TINY, devices=1)
     with pytest.raises(InputError, match="no sequence in column 'dna_sequence' can be trained on; pass another"):
         training_workload(config.Examples(path=str(path)), config.Train(), TINY)

@@ -1,6 +1,6 @@
 """Rows of tokens to padded batches of a few shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,11 @@ from bioscan_jax.schemas import TokenBatch, TokenRows
 
 WIDTH_STEP = 8
 """Widths are multiples of a TPU's eight sublanes."""
+START_TOKENS = 32
+"""What starting a batch is taken to cost, in computed tokens a device; so a shape is not split without need."""
+_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
+_STARTS = (1.0, 0.25)
+_SEARCHED_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,92 @@ def batch_shapes(
     return tuple(shapes)
 
 
+def choose_shapes(
+    blocks: Sequence[Int[np.ndarray, " _"]], limit: int, *, most: int, devices: int, tokens_per_device: int
+) -> tuple[BatchShape, ...]:
+    """The shapes that compute fewest tokens for blocks of rows like these, what is left of each block included.
+
+    A width that few rows of a block have gets batches below the budget, since an almost empty one costs as much as a
+    full one. Descent over widths and rows from several starts; no optimum is promised.
+
+    Args:
+        blocks: Tokens of the rows of some blocks, CLS included.
+        limit: No row is longer; the last shape holds that many tokens.
+        most: Number of shapes at most.
+        devices: Along the batch.
+        tokens_per_device: Budget of a batch, padding included; a shape has at least one row a device.
+    """
+    seen, most_rows = np.concatenate(blocks), max(1, *(len(block) for block in blocks))
+    picked = np.unique(np.linspace(0, len(blocks) - 1, _SEARCHED_BLOCKS).astype(int))
+    steps = -(-limit // WIDTH_STEP)
+    histograms = [np.bincount(-(-blocks[i] // WIDTH_STEP), minlength=steps + 1) for i in picked]
+    up_to = np.cumsum(histograms, axis=1)
+
+    def shapes_of(wide: list[int], shares: list[float]) -> list[BatchShape]:
+        budgets = [max(1, int(tokens_per_device * share)) for share in shares]
+        pairs = [(min(step * WIDTH_STEP, limit), budget) for step, budget in zip(wide, budgets, strict=True)]
+        return [
+            batch_shapes([width], devices=devices, tokens_per_device=budget, most_rows=most_rows)[0]
+            for width, budget in pairs
+        ]
+
+    def cost(wide: list[int], shares: list[float]) -> int:
+        counts = np.diff(up_to[:, wide], axis=1, prepend=0)
+        return int(_fill_tails(counts, shapes_of(wide, shares), START_TOKENS * devices)[0].sum())
+
+    def neighbours(wide: list[int], shares: list[float]) -> Iterator[tuple[list[int], list[float]]]:
+        for k in range(len(wide)):
+            for share in _SHARES:
+                yield wide, [*shares[:k], share, *shares[k + 1 :]]
+            for step in (wide[k] - 1, wide[k] + 1):
+                if k + 1 < len(wide) and (wide[k - 1] if k else 0) < step < wide[k + 1]:
+                    yield [*wide[:k], step, *wide[k + 1 :]], shares
+
+    found = []
+    for count in range(max(1, most - 2), most + 1):
+        start = [-(-width // WIDTH_STEP) for width in choose_widths(seen, limit, count)]
+        for share in _STARTS:
+            at, best = (start, [share] * len(start)), cost(start, [share] * len(start))
+            better = True
+            while better:
+                better = False
+                for other in neighbours(*at):
+                    if (price := cost(*other)) < best:
+                        at, best, better = other, price, True
+            found.append((best, at))
+    wide, shares = min(found, key=lambda one: one[0])[1]
+    used = np.diff(up_to[:, wide], axis=1, prepend=0).sum(axis=0).tolist()
+    return tuple(shapes_of(wide, [share if rows else 0.0 for share, rows in zip(shares, used, strict=True)]))
+
+
+def _fill_tails(
+    counts: Int[np.ndarray, "blocks shapes"], shapes: Sequence[BatchShape], start_tokens: int
+) -> tuple[Int[np.ndarray, " blocks"], Int[np.ndarray, "shapes blocks"]]:
+    """Where the rows left over from each shape's full batches go: into one more batch, or up to the next shape.
+
+    Exact dynamic programming over the shapes whose rest fills a batch; the rests of those between move up.
+
+    Returns:
+        Fewest tokens computed for each block, and for a rest filled at shape k the first shape whose rest is in it.
+    """
+    waiting = np.zeros((len(shapes), len(counts)), np.int64)
+    spent, first, best = np.zeros_like(waiting), np.zeros_like(waiting), np.zeros(len(counts), np.int64)
+    for k, shape in enumerate(shapes):
+        spent[k], price = best, shape.rows * shape.tokens + start_tokens
+        full, left = np.divmod(waiting[: k + 1] + counts[:, k], shape.rows)
+        spent[: k + 1] += full * price
+        filled = spent[: k + 1] + (left > 0) * price
+        first[k] = np.argmin(filled, axis=0)
+        best = filled[first[k], np.arange(len(counts))]
+        waiting[: k + 1] = left
+    return best, first
+
+
 def make_batches(tokens: TokenRows, shapes: Sequence[BatchShape], *, cls: int, pad: int) -> list[TokenBatch]:
     """Pads rows into batches, each row once.
 
-    What is left of a width after its full batches moves up to the next width in use, where that costs fewer computed
-    tokens than filling a batch with empty rows.
+    What is left of a width after its full batches moves up to the next width where that costs fewer computed tokens,
+    over all widths, than filling a batch with empty rows.
 
     Args:
         tokens: None longer than the last shape.
@@ -87,20 +173,18 @@ def make_batches(tokens: TokenRows, shapes: Sequence[BatchShape], *, cls: int, p
         pad: Id to the right of each row.
     """
     bucket = np.searchsorted([shape.tokens for shape in shapes], tokens.lengths)
-    used = [k for k in range(len(shapes)) if (bucket == k).any()]
+    first = _fill_tails(np.bincount(bucket, minlength=len(shapes))[None], shapes, 0)[1][:, 0]
+    filled, k = set(), len(shapes) - 1
+    while k >= 0:
+        filled.add(k)
+        k = int(first[k]) - 1
     batches, waiting = [], np.empty(0, np.int64)
-    for position, k in enumerate(used):
-        shape = shapes[k]
+    for k, shape in enumerate(shapes):
         rows = np.concatenate([waiting, np.flatnonzero(bucket == k)])
-        full = len(rows) - len(rows) % shape.rows
-        waiting = rows[full:]
-        if len(waiting):
-            last = position == len(used) - 1
-            wider = 0 if last else shapes[used[position + 1]].tokens - shape.tokens
-            if last or (shape.rows - len(waiting)) * shape.tokens <= len(waiting) * wider:
-                full, waiting = len(rows), rows[:0]
-        for start in range(0, full, shape.rows):
-            chosen = rows[start : min(start + shape.rows, full)]
+        stop = len(rows) if k in filled else len(rows) - len(rows) % shape.rows
+        waiting = rows[stop:]
+        for start in range(0, stop, shape.rows):
+            chosen = rows[start : min(start + shape.rows, stop)]
             ids = pad_rows(tokens, chosen, shape.rows, shape.tokens, cls=cls, pad=pad)
             batches.append(TokenBatch(ids, chosen))
     return batches

@@ -37,6 +37,9 @@ class BlockCounts:
     rows: int = 0
     vectors: int = 0
     distinct: int = 0
+    """Sequences embedded."""
+    copied: int = 0
+    """Sequences of a block whose vectors were copied from an earlier block."""
     truncated: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     changes: CleaningCounts = field(default_factory=lambda: CleaningCounts(0, 0, 0, 0))
@@ -48,6 +51,7 @@ class BlockCounts:
             rows=self.rows + other.rows,
             vectors=self.vectors + other.vectors,
             distinct=self.distinct + other.distinct,
+            copied=self.copied + other.copied,
             truncated=self.truncated + other.truncated,
             rejects={r: self.rejects.get(r, 0) + other.rejects.get(r, 0) for r in sorted(reasons)},
             changes=self.changes + other.changes,

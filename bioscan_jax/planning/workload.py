@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Int
 
 from bioscan_jax import config
-from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes, choose_widths, make_batches
-from bioscan_jax.data.encode import BlockCounts, Encoding, encode_block
+from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, choose_widths, make_batches
+from bioscan_jax.data.encode import Encoding
 from bioscan_jax.data.source import ParquetBlocks, open_source
 from bioscan_jax.data.training import epoch_order
 from bioscan_jax.errors import InputError
-from bioscan_jax.job import SAMPLED_ROWS
+from bioscan_jax.job import SAMPLED_ROWS, sample_blocks
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.sequences import clean
 from bioscan_jax.tokenizer import Vocabulary, encode
@@ -60,29 +60,13 @@ def embedding_workload(
             phases=embed.phases,
             deduplicate=embed.deduplicate,
         )
-        counts, blocks = BlockCounts(), []
-        for index in range(len(source)):
-            encoded = encode_block(source[index], encoding)
-            counts += encoded.counts
-            blocks.append(encoded.views.tokens)
-            if counts.rows >= SAMPLED_ROWS and counts.vectors:
-                break
-        rows, column = source.rows, source.sequence_column
-    if not counts.vectors:
-        raise InputError(f"no sequence in column {column!r} can be embedded; pass another --data.sequence_column")
-    lengths = np.concatenate([tokens.lengths for tokens in blocks])
-    widths = _widths(lengths, encoding.max_tokens, embed.max_shapes, whole=counts.rows == rows)
-    views = embed.phases * (2 if embed.strand == "both" else 1)
-    shapes = batch_shapes(
-        widths,
-        devices=devices,
-        tokens_per_device=embed.batch_tokens,
-        most_rows=min(data.block_rows, rows) * views,
-    )
+        sample = sample_blocks(source, encoding, embed)
+    shapes = sample.shapes(embed, devices)
     ids = {"cls": vocabulary.cls_id, "pad": vocabulary.pad_id}
     batches = Counter(
-        BatchShape(*batch.ids.shape) for tokens in blocks for batch in make_batches(tokens, shapes, **ids)
+        BatchShape(*batch.ids.shape) for tokens in sample.blocks for batch in make_batches(tokens, shapes, **ids)
     )
+    counts, lengths = sample.counts, np.concatenate(sample.lengths)
     return Workload(rows=counts.rows, vectors=counts.vectors, lengths=lengths, batches=dict(batches))
 
 

@@ -1,0 +1,106 @@
+"""Reading a checkpoint: seconds and host memory, ours and transformers'."""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from bioscan_jax import config
+from bioscan_jax.benchmarks.checkpoints import write_random
+from bioscan_jax.benchmarks.figures import Figures, at_least, in_a_process, require, rounded
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.config import PRESETS
+from bioscan_jax.model.load import load as load_model
+from bioscan_jax.sharding import make_layout
+from bioscan_jax.summary import peak_host_bytes, resident_bytes
+
+_HERE = "bioscan_jax.benchmarks.loading"
+_SHAPE = PRESETS["nt-v1-500m"]
+
+
+def load(gib: float = 0.5, form: Literal["safetensors", "bin"] = "bin", seed: int = 0, repeats: int = 3) -> Figures:
+    """Compare loading a float32 checkpoint shaped as the v1 models with transformers' from_pretrained.
+
+    Each load is a process of its own, in turns, the file in the page cache. Seconds do not count imports; peak memory
+    is that of the whole process, and `grown` what it exceeds the memory before the load by.
+
+    Args:
+        gib: Size of the file; whole layers of the 500M model.
+        form: Of the file.
+        seed: Of the weights.
+        repeats: Times that each is run.
+
+    Raises:
+        InputError: A number is too small, or PyTorch is not installed.
+    """
+    at_least(repeats=(repeats, 1))
+    layers = round(gib * 2**30 / 4 / (12 * _SHAPE.hidden_size**2))
+    if layers < 1:
+        raise InputError(f"--gib {gib} is too small; pass at least 0.1")
+    require("torch")
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = Path(directory) / "model"
+        in_a_process(f"{_HERE}:write", directory=str(checkpoint), layers=layers, seed=seed)
+        if form == "bin":
+            in_a_process(f"{_HERE}:as_bin", directory=str(checkpoint))
+        [file] = [file for file in checkpoint.iterdir() if file.suffix in (".bin", ".safetensors")]
+        size = file.stat().st_size
+        runs: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
+        for _ in range(repeats):
+            for name, of in runs.items():
+                of.append(in_a_process(f"{_HERE}:load_{name}", directory=str(checkpoint)))
+    found: Figures = {"file": file.name, "gib": rounded(size / 2**30), "layers": layers, "repeats": repeats}
+    for key in ("seconds", "peak_gib", "grown_gib"):
+        for name, of in runs.items():
+            found[f"{name}_{key}"] = rounded(statistics.median(run[key] for run in of))
+    pairs = list(zip(runs["ours"], runs["transformers"], strict=True))
+    for key in ("seconds", "peak_gib", "grown_gib"):
+        found[f"{key}_ratio_theirs_to_ours"] = rounded(statistics.median(b[key] / a[key] for a, b in pairs))
+    return found
+
+
+def write(directory: str, layers: int, seed: int) -> None:
+    """Writes the checkpoint."""
+    write_random(Path(directory), dataclasses.replace(_SHAPE, num_hidden_layers=layers), seed)
+
+
+def as_bin(directory: str) -> None:
+    """Turns model.safetensors into pytorch_model.bin, as the v1 models are published."""
+    import torch
+    from safetensors.torch import load_file
+
+    file = Path(directory) / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+
+
+def load_ours(directory: str) -> dict[str, float]:
+    """One load in this process."""
+    layout = make_layout(config.Mesh(data=1))
+    before, start = resident_bytes(), time.perf_counter()
+    loaded = load_model(config.Model(checkpoint=directory, dtype="float32"), layout, lm_head=True)
+    jax.block_until_ready(jax.tree.leaves(loaded.model))
+    return _taken(start, before)
+
+
+def load_transformers(directory: str) -> dict[str, float]:
+    """One load in this process; each parameter is looked at, since safetensors maps the file."""
+    import torch
+    from transformers import EsmForMaskedLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before, start = resident_bytes(), time.perf_counter()
+    model = EsmForMaskedLM.from_pretrained(directory, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.detach().view(torch.int32).bitwise_and(1).any()
+    return _taken(start, before)
+
+
+def _taken(start: float, before: int) -> dict[str, Any]:
+    seconds, peak = time.perf_counter() - start, peak_host_bytes()
+    return {"seconds": seconds, "peak_gib": peak / 2**30, "grown_gib": (peak - before) / 2**30}
