@@ -69,7 +69,7 @@ class Checkpoints:
         record = dict(self._last.metadata(found.step).custom_metadata or {})
         if record.pop("version", None) != VERSION:
             raise InputError(
-                f"{self._directory / LAST}: made by another version of bioscan_jax; pass another --output_dir"
+                f"{self._directory / LAST}: made by another version of bioscan_jax; pass another --train.output_dir"
             )
         return Progress(**record)
 
@@ -150,7 +150,7 @@ def restore_params(directory: Path, which: str, abstract: dict[str, Any]) -> tup
 
     path = directory / {"best": BEST, "last": LAST}[which]
     if not path.is_dir():
-        raise InputError(f"{path}: not found; pass the --output_dir of scripts/finetune.py")
+        raise InputError(f"{path}: not found; pass the --train.output_dir of scripts/finetune.py")
     with ocp.training.Checkpointer(str(path.absolute())) as checkpointer:
         if checkpointer.latest is None:
             raise InputError(f"{path}: no checkpoint yet; let the run reach one, or pass --which last")

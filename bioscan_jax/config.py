@@ -200,8 +200,6 @@ class Examples:
 class Loss:
     """What training minimises."""
 
-    objective: Literal["taxonomy", "mlm"] = "taxonomy"
-    """The seven ranks of each barcode, or its masked 6-mers (then no labels are read)."""
     head: Literal["marginal", "independent"] = "marginal"
     """One softmax over the finest taxa, summed up the tree; or one softmax a rank."""
     pooling: Literal["mean", "mean_no_cls", "cls", "max"] = "mean"
@@ -227,6 +225,10 @@ class Loss:
 class Train:
     """How training goes."""
 
+    output_dir: str = "runs/finetune"
+    """The run's directory: checkpoints, label space, metrics, curves; the same command goes on there."""
+    objective: Literal["taxonomy", "mlm"] = "taxonomy"
+    """The seven ranks of each barcode, or its masked 6-mers (then no labels are read)."""
     mode: Literal["lora", "full"] = "lora"
     """Adapters on a frozen model, or all of its weights (kept in float32)."""
     epochs: int = 10
@@ -279,22 +281,22 @@ class Train:
 class Checkpoint:
     """When the state of training is saved; it always is at a SIGTERM and at the end."""
 
-    every_minutes: float = 30.0
+    interval_minutes: float = 30.0
     """Wall time between two checkpoints."""
     keep: int = 2
     """The newest ones kept; the best state is kept beside them."""
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.keep", self.keep, 1)
-        if not self.every_minutes >= 0:
-            raise InputError(f"--checkpoint.every_minutes {self.every_minutes} must be at least 0")
+        if not self.interval_minutes >= 0:
+            raise InputError(f"--checkpoint.interval_minutes {self.interval_minutes} must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
     """Weights & Biases; metrics.jsonl and curves.png are written in any case."""
 
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto is online where WANDB_API_KEY or a login is found, offline elsewhere."""
     project: str = "bioscan_jax"
     """Project of the dashboard."""

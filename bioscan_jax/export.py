@@ -55,9 +55,9 @@ def export(
     mesh = mesh or config.Mesh()
     start_devices(mesh)
     loaded = _base(record, checkpoint, mesh)
-    space = LabelSpace.load(directory / LABEL_SPACE_FILE) if loss.objective == "taxonomy" else None
+    space = LabelSpace.load(directory / LABEL_SPACE_FILE) if train.objective == "taxonomy" else None
     step, classifier = _trained(directory, which, loaded, loss, lora, train, space)
-    facts = {"objective": loss.objective, "which": which, "step": step, "run": record["decided_by"]}
+    facts = {"objective": train.objective, "which": which, "step": step, "run": record["decided_by"]}
     heads = None
     if space is not None and classifier.head is not None:
         heads = Heads(
@@ -87,7 +87,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
         if not {"decided_by", "model", "provenance"} <= record.keys():
             raise ValueError("it lacks what a run keeps")
     except FileNotFoundError:
-        raise InputError(f"{path}: not found; pass the --output_dir of scripts/finetune.py as --run") from None
+        raise InputError(f"{path}: not found; pass the --train.output_dir of scripts/finetune.py as --run") from None
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy the run again") from None
     return record

@@ -100,7 +100,6 @@ class TrainingSummary:
 def finetune(
     model: config.Model,
     data: config.Examples,
-    output_dir: str,
     lora: config.LoRA | None = None,
     loss: config.Loss | None = None,
     train: config.Train | None = None,
@@ -115,10 +114,9 @@ def finetune(
     Args:
         model: Which weights to start from.
         data: Which barcodes, and which of them are kept aside.
-        output_dir: The run's directory; the same call with the same directory goes on.
         lora: The adapters; not used when the whole model is trained.
         loss: What is minimised.
-        train: How.
+        train: How, and the run's directory; the same call with the same directory goes on.
         checkpoint: How often the state is saved.
         tracking: Dashboard.
         mesh: Devices.
@@ -131,10 +129,12 @@ def finetune(
     lora, loss, train = lora or config.LoRA(), loss or config.Loss(), train or config.Train()
     checkpoint, tracking = checkpoint or config.Checkpoint(), tracking or config.Tracking()
     mesh = mesh or config.Mesh()
-    _check(model, loss)
-    directory = local_directory(output_dir)
+    _check(model, loss, train)
+    directory, output_dir = local_directory(train.output_dir), train.output_dir
     if directory is None:
-        raise InputError(f"--output_dir {output_dir!r} is a URL; pass a directory (mount the bucket, with gcsfuse say)")
+        raise InputError(
+            f"--train.output_dir {output_dir!r} is a URL; pass a directory (mount the bucket, with gcsfuse say)"
+        )
     start_devices(mesh)
     first, progress = jax.process_index() == 0, progress and jax.process_index() == 0
     with ExitStack() as held:
@@ -142,9 +142,9 @@ def finetune(
             held.enter_context(writer_lock(output_dir, "training", kind="run"))
         scratch = held.enter_context(_scratch(directory))
         layout = make_layout(mesh)
-        loaded = _load(model, loss, train, layout, progress)
+        loaded = _load(model, train, layout, progress)
         source = open_source(_as_data(data), scratch=scratch)
-        examples = _prepare(source, data, loss, loaded, scratch, progress)
+        examples = _prepare(source, data, loss, train, loaded, scratch, progress)
         facts = _facts(source, data, loaded, lora, loss, train, examples.space)
         if first:
             _claim(directory, facts, model, loaded, examples.space)
@@ -158,7 +158,7 @@ def finetune(
             params = flat(learner.trainable)
             state = State(params, init_optimizer(learner, len(batches), params))
             if before is not None:
-                _check_rng(before, train, output_dir)
+                _check_rng(before, train)
                 state = State(**checkpoints.restore(before.step, jax.tree.map(_abstract, vars(state))))
             log, run_id = _log(held, tracking, directory, facts, at)
             course = Course(
@@ -176,14 +176,14 @@ def finetune(
                 at = run(course, state, dataclasses.replace(at, run_id=run_id), stop, bar)
             if first:
                 draw_curves(directory)
-    return _summary(output_dir, at, before, examples, learner)
+    return _summary(at, before, examples, learner)
 
 
-def _check(model: config.Model, loss: config.Loss) -> None:
+def _check(model: config.Model, loss: config.Loss, train: config.Train) -> None:
     if model.adapter is not None:
         raise InputError("--model.adapter cannot be trained on; merge it first (scripts/export.py --format merged)")
-    if loss.objective == "mlm" and loss.metadata:
-        raise InputError("--loss.metadata needs labels; leave it out, or pass --loss.objective taxonomy")
+    if train.objective == "mlm" and loss.metadata:
+        raise InputError("--loss.metadata needs labels; leave it out, or pass --train.objective taxonomy")
 
 
 def _as_data(data: config.Examples) -> config.Data:
@@ -206,7 +206,7 @@ def _scratch(directory: Path) -> Iterator[Path]:
         scratch.mkdir(parents=True)
     except OSError as error:
         raise InputError(
-            f"--output_dir {str(directory)!r}: {error.strerror}; pass a directory you may write"
+            f"--train.output_dir {str(directory)!r}: {error.strerror}; pass a directory you may write"
         ) from error
     try:
         yield scratch
@@ -214,18 +214,24 @@ def _scratch(directory: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _load(model: config.Model, loss: config.Loss, train: config.Train, layout: Layout, progress: bool) -> LoadedModel:
+def _load(model: config.Model, train: config.Train, layout: Layout, progress: bool) -> LoadedModel:
     """The checkpoint; a model that is trained whole is kept in float32 whatever its products are computed in."""
     wanted = dataclasses.replace(model, dtype="float32") if train.mode == "full" else model
     with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
-        loaded = load(wanted, layout, lm_head=loss.objective == "mlm", on_bytes=bar.update)
+        loaded = load(wanted, layout, lm_head=train.objective == "mlm", on_bytes=bar.update)
     if train.mode == "full" and compute_dtype(model.dtype) != np.float32:
         loaded.model.float32_products = "default"
     return loaded
 
 
 def _prepare(
-    source: ParquetBlocks, data: config.Examples, loss: config.Loss, loaded: LoadedModel, scratch: Path, progress: bool
+    source: ParquetBlocks,
+    data: config.Examples,
+    loss: config.Loss,
+    train: config.Train,
+    loaded: LoadedModel,
+    scratch: Path,
+    progress: bool,
 ) -> Examples:
     with tqdm(total=source.rows, unit="row", desc="read rows", disable=not progress, leave=False) as bar:
         return prepare_examples(
@@ -233,7 +239,7 @@ def _prepare(
             data,
             loaded.vocabulary,
             scratch,
-            labelled=loss.objective == "taxonomy",
+            labelled=train.objective == "taxonomy",
             with_metadata=loss.metadata,
             on_rows=bar.update,
         )
@@ -249,7 +255,7 @@ def _facts(
     space: LabelSpace | None,
 ) -> dict[str, Any]:
     """All that decides the parameters; devices, logging and how a batch is worked do not."""
-    not_deciding = {"batch_tokens", "remat", "log_every"}
+    not_deciding = {"output_dir", "batch_tokens", "remat", "log_every"}
     facts = {
         "input": source.fingerprint,
         "data": {name: value for name, value in vars(data).items() if name != "path"},
@@ -283,12 +289,12 @@ def _claim(
     except FileNotFoundError:
         found = None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); pass another --output_dir") from error
+        raise InputError(f"{path} cannot be read ({error}); pass another --train.output_dir") from error
     if found is not None:
         changed = differences(found, facts)
         if changed:
             raise InputError(
-                f"{directory} is the run of another configuration: {changed}; pass these again, or another --output_dir"
+                f"{directory} is the run of another configuration: {changed}; pass these again, or another --train.output_dir"
             )
         return
     if space is not None:
@@ -323,9 +329,11 @@ def _rng(train: config.Train) -> list[int]:
     return np.asarray(jax.random.key_data(jax.random.key(train.seed))).tolist()
 
 
-def _check_rng(before: Progress, train: config.Train, output_dir: str) -> None:
+def _check_rng(before: Progress, train: config.Train) -> None:
     if before.rng != _rng(train):
-        raise InputError(f"{output_dir}: this version of JAX draws otherwise; go on with the one that began the run")
+        raise InputError(
+            f"{train.output_dir}: this version of JAX draws otherwise; go on with the one that began the run"
+        )
 
 
 def _sha256(space: LabelSpace | None) -> str | None:
@@ -363,14 +371,12 @@ def _evaluation(learner: Learner, examples: Examples, batches: TrainingBatches, 
     return evaluate
 
 
-def _summary(
-    output_dir: str, at: Progress, before: Progress | None, examples: Examples, learner: Learner
-) -> TrainingSummary:
+def _summary(at: Progress, before: Progress | None, examples: Examples, learner: Learner) -> TrainingSummary:
     space, splits = examples.space, {split: len(examples.rows(split)) for split in SPLITS}
     conflicts = () if space is None else space.conflicts
     trained = sum(array.size for array in flat(learner.trainable).values())
     return TrainingSummary(
-        directory=output_dir,
+        directory=learner.train.output_dir,
         progress=at,
         before=before.step if before is not None else 0,
         rows={split: count for split, count in splits.items() if count},

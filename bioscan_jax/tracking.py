@@ -195,7 +195,7 @@ def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
 
 
 def _mode(tracking: Tracking) -> Literal["online", "offline", "disabled"]:
-    asked, flag = tracking.wandb, f"--tracking.wandb {tracking.wandb}"
+    asked, flag = tracking.mode, f"--tracking.mode {tracking.mode}"
     if asked == "auto":
         chosen = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         asked, flag = {"dryrun": "offline"}.get(chosen, chosen), f"WANDB_MODE={chosen}"

@@ -18,7 +18,7 @@ def main(
     """Export what a training run learned; its directory stays as it is.
 
     Args:
-        run: Directory of the training run (--output_dir of scripts/finetune.py).
+        run: Directory of the training run (--train.output_dir of scripts/finetune.py).
         output: Directory to make.
         format: peft is the adapter, heads and label space; merged a whole checkpoint.
         which: The parameters that did best on the validation rows, or those of the last checkpoint.

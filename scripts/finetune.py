@@ -8,7 +8,6 @@ from bioscan_jax import config
 def main(
     model: config.Model,
     data: config.Examples,
-    output_dir: str,
     lora: config.LoRA = config.LoRA(),  # noqa: B008 - frozen
     loss: config.Loss = config.Loss(),  # noqa: B008
     train: config.Train = config.Train(),  # noqa: B008
@@ -22,10 +21,9 @@ def main(
     Args:
         model: Which weights to start from.
         data: Which barcodes, and which of them are kept aside.
-        output_dir: The run's directory: checkpoints, label space, metrics, curves.
         lora: The adapters.
         loss: What is minimised.
-        train: How training goes.
+        train: How training goes, and where its checkpoints are.
         checkpoint: How often the state is saved.
         tracking: Weights & Biases.
         mesh: Which devices.
@@ -41,7 +39,7 @@ def main(
         print(f"{data.path}: SIMULATED barcodes, evolved along a random tree; not biology")
     if model.checkpoint.startswith("random:"):
         print(f"{model.checkpoint}: RANDOM weights, not trained before; adapters and heads learn on top of noise")
-    summary = finetune(model, data, output_dir, lora, loss, train, checkpoint, tracking, mesh)
+    summary = finetune(model, data, lora, loss, train, checkpoint, tracking, mesh)
     if jax.process_index() == 0:
         print(summary)
 

@@ -71,7 +71,7 @@ def test_best_and_last(run, tmp_path):
 
 def test_bad_input(run, tmp_path):
     directory, _ = run
-    with pytest.raises(InputError, match=r"run.json: not found; pass the --output_dir"):
+    with pytest.raises(InputError, match=r"run.json: not found; pass the --train.output_dir"):
         export(str(tmp_path), str(tmp_path / "out"), mesh=ONE)
     with pytest.raises(InputError, match="pass --checkpoint with those"):
         export(str(directory), str(tmp_path / "out"), checkpoint="random:tiny-v1", mesh=ONE)

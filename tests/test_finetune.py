@@ -36,16 +36,15 @@ def barcodes(tmp_path_factory) -> Path:
 def train(barcodes, directory, *, mesh=ONE, data=None, loss=None, tracking="disabled", **settings):
     """Three epochs of 17 steps, a line of metrics and a checkpoint after each."""
     chosen = {"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 5, "max_shapes": 1, "log_every": 1}
-    chosen |= {"shortest": 60, "seed": 1}
+    chosen |= {"shortest": 60, "seed": 1, "output_dir": str(directory)}
     return finetune(
         config.Model(checkpoint="random:tiny-v2"),
         config.Examples(path=str(barcodes), **({"validation": 0.25} | (data or {}))),
-        str(directory),
         config.LoRA(rank=4),
         loss,
         config.Train(**(chosen | settings)),
-        config.Checkpoint(every_minutes=0.0),
-        config.Tracking(wandb=tracking),
+        config.Checkpoint(interval_minutes=0.0),
+        config.Tracking(mode=tracking),
         mesh,
         progress=False,
     )
@@ -157,12 +156,12 @@ def test_a_loss_that_is_not_finite_stops(barcodes, tmp_path):
 
 
 def test_bad_input(barcodes, tmp_path):
-    with pytest.raises(InputError, match="--output_dir 'gs://x' is a URL; pass a directory"):
+    with pytest.raises(InputError, match="--train.output_dir 'gs://x' is a URL; pass a directory"):
         train(barcodes, "gs://x")
     with pytest.raises(InputError, match="--data.max_tokens 3000 exceeds the 2048 positions"):
         train(barcodes, tmp_path / "a", data={"max_tokens": 3000})
     with pytest.raises(InputError, match="--loss.metadata needs labels"):
-        train(barcodes, tmp_path / "b", loss=config.Loss(objective="mlm", metadata=True))
+        train(barcodes, tmp_path / "b", objective="mlm", loss=config.Loss(metadata=True))
     table = pq.read_table(barcodes)
     pq.write_table(table.drop_columns(["depth"]), tmp_path / "surface.parquet")
     with pytest.raises(InputError, match="there is no column depth, which metadata needs"):
@@ -205,7 +204,7 @@ def test_a_whole_model_learns(tmp_path, head):
 def test_masked_language_modelling_needs_no_labels(barcodes, tmp_path):
     table = pq.read_table(barcodes).select(["sequence_id", "dna_sequence"])
     pq.write_table(table, tmp_path / "bare.parquet")
-    summary = train(tmp_path / "bare.parquet", tmp_path / "run", mode="full", loss=config.Loss(objective="mlm"))
+    summary = train(tmp_path / "bare.parquet", tmp_path / "run", mode="full", objective="mlm")
     evaluated = [line["eval/loss"] for line in lines(tmp_path / "run") if "eval/loss" in line]
     assert evaluated[-1] < evaluated[0] < 9.0
     assert summary.taxa == {}
@@ -236,7 +235,7 @@ def test_the_script_refuses_in_one_line(barcodes, tmp_path):
     pq.write_table(wrong, tmp_path / "wrong.parquet")
     script = Path(__file__).parent.parent / "scripts" / "finetune.py"
     flags = {"model.checkpoint": "random:tiny-v2", "data.path": tmp_path / "wrong.parquet", "loss.metadata": "true"}
-    flags |= {"output_dir": tmp_path / "run", "mesh.compilation_cache": "null"}
+    flags |= {"train.output_dir": tmp_path / "run", "mesh.compilation_cache": "null"}
     command = [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

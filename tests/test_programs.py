@@ -42,8 +42,8 @@ def test_the_training_program_takes_only_what_is_trained_as_float32(mode, object
         transformer=TINY,
         dtype="bfloat16",
         lora=config.LoRA(rank=4),
-        loss=config.Loss(objective=objective),
-        train=config.Train(mode=mode, batch_tokens=64),
+        loss=config.Loss(),
+        train=config.Train(objective=objective, mode=mode, batch_tokens=64),
         species=300,
     )
     layout = make_layout(config.Mesh())

@@ -54,10 +54,10 @@ def batch_of(number, rows=12, width=24):
 
 
 def learner_on(mesh, loss=None, train=TRAIN, lora=LORA):
-    loss = loss or config.Loss()
+    loss, taxonomic = loss or config.Loss(), train.objective == "taxonomy"
     layout = make_layout(mesh)
-    trunk = random_model(TINY, jnp.float32, layout, seed=0, lm_head=loss.objective == "mlm")
-    tree = TREE if loss.objective == "taxonomy" else None
+    trunk = random_model(TINY, jnp.float32, layout, seed=0, lm_head=not taxonomic)
+    tree = TREE if taxonomic else None
     classifier = make_classifier(trunk, loss, lora if train.mode == "lora" else None, tree, layout, seed=train.seed)
     return take_apart(classifier, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
 
@@ -158,8 +158,8 @@ def test_metadata_is_a_share_of_the_loss_and_learns():
 
 
 def test_masked_language_modelling_trains_the_whole_model():
-    train = dataclasses.replace(TRAIN, mode="full", learning_rate=2e-2)
-    learner = learner_on(config.Mesh(data=1), config.Loss(objective="mlm"), train)
+    train = dataclasses.replace(TRAIN, mode="full", objective="mlm", learning_rate=2e-2)
+    learner = learner_on(config.Mesh(data=1), train=train)
     assert not jax.tree.leaves(learner.frozen)
     params, numbers = train_on(learner, 25, lambda number: batch_of(number % 3))
     assert numbers[0].loss == pytest.approx(np.log(TINY.vocab_size), rel=0.1)

@@ -16,7 +16,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.taxonomy import RANKS
 from bioscan_jax.tracking import draw_curves, open_tracking
 
-DISABLED = Tracking(wandb="disabled")
+DISABLED = Tracking(mode="disabled")
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def test_a_damaged_line_is_refused_and_the_file_left_alone(tmp_path, line):
 def test_disabled_leaves_metrics_alone_and_keeps_the_id_for_later(tmp_path, capfd, monkeypatch, asked):
     monkeypatch.setenv("WANDB_MODE", "disabled" if asked == "auto" else "offline")
     for given_id in (None, "abcd1234"):
-        with open_tracking(Tracking(wandb=asked), tmp_path, settings={}, resumed_at=0, run_id=given_id) as tracker:
+        with open_tracking(Tracking(mode=asked), tmp_path, settings={}, resumed_at=0, run_id=given_id) as tracker:
             assert tracker.run_id == given_id
             tracker.log({"train/loss": 1.0}, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -122,7 +122,7 @@ def test_disabled_leaves_metrics_alone_and_keeps_the_id_for_later(tmp_path, capf
 @pytest.mark.parametrize(
     ("asked", "environment", "message"),
     [
-        ("online", "offline", r"^--tracking\.wandb online needs an API key; set WANDB_API_KEY, .*, or pass offline$"),
+        ("online", "offline", r"^--tracking\.mode online needs an API key; set WANDB_API_KEY, .*, or pass offline$"),
         ("auto", "online", r"^WANDB_MODE=online needs an API key; set WANDB_API_KEY"),
         ("auto", "on", r"^WANDB_MODE=on is not a mode; set WANDB_MODE to online, offline or disabled, or unset it$"),
     ],
@@ -130,7 +130,7 @@ def test_disabled_leaves_metrics_alone_and_keeps_the_id_for_later(tmp_path, capf
 def test_online_without_a_key_is_refused_before_anything_is_written(tmp_path, monkeypatch, asked, environment, message):
     monkeypatch.setenv("WANDB_MODE", environment)
     with pytest.raises(InputError, match=message):
-        write(tmp_path / "run", [1], tracking=Tracking(wandb=asked))
+        write(tmp_path / "run", [1], tracking=Tracking(mode=asked))
     assert not (tmp_path / "run").exists()
 
 

@@ -31,15 +31,15 @@ def start(tmp_path_factory):
         flags = {
             "model.checkpoint": "random:tiny-v2",
             "data.path": root / "barcodes.parquet",
-            "output_dir": directory,
+            "train.output_dir": directory,
             "train.batch_size": 9,
             "train.epochs": 6,
             "train.max_shapes": 1,
             "train.log_every": 1,
             "train.learning_rate": 0.01,
             "train.warmup_steps": 5,
-            "checkpoint.every_minutes": 0.01,
-            "tracking.wandb": "disabled",
+            "checkpoint.interval_minutes": 0.01,
+            "tracking.mode": "disabled",
             "mesh.data": 1,
             "mesh.compilation_cache": root / "compiled",
         }

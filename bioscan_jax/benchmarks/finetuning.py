@@ -51,7 +51,10 @@ def finetune(
     transformer = preset_size(preset)
     require("torch", "peft")
     ids = _rows(transformer, batch_size, tokens, seed)
-    lora, train = config.LoRA(rank=rank), config.Train(batch_size=batch_size, batch_tokens=batch_size * tokens)
+    lora, train = (
+        config.LoRA(rank=rank),
+        config.Train(objective="mlm", batch_size=batch_size, batch_tokens=batch_size * tokens),
+    )
     with tempfile.TemporaryDirectory() as directory:
         trunk = write_random(Path(directory) / "model", transformer, seed)
         theirs = torch_model(str(Path(directory) / "model"))
@@ -96,7 +99,7 @@ def check_same_loss(ours: NucleotideTransformer, theirs: Any, ids: np.ndarray) -
 
 
 def _our_step(trunk: NucleotideTransformer, ids: np.ndarray, lora: config.LoRA, train: config.Train) -> Any:
-    layout, loss = make_layout(config.Mesh(data=1)), config.Loss(objective="mlm")
+    layout, loss = make_layout(config.Mesh(data=1)), config.Loss()
     classifier = make_classifier(trunk, loss, lora, None, layout, seed=train.seed)
     learner = take_apart(classifier, layout, loss, train, tree=None, special_ids=(0, 1, 2, _CLS))
     params = jax.tree.map(jnp.copy, flat(learner.trainable))

@@ -130,8 +130,7 @@ def _build(
     tree: TaxonTree | None,
     seed: int,
 ) -> Classifier:
-    lm_head = loss.objective == "mlm"
-    trunk = NucleotideTransformer(transformer, rngs=nnx.Rngs(0), dtype=dtype, lm_head=lm_head)
+    trunk = NucleotideTransformer(transformer, rngs=nnx.Rngs(0), dtype=dtype, lm_head=tree is None)
     rngs = nnx.Rngs(seed)
     head = encoder = None
     if lora is not None:

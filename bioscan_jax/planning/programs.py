@@ -71,7 +71,7 @@ class FinetuneProgram:
             shape: Rows of one optimizer step, worked in the parts that `train.batch_tokens` allows.
         """
         lora = self.lora if self.train.mode == "lora" else None
-        tree = regular_tree(self.species) if self.loss.objective == "taxonomy" else None
+        tree = regular_tree(self.species) if self.train.objective == "taxonomy" else None
         whole = self.train.mode == "full"
         classifier = abstract_classifier(self.transformer, "float32" if whole else self.dtype, self.loss, lora, tree)
         if whole and self.dtype != "float32":

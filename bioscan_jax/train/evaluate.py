@@ -38,12 +38,12 @@ class Evaluation:
             found = jax.device_get(self._evaluate(params, frozen, jnp.uint32(number), placed))
             sums = sums + found.loss_sums.astype(np.float64)
             known += found.counts
-            if loss.objective == "taxonomy":
+            if learner.train.objective == "taxonomy":
                 counts = add_predictions(counts, found.predicted[: len(batch.labels)], batch.labels)
             if agree(bool(stop))[0]:
                 return None
         means = sums / np.maximum(known, 1.0)
-        if loss.objective == "mlm":
+        if learner.train.objective == "mlm":
             return {"eval/loss": float(means[0, 0])}
         weighted = (means * np.array(loss.rank_weights)).sum(axis=1)
         share = loss.metadata_weight

@@ -90,7 +90,7 @@ def run(course: Course, state: State, progress: Progress, stop: StopRequest, bar
             progress, over = _end_of_epoch(course, state, progress, stop)
             if progress.step >= total and (course.evaluate is None or progress.evaluated == total):
                 over = over or "all epochs done"
-            asked, due = agree(bool(stop), time.monotonic() - saved >= 60.0 * course.checkpoint.every_minutes)
+            asked, due = agree(bool(stop), time.monotonic() - saved >= 60.0 * course.checkpoint.interval_minutes)
             if over or asked or (due and progress.step):
                 window.settle(pending, 0)
                 progress = dataclasses.replace(
@@ -149,7 +149,7 @@ def _end_of_epoch(course: Course, state: State, progress: Progress, stop: StopRe
     if not np.isfinite(loss):
         raise InputError(
             f"the validation loss is {loss} after step {step}; lower --train.learning_rate and pass another "
-            "--output_dir (the checkpoints here are kept)"
+            "--train.output_dir (the checkpoints here are kept)"
         )
     if progress.best_loss is None or loss < progress.best_loss:
         progress = dataclasses.replace(progress, best_step=step, best_loss=loss, waited=0)
@@ -194,7 +194,7 @@ class Window:
         found = {"steps": 1.0, "loss": float(numbers.loss), "gradient_norm": float(numbers.gradient_norm)}
         self._rate = float(numbers.learning_rate)
         for rank, value, known in zip(RANKS, numbers.ranks.tolist(), numbers.known.tolist(), strict=True):
-            if known and self._course.learner.loss.objective == "taxonomy":
+            if known and self._course.learner.train.objective == "taxonomy":
                 found |= {f"loss/{rank}": value, f"steps/{rank}": 1.0}
         spread = report(moments=EmbeddingMoments(*map(np.float64, numbers.moments)))
         for name, value in (found | spread).items():
@@ -213,7 +213,7 @@ class Window:
         return (
             f"the {what} is {float(value)} at step {step} (epoch {epoch + 1}, batch {number + 1} of {per_epoch}; its "
             f"first row is {self._course.examples.locate(int(rows[0]))}); the checkpoints before it are kept; lower "
-            "--train.learning_rate or look at the weights, and pass another --output_dir"
+            "--train.learning_rate or look at the weights, and pass another --train.output_dir"
         )
 
     def log(self, step: int) -> float:

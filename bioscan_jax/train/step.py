@@ -215,7 +215,7 @@ def make_train_step(
         classifier = learner.classifier(params, frozen)
         remat = learner.train.remat == "layer"
         pooled, hidden = classifier.vectors(inputs, layout, keys=keys, remat=remat)
-        if loss.objective == "mlm":
+        if learner.train.objective == "mlm":
             total = masked_lm_loss(classifier.trunk.logits(hidden), part.ids, selected, counts[0])
             return total, (jnp.zeros(len(RANKS), jnp.float32), pooled)
         ranks, total = _taxonomic(classifier, pooled, part, counts, loss, layout)
@@ -226,7 +226,7 @@ def make_train_step(
     ) -> tuple[Arrays, optax.OptState, Numbers]:
         keys, masking = _row_keys(seed, step, batch.ids.shape[:2])
         inputs, selected = batch.ids, jnp.zeros(batch.ids.shape, bool)
-        if loss.objective == "mlm":
+        if learner.train.objective == "mlm":
             inputs, selected = jax.vmap(lambda k, ids: _mask(learner, k, ids))(masking, batch.ids)
             counts = jnp.zeros(len(RANKS)).at[0].set(jnp.sum(selected, dtype=jnp.float32))
         else:
@@ -262,7 +262,7 @@ def make_evaluation(learner: Learner) -> Callable[[Arrays, nnx.State, Array, Par
     def evaluate(params: Arrays, frozen: nnx.State, number: Array, batch: Parts) -> Evaluated:
         part = jax.tree.map(lambda x: x[0], batch)
         classifier = learner.classifier(params, frozen)
-        if loss.objective == "mlm":
+        if learner.train.objective == "mlm":
             _, masking = _row_keys(learner.train.seed, number, part.ids.shape[:1])
             inputs, selected = _mask(learner, masking, part.ids)
             _, hidden = classifier.vectors(inputs, layout)
