@@ -427,19 +427,36 @@ def test_what_is_taken_along_comes_beside_the_table(made, tmp_path):
     (tmp_path / "adapter" / "deep").mkdir(parents=True)
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter" / "deep" / "weights").write_bytes(b"\x00" * 99)
-    (tmp_path / "calibration.json").write_text('{"species": 0.97}')
-    along = [str(tmp_path / "adapter"), str(tmp_path / "calibration.json")]
+    (tmp_path / "notes.json").write_text('{"species": 0.97}')
+    along = [str(tmp_path / "adapter"), str(tmp_path / "notes.json")]
     carry(made, tmp_path / "b", beside=along)
     assert verify(str(tmp_path / "b"))[1] == []
     for _ in range(2):
         import_bundle(str(tmp_path / "b"), str(tmp_path / "db"))
-        for name in ("adapter/adapter_config.json", "adapter/deep/weights", "calibration.json"):
+        for name in ("adapter/adapter_config.json", "adapter/deep/weights", "notes.json"):
             assert (tmp_path / "db" / name).read_bytes() == (tmp_path / name).read_bytes()
-    (tmp_path / "db" / "calibration.json").write_text("mine")
-    refused("calibration.json is there and differs", import_bundle, str(tmp_path / "b"), str(tmp_path / "db"))
-    assert (tmp_path / "db" / "calibration.json").read_text() == "mine"
-    (tmp_path / "calibration.json").write_text('{"species": 0.98}')
+    (tmp_path / "db" / "notes.json").write_text("mine")
+    refused("notes.json is there and differs", import_bundle, str(tmp_path / "b"), str(tmp_path / "db"))
+    assert (tmp_path / "db" / "notes.json").read_text() == "mine"
+    (tmp_path / "notes.json").write_text('{"species": 0.98}')
     refused("holds another export .beside", carry, made, tmp_path / "b", beside=along)
+
+
+def test_a_calibration_goes_where_its_rows_and_vectors_do(made, tmp_path):
+    source = Path(shutil.copytree(made, tmp_path / "source"))
+    (source / "sequences.calibration.json").write_text('{"of": "these rows"}')
+    assert "calibration taken along" in carry(str(source), tmp_path / "b")
+    import_bundle(str(tmp_path / "b"), str(tmp_path / "db"), "fish")
+    assert (tmp_path / "db" / "fish.calibration.json").read_text() == '{"of": "these rows"}'
+    some = carry(str(source), tmp_path / "some", filter="source_row < 50")
+    assert "calibration left out: it was fitted with rows that --filter takes away" in some
+    assert "calibration left out: it was fitted on float32" in carry(str(source), tmp_path / "i", precision="int8")
+    assert "calibration" not in {p.name.split(".")[0] for p in (tmp_path / "i").iterdir()}
+    (source / "sequences.calibration.json").write_text('{"of": "others"}')
+    refused("holds another export .calibration_sha256", carry, str(source), tmp_path / "b")
+    import_bundle(str(tmp_path / "some"), str(tmp_path / "grown"))
+    import_bundle(str(tmp_path / "b"), str(tmp_path / "grown"))
+    assert (tmp_path / "grown" / "sequences.calibration.json").exists()
 
 
 def test_names_that_a_stick_cannot_have_are_refused_beforehand(made, tmp_path):
@@ -563,8 +580,8 @@ def test_the_script_goes_the_whole_way_and_refuses_in_one_line(made, tmp_path):
         command = [sys.executable, SCRIPT, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
-    (tmp_path / "calibration.json").write_text("{}")
-    along = ["--with", tmp_path / "calibration.json", "--with", Path(made) / "sequences.run.json"]
+    (tmp_path / "notes.json").write_text("{}")
+    along = ["--with", tmp_path / "notes.json", "--with", Path(made) / "sequences.run.json"]
     exported = script("export", "--source", made, "--target", tmp_path / "b", *along)
     assert exported.returncode == 0, exported.stderr
     assert re.match(rf"{tmp_path}/b: 429 rows as float32 in 5 files, [\d,]+ bytes\n$", exported.stdout)

@@ -5,6 +5,7 @@ with its sha256 once it is there, so that an export that was killed, or whose st
 """
 
 import base64
+import hashlib
 import os
 import re
 import shutil
@@ -41,7 +42,8 @@ from bioscan_jax.tables import metadata, vector_index
 
 QUANTISER = "quantiser.safetensors"
 RUN = "run.json"
-_OURS = re.compile(rf"(\.unfinished|vectors|rejects|beside)/.*|{MANIFEST}|{JOURNAL}|{QUANTISER}|{RUN}")
+CALIBRATION = "calibration.json"
+_OURS = re.compile(rf"(\.unfinished|vectors|rejects|beside)/.*|{MANIFEST}|{JOURNAL}|{QUANTISER}|{RUN}|{CALIBRATION}")
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ class Exported:
     precision: Precision
     candidates: tuple[str, ...]
     """One line for each precision that was weighed."""
+    calibration: str | None
+    """What became of the table's; None if it has none."""
 
     def __str__(self) -> str:
         """The choice and the result, as lines."""
         before = f" ({self.kept:,} of them there before)" if self.kept else ""
         done = f"{self.name}: {self.rows:,} rows as {self.precision} in {self.files:,} files{before}"
-        return "\n".join([*self.candidates, f"{done}, {self.bytes:,} bytes"])
+        calibration = [] if self.calibration is None else [f"calibration {self.calibration}"]
+        return "\n".join([*self.candidates, f"{done}, {self.bytes:,} bytes", *calibration])
 
 
 def export(
@@ -80,7 +85,7 @@ def export(
     part_bytes: int = 256 << 20,
     progress: bool = True,
 ) -> Exported:
-    """Writes a table with its rejects and its run's record to a directory, stick, URL or rclone remote.
+    """Writes a table with its rejects, its run's record and its calibration to a directory, stick, URL or rclone remote.
 
     The same call goes on where a killed one stopped: files that are there with the right sha256 are kept.
 
@@ -92,7 +97,7 @@ def export(
         precision: Of the vectors; the table's own if absent.
         budget: Take the most exact precision whose bundle is estimated to be no larger, such as 25GB, and measure
             what each costs.
-        beside: Files and directories to take along: adapter, heads, label space, calibration.
+        beside: Files and directories to take along: adapter, heads, label space.
         recall_queries: Vectors of the table to measure recall with.
         recall_rows: Rows to search in; all if the table has fewer.
         seed: Of these draws and of k-means.
@@ -115,6 +120,7 @@ def export(
         check_mounted(location.root, "target")
     along = _beside(beside)
     local = local_directory(source)
+    calibration = _record(source, table, "calibration")
     asked: dict[str, Any] = {
         "source": source if local is None else str(local),
         "table": table,
@@ -124,13 +130,14 @@ def export(
         "precision": precision,
         "budget": limit,
         "beside": {path: sha256_of(file) for path, file in along.items()},
+        "calibration_sha256": calibration and hashlib.sha256(calibration.encode()).hexdigest(),
         "seed": seed,
         "part_bytes": part_bytes,
     }
     with writer_lock(f"bundle://{location.name}", table, kind="bundle"):
         before, quantiser = _before(location, asked), None
         if before is None:
-            head = asked | _facts(source, table, taken)
+            head = asked | _facts(source, table, taken) | {"calibration": calibration}
             head["part_rows"] = max(1, part_bytes // row_bytes(taken))
             sizes = estimates(taken, sum(file.stat().st_size for file in along.values()), head["part_rows"])
             chosen, quantiser, lines = choose(
@@ -151,7 +158,14 @@ def export(
             location.remove(JOURNAL)
     head = before.head
     return Exported(
-        location.name, taken.rows, len(draft.files), len(kept), total, head["chosen"], tuple(head["candidates"])
+        location.name,
+        taken.rows,
+        len(draft.files),
+        len(kept),
+        total,
+        head["chosen"],
+        tuple(head["candidates"]),
+        None if calibration is None else _calibration_left_out(head, taken) or "taken along",
     )
 
 
@@ -199,15 +213,24 @@ def _facts(source: str, table: str, taken: Rows) -> dict[str, Any]:
         "rejects_schema": None if rejects is None else _schema_text(rejects.schema),
         "rejects": 0 if rejects is None else rejects.count_rows(),
         "index": vector_index(taken.dataset),
-        "run": _run_record(source, table),
+        "run": _record(source, table, "run"),
     }
 
 
-def _run_record(source: str, table: str) -> str | None:
+def _record(source: str, table: str, kind: str) -> str | None:
     local = local_directory(source)
-    filesystem, path = url_to_fs(f"{source.rstrip('/') if local is None else local}/{table}.run.json")
+    filesystem, path = url_to_fs(f"{source.rstrip('/') if local is None else local}/{table}.{kind}.json")
     with storage_errors(path):
         return filesystem.cat_file(path).decode() if filesystem.exists(path) else None
+
+
+def _calibration_left_out(head: dict[str, Any], taken: Rows) -> str:
+    """Why it would not hold for what is carried; empty if it does."""
+    if head["filter"] is not None:
+        return "left out: it was fitted with rows that --filter takes away; run scripts/calibrate.py on the import"
+    if head["chosen"] != taken.own_precision:
+        return f"left out: it was fitted on {taken.own_precision} vectors; run scripts/calibrate.py on the import"
+    return ""
 
 
 def _schema_text(schema: pa.Schema) -> str:
@@ -308,5 +331,7 @@ def _write_rest(draft: _Draft, taken: Rows, along: dict[str, Path]) -> None:
         draft.add(f"rejects/part-{start // part_rows:06d}.parquet", "rejects", rows, make)
     if (record := draft.head["run"]) is not None:
         draft.add(RUN, "run", 0, lambda file: file.write_text(record, encoding="utf-8"))
+    if (calibration := draft.head["calibration"]) is not None and not _calibration_left_out(draft.head, taken):
+        draft.add(CALIBRATION, "calibration", 0, lambda file: file.write_text(calibration, encoding="utf-8"))
     for path, original in along.items():
         draft.add(path, "beside", 0, lambda file, original=original: shutil.copyfile(original, file))

@@ -18,12 +18,12 @@ JOURNAL = "unfinished.json"
 MOST_BYTES = (4 << 30) - 2
 """FAT32 has no larger files."""
 _HEAD = {"table", "rows", "filter", "seed", "chosen", "candidates", "estimate", "part_rows", "metadata", "schema"}
-_HEAD |= {"rejects", "rejects_metadata", "rejects_schema", "index", "run"}
+_HEAD |= {"rejects", "rejects_metadata", "rejects_schema", "index", "run", "calibration"}
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 _LEFT_BY_SYSTEMS = re.compile(r"(^|.*/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$")
 """What Windows, macOS and desktops put beside files."""
-Kind = Literal["vectors", "rejects", "quantiser", "run", "beside"]
+Kind = Literal["vectors", "rejects", "quantiser", "run", "calibration", "beside"]
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ def import_bundle(source: str, target: str, table: str | None = None) -> Importe
                 inserted, there = inserted + new.num_rows, there + old
             rejects = _merge_rejects(read, table_path(target, f"{name}_rejects"))
             indexes, _ = build_indexes(dataset, kind)
+        if dataset.count_rows() == manifest.head["rows"]:  # a calibration is of the very rows
+            _place(read, target, {entry: f"{name}.calibration.json" for entry in read.entries("calibration")})
     return Imported(path, inserted, there, rejects, indexes)
 
 
@@ -258,14 +260,19 @@ def _merge_rejects(read: _Reader, path: str) -> int:
 
 
 def _place_beside(read: _Reader, target: str, table: str) -> None:
-    """Puts what was taken along beside the table; nothing that is there is replaced."""
-    goal = locate(target, "target")
+    """Puts the run's record and what was taken along beside the table."""
     sizes = {entry: f"{table}.run.json" for entry in read.entries("run")}
     for entry in read.entries("beside"):
         name = entry.path.removeprefix("beside/")
         if name.split("/")[0].endswith(".lance") or name.startswith("."):
             raise InputError(f"{read.location.name}: {entry.path} would lie where tables do; do not trust it")
         sizes[entry] = name
+    _place(read, target, sizes)
+
+
+def _place(read: _Reader, target: str, names: dict[Entry, str]) -> None:
+    """Puts files beside the table; nothing that is there is replaced."""
+    goal, sizes = locate(target, "target"), dict(names)
     there = goal.sizes() if sizes else {}
     with goal.scratch() as scratch:
         for entry, name in list(sizes.items()):
