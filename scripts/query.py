@@ -6,7 +6,12 @@ from command import run
 
 
 def main(
-    sql: str, uri: str = "vectors", table: str = "sequences", output: str | None = None, show: int = 50, explain: bool = False
+    sql: str,
+    uri: str = "vectors",
+    table: str = "sequences",
+    output: str | None = None,
+    show: int = 50,
+    explain: bool = False,
 ) -> None:
     """Answer one SELECT over a vector table and its rejects, without writing anything to them; the SQL comes first.
 
