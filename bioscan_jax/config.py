@@ -302,3 +302,78 @@ class Tracking:
     """Project of the dashboard."""
     name: str | None = None
     """Name of the run; Weights & Biases invents one if absent."""
+
+
+SearchKind = Literal["auto", "exact", "index"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The table of vectors that barcodes are compared with."""
+
+    uri: str
+    """Directory (or object-store URL) of the LanceDB database."""
+    table: str = "sequences"
+    """Name of the vector table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """The barcodes to identify."""
+
+    path: str
+    """Parquet, FASTA or FASTQ (plain or gzipped): a file, a directory, a glob or an fsspec URL."""
+    sequence_column: str = "dna_sequence"
+    """Parquet column with the DNA."""
+    id_column: str = "sequence_id"
+    """Parquet column with unique ids; where there is no `sequence_id`, ids are FILE:ROW."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identify:
+    """How a barcode gets its names; a calibration holds for the same settings alone."""
+
+    k: int = 50
+    """Nearest neighbours of a query."""
+    rerank: Literal["none", "alignment"] = "none"
+    """alignment orders the k candidates by the identity of an alignment."""
+    aligned: int = 32
+    """Of the candidates, so many are aligned in full and vote; all are compared by edit distance."""
+    filter: str | None = None
+    """SQL condition on the reference's columns, such as "marker_gene = 'COI'"; other rows are not looked at."""
+    search: SearchKind = "auto"
+    """auto takes the table's vector index, where it has one, from 50,000 rows on."""
+    nprobes: int | None = None
+    """Partitions of the index to search."""
+    refine_factor: int | None = None
+    """Times k candidates taken from the index by quantised vectors and compared by the exact ones."""
+    heads: str | None = None
+    """Directory of an export with taxonomic heads trained on these vectors, to vote too."""
+    processes: int = 2
+    """Processes that align."""
+
+    def __post_init__(self) -> None:
+        _at_least("k", self.k, 1)
+        _at_least("aligned", self.aligned, 1)
+        _at_least("nprobes", self.nprobes, 1)
+        _at_least("refine_factor", self.refine_factor, 1)
+        _at_least("processes", self.processes, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """What the answers shall be worth."""
+
+    precision: float = 0.95
+    """Share of the answers of each rank that must be right, with confidence 1 - `risk`."""
+    risk: float = 0.05
+    """Probability, over the draw of the labelled barcodes, that a threshold does not keep its precision."""
+    held_out: float = 0.5
+    """Share of the labelled barcodes that nothing is fitted on; the figures are theirs."""
+    seed: int = 0
+    """Of the parting, which goes by sequence: equal ones stay together."""
+
+    def __post_init__(self) -> None:
+        for name in ("precision", "risk", "held_out"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise InputError(f"--{name} {getattr(self, name)} is outside 0 to 1")

@@ -1,0 +1,1 @@
+"""Barcodes against a vector table: neighbours, alignments, votes, and what they are worth."""

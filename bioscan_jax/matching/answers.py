@@ -1,0 +1,113 @@
+"""Answers as files: Parquet, TSV, and the tab output of SINTAX that tools of the field read."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+
+from bioscan_jax.errors import InputError
+from bioscan_jax.taxonomy import RANKS
+
+Format = Literal["parquet", "tsv", "sintax"]
+
+ANSWERS = pa.schema(
+    [
+        pa.field("sequence_id", pa.string(), nullable=False),
+        *(pa.field(rank, pa.string()) for rank in RANKS),
+        *(pa.field(f"{rank}_confidence", pa.float64()) for rank in RANKS),
+        pa.field("nearest_id", pa.string()),
+        pa.field("similarity", pa.float32()),
+        pa.field("identity", pa.float32()),
+        pa.field("novelty", pa.float64()),
+        pa.field("novel", pa.bool_()),
+        pa.field("abstained_at", pa.string()),
+    ]
+)
+"""One row a query; a query that has no vector has its id and nothing else."""
+
+
+def output_format(output: str, wanted: Format | None) -> Format:
+    """The format of a file: what is asked for, or what its name ends in.
+
+    Raises:
+        InputError: The name says nothing, or the directory is not there.
+    """
+    path = Path(output).expanduser()
+    ends: dict[str, Format] = {".parquet": "parquet", ".tsv": "tsv", ".sintax": "sintax"}
+    if wanted is None and path.suffix not in ends:
+        raise InputError(f"--output {output}: pass FILE.parquet, FILE.tsv or FILE.sintax, or --format")
+    if not path.parent.is_dir():
+        raise InputError(f"--output {output}: there is no directory {path.parent}; make it first")
+    return wanted or ends[path.suffix]
+
+
+def write(answers: pa.Table, output: str, form: Format, *, calibrated: bool = False) -> None:
+    """Writes a file, whole or not at all.
+
+    Args:
+        answers: The rows.
+        output: The file.
+        form: Its format.
+        calibrated: For SINTAX: the names above `abstained_at` are answers.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    path = Path(output).expanduser()
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if form == "parquet":
+            import pyarrow.parquet as pq
+
+            pq.write_table(answers, partial, compression="zstd")
+        elif form == "tsv":
+            partial.write_text(as_tsv(answers), encoding="utf-8")
+        else:
+            partial.write_text(as_sintax(answers, calibrated=calibrated), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written ({error}); free space or pass another") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def as_tsv(table: pa.Table) -> str:
+    """Tab-separated text with a header; null is empty, and tabs and line ends in a text become spaces."""
+    lines = ["\t".join(table.column_names)]
+    for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        lines.append("\t".join(_cell(value) for value in row))
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def as_sintax(answers: pa.Table, *, calibrated: bool) -> str:
+    """`id, names with confidences, strand, names that are answered`, as `vsearch --sintax --tabbedout` writes.
+
+    The letters are k, p, c, o, f, g, s. A space in a name becomes an underscore, as do the characters that part
+    names. The last field stops above `abstained_at`; without a calibration it is empty.
+    """
+    lines = []
+    for row in answers.to_pylist():
+        names = [(rank, row[rank]) for rank in RANKS if row[rank] is not None]
+        scored = ",".join(f"{rank[0]}:{_plain(name)}({row[f'{rank}_confidence']:.4f})" for rank, name in names)
+        stop = row["abstained_at"]
+        sure = RANKS if stop is None else RANKS[: RANKS.index(stop)]
+        kept = ",".join(f"{rank[0]}:{_plain(name)}" for rank, name in names if calibrated and rank in sure)
+        lines.append("\t".join([" ".join(row["sequence_id"].split()), scored, "+" if names else "", kept]))
+    return "\n".join(lines) + "\n"
+
+
+def _plain(name: str) -> str:
+    for character in " ,:()\t\n":
+        name = name.replace(character, "_")
+    return name

@@ -1,0 +1,181 @@
+"""A vector table as a reference library: who made its vectors, which rows may be matched, their lineages."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+# Most of its functions are made when it is imported, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+import pyarrow.compute as pc
+from jaxtyping import Float32, Int32, Int64, UInt64
+
+from bioscan_jax import config
+from bioscan_jax.errors import InputError
+from bioscan_jax.lock import storage_errors
+from bioscan_jax.tables import check_condition, existing, metadata
+from bioscan_jax.taxonomy import LINEAGE_COLUMN, RANKS, read_lineages
+
+if TYPE_CHECKING:
+    import lance
+
+_BLOCK_ROWS = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One version of a vector table."""
+
+    dataset: "lance.LanceDataset"
+    facts: dict[str, str]
+    """The table's metadata: what made its vectors."""
+    filter: str | None
+    """Condition on the rows that may be matched."""
+    chosen: Int64[np.ndarray, " chosen"]
+    """Rows for which it holds, ascending."""
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """All that decided the table's vectors."""
+        return json.loads(self.facts["plan_facts"])
+
+    @property
+    def sequence_column(self) -> str:
+        """The column with the DNA, as the table calls it."""
+        return self.plan["data"]["sequence_column"]
+
+    @cached_property
+    def row_ids(self) -> UInt64[np.ndarray, " rows"]:
+        """Lance's number of each row."""
+        return self.dataset.to_table(columns=[], with_row_id=True)["_rowid"].to_numpy()
+
+    @cached_property
+    def lineages(self) -> tuple[pa.Array, ...]:
+        """Known names of all rows, one array a rank.
+
+        Raises:
+            InputError: The table has no labels.
+        """
+        names = self.dataset.schema.names
+        wanted = list(RANKS) if all(rank in names for rank in RANKS) else [LINEAGE_COLUMN]
+        return read_lineages(self.dataset.to_table(columns=[name for name in wanted if name in names]))
+
+    def rows_of(self, row_ids: UInt64[np.ndarray, " found"]) -> Int64[np.ndarray, " found"]:
+        """Positions in the table of rows that Lance has found."""
+        order = self._order
+        return order[np.searchsorted(self.row_ids[order], row_ids)]
+
+    @cached_property
+    def _order(self) -> Int64[np.ndarray, " rows"]:
+        return np.argsort(self.row_ids, kind="stable")
+
+    def blocks(self) -> Iterator[tuple[Int64[np.ndarray, " some"], Float32[np.ndarray, "some hidden"]]]:
+        """The vectors of the chosen rows, some at a time, with their positions in the table."""
+        first = 0
+        scanner = self.dataset.scanner(
+            columns=["vector"], filter=self.filter, batch_size=_BLOCK_ROWS, scan_in_order=True
+        )
+        with storage_errors(self.dataset.uri):
+            for batch in scanner.to_batches():
+                vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+                yield self.chosen[first : first + len(batch)], vectors.reshape(len(batch), -1)
+                first += len(batch)
+
+    def take(self, rows: Int64[np.ndarray, " some"], column: str) -> pa.Array:
+        """One column of some rows, in their order."""
+        distinct, place = np.unique(rows, return_inverse=True)
+        with storage_errors(self.dataset.uri):
+            found = self.dataset.take(distinct, columns=[column])[column].combine_chunks()
+        return found.take(pa.array(place))
+
+    def sequences(self, rows: Int64[np.ndarray, " some"]) -> list[str]:
+        """The DNA of some rows.
+
+        Raises:
+            InputError: The table does not hold it.
+        """
+        if self.sequence_column not in self.dataset.schema.names:
+            raise InputError(
+                f"{self.dataset.uri} has no column {self.sequence_column!r} with the DNA to align with; "
+                "pass --rerank none"
+            )
+        return self.take(rows, self.sequence_column).cast(pa.string()).to_pylist()
+
+
+@dataclass(frozen=True, eq=False)
+class Taxa:
+    """The names of each rank by number, and each reference row's."""
+
+    names: tuple[pa.Array, ...]
+    codes: Int32[np.ndarray, "rows 7"]
+    """-1 where unknown."""
+
+    of_reference: tuple[pa.Array, ...]
+    """The names of the rows that may be matched; `names` may hold more, which only a head knows."""
+
+    @staticmethod
+    def of(reference: Reference, more: tuple[tuple[str, ...], ...] = ((),) * len(RANKS)) -> "Taxa":
+        """Numbers the names of the rows that may be matched, and those that a head knows."""
+        lineages, chosen = reference.lineages, pa.array(reference.chosen)
+        own = tuple(column.take(chosen).drop_null().unique() for column in lineages)
+        names = tuple(
+            pa.concat_arrays([column, pa.array(known, pa.string())]).unique().sort()
+            for column, known in zip(own, more, strict=True)
+        )
+        codes = np.stack([numbered(c, n) for c, n in zip(lineages, names, strict=True)], axis=1)
+        return Taxa(names, codes, own)
+
+    def truth(self, lineages: tuple[pa.Array, ...]) -> Int32[np.ndarray, "rows 7"]:
+        """Numbers of the names that rows were given: -1 where unknown, -2 where no row of the reference has the name."""
+        found = []
+        for column, names, own in zip(lineages, self.names, self.of_reference, strict=True):
+            there = numbered(column, own) >= 0
+            missing = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, -2)
+            found.append(np.where(there, numbered(column, names), missing))
+        return np.stack(found, axis=1).astype(np.int32)
+
+
+def numbered(column: pa.Array, names: pa.Array) -> Int32[np.ndarray, " rows"]:
+    """The number of each name, -1 where it is null or not among them."""
+    found = pc.call_function("index_in", [column], pc.SetLookupOptions(names, skip_nulls=True))
+    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
+
+
+def open_reference(given: config.Reference, condition: str | None = None) -> Reference:
+    """Opens a table of vectors.
+
+    Args:
+        given: Where it is.
+        condition: SQL on its columns: which rows may be matched; None for all.
+
+    Raises:
+        InputError: There is no such table, it has no vectors, nothing says what made them, or the filter is wrong or
+            leaves no row.
+    """
+    dataset = existing(given.uri, given.table)
+    facts = metadata(dataset)
+    vectors = "vector" in dataset.schema.names and pa.types.is_fixed_size_list(dataset.schema.field("vector").type)
+    if not vectors or not {"plan", "plan_facts", "weights_sha256"} <= facts.keys():
+        raise InputError(f"{dataset.uri} is no table of vectors with what made them; pass one that embed made")
+    if condition is None:
+        rows = dataset.count_rows()
+        if not rows:
+            raise InputError(f"{dataset.uri} has no vectors; embed the reference again")
+        return Reference(dataset, facts, None, np.arange(rows, dtype=np.int64))
+    check_condition(condition)
+    try:
+        found = dataset.to_table(columns=[], filter=condition, with_row_id=True)["_rowid"].to_numpy()
+    except (ValueError, OSError, NotImplementedError) as error:
+        text = " ".join(re.sub(r",? ?/\S+\.rs:\d+:\d+", "", str(error)).split())[:300]
+        raise InputError(
+            f"--filter {condition!r} is no condition on the table's columns ({', '.join(dataset.schema.names)}): {text}"
+        ) from error
+    if not len(found):
+        raise InputError(f"--filter {condition!r} holds for no row of {dataset.uri}; nothing to match")
+    whole = Reference(dataset, facts, condition, np.empty(0, np.int64))
+    return Reference(dataset, facts, condition, np.sort(whole.rows_of(found)))
