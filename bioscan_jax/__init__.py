@@ -1,14 +1,19 @@
 """DNA barcodes to vectors with the Nucleotide Transformer, in JAX."""
 
+from bioscan_jax.calibrate import CalibrationSummary, calibrate
 from bioscan_jax.config import (
+    Calibrate,
     Checkpoint,
     Data,
     Embed,
     Examples,
+    Identify,
     LoRA,
     Loss,
     Mesh,
     Model,
+    Query,
+    Reference,
     Simulate,
     Sink,
     Tracking,
@@ -17,10 +22,12 @@ from bioscan_jax.config import (
 from bioscan_jax.embed import embed
 from bioscan_jax.errors import InputError
 from bioscan_jax.finetune import TrainingSummary, finetune
+from bioscan_jax.identify import IdentifySummary, identify
 from bioscan_jax.interrupt import Interrupted
 from bioscan_jax.model.config import PRESETS, TransformerConfig
 from bioscan_jax.model.load import LoadedModel, load
 from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.search import Table, open_table
 from bioscan_jax.sequences import clean
 from bioscan_jax.sharding import Layout, make_layout
 from bioscan_jax.summary import RunSummary
@@ -28,10 +35,14 @@ from bioscan_jax.tokenizer import Vocabulary, encode
 
 __all__ = [
     "PRESETS",
+    "Calibrate",
+    "CalibrationSummary",
     "Checkpoint",
     "Data",
     "Embed",
     "Examples",
+    "Identify",
+    "IdentifySummary",
     "InputError",
     "Interrupted",
     "Layout",
@@ -41,18 +52,24 @@ __all__ = [
     "Mesh",
     "Model",
     "NucleotideTransformer",
+    "Query",
+    "Reference",
     "RunSummary",
     "Simulate",
     "Sink",
+    "Table",
     "Tracking",
     "Train",
     "TrainingSummary",
     "TransformerConfig",
     "Vocabulary",
+    "calibrate",
     "clean",
     "embed",
     "encode",
     "finetune",
+    "identify",
     "load",
     "make_layout",
+    "open_table",
 ]

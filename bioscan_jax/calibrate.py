@@ -94,7 +94,7 @@ def calibrate(
         for block in match(matcher, source, worker, bar.update):
             if block.truth is None:
                 raise InputError(f"{query.path} has no labels; pass barcodes with taxonomy or the seven rank columns")
-            blocks.append(dataclasses.replace(block, vectors=block.vectors[:0]))
+            blocks.append(dataclasses.replace(block, vectors=block.vectors[:, :0]))
     every = _joined(blocks)
     held_out, fitting, testing = parted(every.texts, wanted)
     power, head_weight = _best_weights(matcher, _picked(every, fitting))
@@ -258,7 +258,7 @@ def _joined(blocks: list[Matched]) -> Matched:
     )
 
 
-_BY_QUERY = ("rows", "similarity", "identity", "distances", "truth")
+_BY_QUERY = ("vectors", "rows", "similarity", "identity", "distances", "truth")
 
 
 def _fields(heads: HeadVotes) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.matching.alignment import workers
 from bioscan_jax.matching.answers import ANSWERS, Format, output_format, write
 from bioscan_jax.matching.calibration import Calibration, answered, confidences, novelty_features
-from bioscan_jax.matching.match import Matched, Matcher, best_in_reach, match, prepare, votes
+from bioscan_jax.matching.match import Matched, Matcher, best_in_reach, index_recall, match, prepare, votes
 from bioscan_jax.matching.novelty import group
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import POWER, Votes
@@ -25,6 +25,8 @@ from bioscan_jax.taxonomy import RANKS
 
 HEAD_WEIGHT = 0.5
 """Of a head in the vote, until a calibration has fitted it."""
+_IN_REACH = "of the best alignments with the whole reference are among the candidates"
+_BY_INDEX = "of the exact nearest neighbours are found by the index"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,8 @@ class IdentifySummary:
     """Lines on what was answered, and how much of it is right where the queries have labels."""
     novel: int | None
     groups: int | None
-    recall: str | None
+    recall: tuple[str, ...]
+    """Lines on what `check_recall` found."""
     seconds: float
 
     def __str__(self) -> str:
@@ -59,8 +62,7 @@ class IdentifySummary:
             lines.append(f"       novel  {self.novel:,} queries")
         if self.groups is not None:
             lines.append(f"      groups  {self.groups:,} of novel queries")
-        if self.recall is not None:
-            lines.append(f"      recall  {self.recall}")
+        lines += [f"      recall  {line}" for line in self.recall]
         return "\n".join([*lines, f"     seconds  {self.seconds:.1f}"])
 
 
@@ -99,7 +101,8 @@ def identify(
         calibration: File made by `calibrate`; the one beside the table if absent.
         groups: File for groups of novel barcodes: candidate new taxa.
         group_size: Barcodes of a group at least.
-        check_recall: Align so many queries with the whole reference, and say how often the best was among the k.
+        check_recall: Of so many queries drawn at random, say how often the best alignment with any reference was among
+            the k (with `rerank` alignment), and how many of the exact k nearest the index found (where it is used).
         seed: Of that sample.
         progress: Show a bar on the terminal.
 
@@ -113,12 +116,12 @@ def identify(
         raise InputError(f"--groups {groups}: groups are written as FILE.parquet or FILE.tsv")
     if group_size < 2 or check_recall < 0:
         raise InputError(f"--group_size {group_size} must be at least 2, --check_recall {check_recall} at least 0")
-    if check_recall and settings.rerank != "alignment":
-        raise InputError("--check_recall compares alignments; pass --rerank alignment with it")
     with ExitStack() as held:
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-")))
         source = open_queries(query, scratch)
         matcher = prepare(reference, settings, model, mesh)
+        if check_recall and settings.rerank == "none" and matcher.search == "exact":
+            raise InputError("--check_recall has nothing to check; pass --rerank alignment or --search index with it")
         found, note = find_calibration(reference, matcher, calibration)
         if groups is not None and (found is None or found.novelty_threshold is None):
             raise InputError(f"--groups needs to know what is novel, and {note}; run scripts/calibrate.py first")
@@ -126,7 +129,7 @@ def identify(
         bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="identify", disable=not progress))
         tables, judged, novel_vectors, rejects = [], [], [], Counter()
         sampled = _sample(source.rows, check_recall, seed)
-        reached: list[tuple[int, float]] = []
+        reached: dict[str, list[tuple[int, float]]] = {}
         first = 0
         for block in match(matcher, source, worker, bar.update):
             result = votes(matcher, block, *_weights(found, matcher))
@@ -140,8 +143,10 @@ def identify(
                 novel_vectors.append(block.vectors[flags])
             here = sampled[(sampled >= first) & (sampled < first + len(block.ids))] - first
             here = (np.cumsum(block.kept) - 1)[here[block.kept[here]]]
-            if len(here):
-                reached.append((len(here), best_in_reach(matcher, block, here, worker)))
+            if len(here) and settings.rerank == "alignment":
+                reached.setdefault(_IN_REACH, []).append((len(here), best_in_reach(matcher, block, here, worker)))
+            if len(here) and matcher.search == "index":
+                reached.setdefault(_BY_INDEX, []).append((len(here), index_recall(matcher, block, here)))
             first += len(block.ids)
     every = pa.concat_tables(tables)
     count = None
@@ -162,7 +167,7 @@ def identify(
         if every["novel"].null_count == every.num_rows
         else int(every["novel"].fill_null(False).to_numpy().sum()),
         groups=count,
-        recall=_recall(reached, settings.k),
+        recall=tuple(_recall(what, shares, settings.k) for what, shares in reached.items()),
         seconds=time.perf_counter() - begun,
     )
 
@@ -227,9 +232,8 @@ def _sample(rows: int, wanted: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(rows, min(wanted, rows), replace=False))
 
 
-def _recall(reached: list[tuple[int, float]], k: int) -> str | None:
-    if not reached:
-        return None
-    total = sum(count for count, _ in reached)
-    share = sum(count * part for count, part in reached) / total
-    return f"{share:.3f}: of {total} sampled queries, those whose best alignment with any reference is within k {k}"
+def _recall(what: str, shares: list[tuple[int, float]], k: int) -> str:
+    """One line: the share over all blocks."""
+    total = sum(count for count, _ in shares)
+    share = sum(count * part for count, part in shares) / total
+    return f"{share:.4f} {what} (k {k}, {total} sampled queries)"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 def _leave(number: int, frame: object) -> None:
     """Ends the process where it stands: all that it writes outlives a kill at any instant."""
     with suppress(OSError):
-        os.write(2, b"\nstopped; what was committed is safe, the same command goes on from there\n")
+        os.write(2, b"\nstopped; what was committed is safe; run the same command again\n")
     os._exit(128 + number)
 
 

@@ -48,7 +48,7 @@ def main(
         calibration: File made by scripts/calibrate.py; the one beside the table if absent.
         groups: FILE.parquet or FILE.tsv for groups of novel barcodes.
         group_size: Barcodes of a group at least.
-        check_recall: Align so many queries with the whole reference, and say how often the best is among the k.
+        check_recall: Of so many queries, say how often the best alignment is among the k, and what the index finds.
         seed: Of that sample.
         model: Where the table's model is now, if not where the table says.
         mesh: Which devices.

@@ -164,6 +164,8 @@ def test_peers_that_are_not_installed_are_told() -> None:
         ("embed", {"padded_rows": 0}, "--padded_rows 0 is too small; pass at least 1"),
         ("finetune", {"tokens": 1}, "--tokens 1 is too small; pass at least 2"),
         ("load", {"gib": 0.001}, "--gib 0.001 is too small"),
+        ("identify", {"reference": "a.parquet"}, "--reference and --queries go together"),
+        ("identify", {"k": 0}, "--k 0 is too small; pass at least 1"),
         ("pipeline", {"rows": 100, "resume_at": 100}, "--resume_at 100 is past the 100 rows; pass a smaller one"),
     ],
 )
@@ -218,6 +220,19 @@ def test_a_step_against_peft() -> None:
     found = BENCHMARKS["finetune"](preset="tiny-v2", batch_size=2, tokens=8, rank=2, repeats=1)
     ratio = found["rows_per_second"] / found["peft_rows_per_second"]
     assert found["ratio"] == pytest.approx(ratio, rel=2e-3)
+
+
+@pytest.mark.vsearch
+def test_identification_against_vsearch() -> None:
+    found = BENCHMARKS["identify"](k=20, repeats=1, check_recall=10)
+    assert (found["seen_rows"], found["unseen_species_rows"]) == (192, 192)
+    for way in ("ours", "vsearch_quick", "vsearch_deep"):
+        assert found[f"{way}_seen_species_right"] > 0.95
+        assert found[f"{way}_unseen_species_species_right"] == 0.0
+        assert found[f"{way}_unseen_species_genus_right"] > 0.5
+    ratio = found["vsearch_quick_seconds"] / found["ours_seconds"]
+    assert found["seconds_ratio_vsearch_quick_to_ours"] == pytest.approx(ratio, rel=2e-3)
+    assert 0 < float(str(found["recall"]).split()[0]) <= 1
 
 
 def test_vectors_must_be_the_same(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from bioscan_jax.benchmarks.embedding import embed
 from bioscan_jax.benchmarks.figures import Figures
 from bioscan_jax.benchmarks.finetuning import finetune
+from bioscan_jax.benchmarks.identifying import identify
 from bioscan_jax.benchmarks.loading import load
 from bioscan_jax.benchmarks.pipeline import pipeline
 from bioscan_jax.benchmarks.tokenizing import tokenizer
@@ -15,5 +16,6 @@ BENCHMARKS: Mapping[str, Callable[..., Figures]] = {
     "pipeline": pipeline,
     "load": load,
     "finetune": finetune,
+    "identify": identify,
 }
 """By the name that scripts/benchmark.py takes; the parameters are its flags."""

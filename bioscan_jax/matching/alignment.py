@@ -8,11 +8,12 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -124,6 +125,7 @@ def align(
     sequences: Sequence[str],
     most: int,
     worker: Worker,
+    on_rows: Callable[[int], Any] = lambda rows: None,
 ) -> Aligned:
     """Aligns each query with its candidates.
 
@@ -134,6 +136,7 @@ def align(
         sequences: Cleaned DNA of these.
         most: How many candidates of each are aligned in full.
         worker: From `workers`.
+        on_rows: Called with the number of queries just done.
     """
     jobs = []
     for start in range(0, len(queries), _QUERIES):
@@ -145,10 +148,14 @@ def align(
     every = map(_align_some, jobs) if worker is None else worker.map(_align_some, jobs)
     shape = (len(queries), min(most, rows.shape[1]))
     place, matches, columns = (np.full(shape, fill, np.int64) for fill in (-1, 0, 0))
-    for query, found in enumerate(one for some in every for one in some):
-        # A row without a vector leaves no hole: the candidates come before the -1 of `rows`.
-        for i, (at, same, length) in enumerate(found):
-            place[query, i], matches[query, i], columns[query, i] = at, same, length
+    query = 0
+    for some in every:
+        for found in some:
+            # Places are those of `rows`: its candidates come before its -1.
+            for i, (at, same, length) in enumerate(found):
+                place[query, i], matches[query, i], columns[query, i] = at, same, length
+            query += 1
+        on_rows(len(some))
     return Aligned(place, matches, columns)
 
 

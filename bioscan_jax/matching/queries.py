@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,14 +167,13 @@ def open_queries(query: config.Query, scratch: Path) -> ParquetBlocks:
 
 
 def embed_blocks(
-    embedder: Embedder, source: ParquetBlocks, on_rows: Callable[[int], Any] = lambda rows: None
+    embedder: Embedder, source: ParquetBlocks
 ) -> Iterator[tuple[EncodedBlock, Float32[np.ndarray, "kept hidden"]]]:
     """Embeds the queries, block by block.
 
     Args:
         embedder: The model.
         source: From `open_queries`.
-        on_rows: Called with the number of rows just done.
 
     Raises:
         InputError: A value cannot be read.
@@ -185,7 +184,6 @@ def embed_blocks(
             block = source[index]
             check_values(block.table, lambda row, first=block.first_row: source.locate(first + row))
             yield embedder(block)
-            on_rows(block.table.num_rows)
 
 
 def embed_sequences(embedder: Embedder, sequences: list[str]) -> Float32[np.ndarray, "sequences hidden"]:

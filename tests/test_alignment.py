@@ -1,0 +1,97 @@
+"""Alignments of candidates, against dynamic programming written out."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bioscan_jax.matching.alignment import align, align_pair, best_of, workers
+
+DNA = st.text("ACGTN", min_size=1, max_size=14)
+
+
+def agree(one: str, other: str) -> bool:
+    return one == other or "N" in (one, other)
+
+
+def least_distance(short: str, long: str) -> int:
+    """Edits to find `short` anywhere in `long`."""
+    row = [0] * (len(long) + 1)
+    for i, a in enumerate(short, 1):
+        before, row = row, [i]
+        for j, b in enumerate(long, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (not agree(a, b))))
+    return min(row)
+
+
+def shared(one: str, other: str) -> float:
+    short, long = sorted((one, other), key=len)
+    return least_distance(short, long) / len(short)
+
+
+@settings(max_examples=300, deadline=None)
+@given(DNA, DNA)
+def test_the_alignment_is_one_of_least_distance(one: str, other: str) -> None:
+    matches, columns = align_pair(one, other)
+    short, long = sorted((one, other), key=len)
+    distance = least_distance(short, long)
+    assert 0 <= matches <= min(columns, len(short))
+    # Bases of the shorter one that face nothing at either end are edits, but no columns.
+    assert 0 <= distance - (columns - matches) <= len(short) - matches
+    if distance == 0:
+        assert matches == columns == len(short)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("ACGTACGTAC", "ACGTACGTAC", (10, 10)),
+        ("ACGTACGTAC", "TTTTACGTACGTACGGGG", (10, 10)),  # what sticks out is not counted
+        ("ACGTACGTAC", "ACGTTCGTAC", (9, 10)),
+        ("ACGTACGTAC", "ACGTACTAC", (9, 10)),  # a gap inside is a column
+        ("ACGTNCGTAC", "ACGTACGTAC", (10, 10)),  # N agrees with any base
+    ],
+)
+def test_identities_as_vsearch_counts_them(one: str, other: str, expected: tuple[int, int]) -> None:
+    assert align_pair(one, other) == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(DNA, st.lists(DNA, min_size=1, max_size=8), st.integers(1, 4))
+def test_the_best_by_edit_distance_are_aligned(query: str, candidates: list[str], most: int) -> None:
+    found = best_of(query, candidates, most)
+    shares = sorted((shared(query, candidate), place) for place, candidate in enumerate(candidates))
+    assert sorted(place for place, *_ in found) == sorted(place for _, place in shares[:most])
+    identities = [matches / max(columns, 1) for _, matches, columns in found]
+    assert identities == sorted(identities, reverse=True)
+    for place, matches, columns in found:
+        assert (matches, columns) == align_pair(query, candidates[place])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_give_the_same_in_the_order_of_the_queries(processes: int) -> None:
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(list("ACGT"), 40)) for _ in range(30)]
+    queries = [texts[i % 30][:30] for i in range(150)]
+    rows = np.stack([random.permutation(30)[:10] for _ in queries]).astype(np.int64)
+    rows[3, 5:] = -1
+    with workers(processes) as worker:
+        found = align(queries, rows, np.arange(30), texts, 4, worker)
+    assert found.place.shape == (150, 4)
+    for row, query in enumerate(queries):
+        there = rows[row][rows[row] >= 0]
+        expected = best_of(query, [texts[i] for i in there], 4)
+        assert [tuple(one) for one in zip(found.place[row], found.matches[row], found.columns[row], strict=True)] == [
+            (place, matches, columns) for place, matches, columns in expected
+        ]
+        if row % 30 in there:
+            assert found.identity[row, 0] == 1.0
+
+
+def test_identity_is_nan_where_there_is_no_candidate() -> None:
+    rows = np.array([[0, -1, -1]])
+    found = align(["ACGT"], rows, np.array([0]), ["ACGT"], 2, None)
+    assert found.place.tolist() == [[0, -1]]
+    assert re.sub(r"\s+", " ", str(found.identity)) == "[[ 1. nan]]"
