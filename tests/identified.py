@@ -12,7 +12,6 @@ from bioscan_jax.embed import embed
 from bioscan_jax.simulate import simulate
 
 MODEL = config.Model(checkpoint="random:tiny-v2", seed=3)
-EMBED = config.Embed(layer=0, phases=6, max_shapes=1)
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,9 @@ class World:
     unseen: frozenset[str]
 
 
-def make_world(directory: Path, *, species: int = 60, index: Literal["none", "ivf_sq", "ivf_pq"] = "none") -> World:
+def make_world(
+    directory: Path, *, species: int = 60, index: Literal["none", "ivf_sq", "ivf_pq"] = "none", layer: int = 0
+) -> World:
     """Every fifth species is not in the reference; of the others, two of eight barcodes are queries."""
     table = simulate(species=species, per_species=8, length=300, seed=1)
     names = sorted(set(table["species"].to_pylist()))
@@ -40,5 +41,6 @@ def make_world(directory: Path, *, species: int = 60, index: Literal["none", "iv
     (directory / "queries.fasta").write_text("".join(f">{r['sequence_id']}\n{r['dna_sequence']}\n" for r in rows))
     uri = str(directory / "db")
     data, sink = config.Data(path=str(directory / "reference.parquet")), config.Sink(uri=uri, index=index)
-    embed(MODEL, data, sink, EMBED, config.Mesh(compilation_cache=None), progress=False)
+    how = config.Embed(layer=layer, phases=6, max_shapes=1)
+    embed(MODEL, data, sink, how, config.Mesh(compilation_cache=None), progress=False)
     return World(uri, str(directory / "queries.parquet"), str(directory / "queries.fasta"), unseen)

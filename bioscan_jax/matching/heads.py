@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -32,9 +31,12 @@ def open_heads(directory: str, embedder: Embedder) -> Heads:
             f"--heads {directory}: they take the {heads.pooling} of the last layer, the table has the "
             f"{embedder.embed.pooling} of layer {embedder.embed.layer} of {last}; embed the reference so, or leave it out"
         )
-    width = jax.tree.leaves(heads.head)[0].shape
-    if embedder.loaded.config.hidden_size not in width and heads.kind == "marginal":
-        raise InputError(f"--heads {directory}: they are of another model (a kernel of {width}); pass this model's")
+    width = embedder.loaded.config.hidden_size
+    if heads.hidden_size != width:
+        raise InputError(
+            f"--heads {directory}: they take vectors of {heads.hidden_size} numbers, the table has {width}; pass heads "
+            "of its model"
+        )
     return heads
 
 

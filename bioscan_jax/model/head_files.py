@@ -1,5 +1,6 @@
 """Taxonomic heads as files: their parameters in safetensors, and the label space that says what the classes are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -41,6 +42,11 @@ class Heads:
         return taxon_tree(self.space)
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the vectors that `head` takes."""
+        return _hidden_sizes(_shapes(nnx.state(_modules(self.head, None))))[0]
+
+    @property
     def facts(self) -> dict[str, str]:
         """What an export says of them."""
         return {"head": self.kind, "pooling": self.pooling, "labels_sha256": self.space.sha256}
@@ -61,7 +67,7 @@ def write_heads(directory: Path, heads: Heads) -> None:
     """
     state = nnx.to_flat_state(nnx.state(_modules(heads.head, heads.encoder)))
     arrays = {_dotted(path): np.asarray(variable.get_value()) for path, variable in state}
-    hidden_sizes = _hidden_sizes(arrays)
+    hidden_sizes = _hidden_sizes({name: array.shape for name, array in arrays.items()})
     expected = _shapes(nnx.state(_abstract(heads.kind, heads.space, *hidden_sizes)))
     if {name: array.shape for name, array in arrays.items()} != expected:
         raise ValueError("the heads are not of this kind or not of this label space")
@@ -95,7 +101,7 @@ def read_heads(directory: Path, layout: Layout) -> Heads:
         )
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     try:
-        modules = _abstract(facts["kind"], space, *_hidden_sizes(stored))
+        modules = _abstract(facts["kind"], space, *_hidden_sizes(shapes))
     except ValueError as error:
         raise InputError(f"{path}: {error}; export again") from None
     graph, state = nnx.split(modules)
@@ -153,13 +159,13 @@ def _abstract(kind: HeadKind, space: LabelSpace, hidden_size: int, of_encoder: i
     return nnx.eval_shape(build)
 
 
-def _hidden_sizes(tensors: dict) -> tuple[int, int | None]:
+def _hidden_sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int | None]:
     """Features that the head takes, and those of the encoder's hidden layers."""
-    kernels = sorted(name for name in tensors if name.startswith("head.") and name.endswith(".kernel"))
+    kernels = sorted(name for name in shapes if name.startswith("head.") and name.endswith(".kernel"))
     if not kernels:
         raise ValueError("there is no kernel of a head")
-    second = tensors.get("encoder.second.kernel")
-    return tensors[kernels[0]].shape[0], None if second is None else second.shape[0]
+    second = shapes.get("encoder.second.kernel")
+    return shapes[kernels[0]][0], None if second is None else second[0]
 
 
 def _shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
