@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bioscan_jax import config
-from bioscan_jax.data.examples import prepare_examples
+from bioscan_jax.data.examples import _BLOCK_ROWS, prepare_examples
 from bioscan_jax.data.source import open_source
 from bioscan_jax.errors import InputError
 from bioscan_jax.taxonomy import RANKS
@@ -102,7 +102,7 @@ def test_metadata_and_no_labels(tmp_path):
         ({"taxonomy": [LINEAGES[0]] * 40}, {}, "all labelled rows are Animalia;.*nothing to tell apart"),
         ({"taxonomy": pa.array([1] * 40)}, {}, "column 'taxonomy' has the Arrow type int64"),
         ({"dna_sequence": ["ACGTACGTAA"] * 40, "split": ["train", "test"] * 20}, {"split_column": "split"}, "same seq"),
-        ({"split": ["train", "tset"] * 20}, {"split_column": "split"}, "row 1 .* has the split 'tset'"),
+        ({"split": ["train", "tset"] * 20}, {"split_column": "split"}, r"b\.parquet row 1 has the split 'tset'"),
         ({}, {"split_column": "side"}, "has no column 'side'"),
         ({"split": ["test"] * 40}, {"split_column": "split"}, "there are no rows to take labels from"),
         ({}, {"validation": 0.7, "test": 0.3}, "must be at least 0 and together less than 1"),
@@ -122,5 +122,19 @@ def test_missing_labels_and_wrong_metadata(tmp_path):
         prepare(tmp_path / "b.parquet", tmp_path, labelled=False, with_metadata=True)
     columns = {"depth": [5.0] * 40, "latitude": [1.5] * 39 + [400.0], "longitude": [2.0] * 40}
     path = write(tmp_path / "c.parquet", **columns)
-    with pytest.raises(InputError, match="the latitude 400 of row 39 is outside -90 to 90"):
+    with pytest.raises(InputError, match=r"the latitude 400 of .*c\.parquet row 39 is outside -90 to 90"):
+        prepare(path, tmp_path, with_metadata=True)
+
+
+def test_a_row_past_the_first_block_is_named_by_its_place_in_its_file(tmp_path):
+    rows = _BLOCK_ROWS + 20
+    numbers = {"depth": [5.0] * rows, "latitude": [1.5] * rows, "longitude": [2.0] * rows}
+    sides = ["train", "validation"] * (rows // 2)
+    sides[-1], numbers["latitude"][-2] = "tset", 400.0
+    write(tmp_path / "in-1.parquet", rows=40, split=sides[:40], **{name: v[:40] for name, v in numbers.items()})
+    write(tmp_path / "in-2.parquet", rows=rows, split=sides, **numbers)
+    path = tmp_path / "in-*.parquet"
+    with pytest.raises(InputError, match=rf"in-2\.parquet row {rows - 1} has the split 'tset'"):
+        prepare(path, tmp_path, split_column="split")
+    with pytest.raises(InputError, match=rf"the latitude 400 of .*in-2\.parquet row {rows - 2} is outside"):
         prepare(path, tmp_path, with_metadata=True)

@@ -36,8 +36,11 @@ def test_columns_become_one_array():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"latitude": [0.0, 400.0]}, "the latitude 400 of row 101 is outside -90 to 90 .1 such rows.; set it to null"),
-        ({"latitude": [-90.5, 91.0]}, r"the latitude -90.5 of row 100 is outside -90 to 90 \(2 such rows\)"),
+        (
+            {"latitude": [0.0, 400.0]},
+            "the latitude 400 of row 101 is outside -90 to 90 .1 such among 2 rows.; set it to",
+        ),
+        ({"latitude": [-90.5, 91.0]}, r"the latitude -90.5 of row 100 is outside -90 to 90 \(2 such among 2 rows\)"),
         ({"longitude": [0, 181]}, "the longitude 181 of row 101 is outside -180 to 180"),
         ({"longitude": [0.0, -math.inf]}, "the longitude -inf of row 101 is outside"),
         ({"longitude": [-999, 0]}, "the longitude -999 of row 100 is a filler, not a value .* set it to null"),
@@ -51,7 +54,7 @@ def test_columns_become_one_array():
 )
 def test_bad_metadata_is_refused(columns, message):
     with pytest.raises(InputError, match=message) as caught:
-        check_metadata(table(**columns), first_row=100)
+        check_metadata(table(**columns), locate=lambda row: f"row {100 + row}")
     assert "\n" not in str(caught.value)
 
 

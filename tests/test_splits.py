@@ -198,9 +198,7 @@ def test_given_splits_are_read_in_their_usual_forms():
 @pytest.mark.parametrize("value", ["pretrain", "key_unseen", "", "2", None])
 def test_another_given_value_is_named_with_its_row(value: str | None):
     column = pa.chunked_array([["train"], ["test", value, "train", value]], pa.string())
-    with pytest.raises(
-        InputError, match=re.escape(f"row 2 (counted from 0) has the split {value!r} in --data.split_c")
-    ):
+    with pytest.raises(InputError, match=re.escape(f"row 2 has the split {value!r} in --data.split_column; write")):
         given(column)
 
 

@@ -6,6 +6,7 @@ cleaned bases to a scratch file that is mapped, not read. About 60 bytes a row s
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,7 @@ def prepare_examples(
     sequences, lengths, tokens, taxa, given, metadata = [], [], [], [], [], []
     with path.open("wb") as file:
         for first, table in _tables(source, [source.sequence_column, *extra]):
+            locate = partial(_locate, source, first)
             cleaned = clean(table[source.sequence_column])
             text, offsets = string_bytes(cleaned.sequences)
             file.write(text.data)
@@ -104,9 +106,9 @@ def prepare_examples(
                 names = read_lineages(table)[RANKS.index(held_out)]
                 taxa.append(splits.fingerprints(names, seed=wanted.split_seed))
             if wanted.split_column:
-                given.append(splits.given(table[wanted.split_column]))
+                given.append(splits.given(table[wanted.split_column], locate=locate))
             if with_metadata:
-                metadata.append(check_metadata(table, first))
+                metadata.append(check_metadata(table, locate=locate))
             on_rows(table.num_rows)
     fingerprints = np.concatenate(sequences)
     if wanted.split_column:
@@ -148,6 +150,11 @@ def _tables(source: ParquetBlocks, columns: Sequence[str]) -> Generator[tuple[in
     for index in range(len(blocks)):
         block = blocks[index]
         yield block.first_row, block.table
+
+
+def _locate(source: ParquetBlocks, first: int, row: int) -> str:
+    """Where a row of a block is, whose first row is `first`."""
+    return source.locate(first + row)
 
 
 def _labels(

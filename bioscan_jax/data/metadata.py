@@ -1,5 +1,7 @@
 """Where a sample was taken: the columns depth, latitude and longitude, checked."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
@@ -12,21 +14,21 @@ METADATA_BOUNDS = {"depth": (-10.0, 12000.0), "latitude": (-90.0, 90.0), "longit
 _FILLERS = (-9999.0, 9999.0, -999.0)
 
 
-def check_metadata(table: pa.Table, first_row: int = 0) -> Float32[np.ndarray, "rows 3"]:
+def check_metadata(table: pa.Table, *, locate: Callable[[int], str] = "row {}".format) -> Float32[np.ndarray, "rows 3"]:
     """Reads the columns depth, latitude and longitude; null and NaN become NaN.
 
     Args:
         table: Has the three columns, numbers in each (or nothing but nulls).
-        first_row: Number of the table's first row, for messages.
+        locate: Says where a row of the table is.
 
     Raises:
         InputError: A column is missing or not of numbers; a value is out of range (depth -10 to 12000 m) or one of the
             fillers -9999, 9999 and -999.
     """
-    return np.stack([_check_column(table, name, first_row) for name in METADATA_COLUMNS], axis=1)
+    return np.stack([_check_column(table, name, locate) for name in METADATA_COLUMNS], axis=1)
 
 
-def _check_column(table: pa.Table, name: str, first_row: int) -> Float32[np.ndarray, " rows"]:
+def _check_column(table: pa.Table, name: str, locate: Callable[[int], str]) -> Float32[np.ndarray, " rows"]:
     if name not in table.column_names:
         raise InputError(f"there is no column {name}, which metadata needs; add it, null where it is not known")
     column = table.column(name)
@@ -41,7 +43,7 @@ def _check_column(table: pa.Table, name: str, first_row: int) -> Float32[np.ndar
         row = int(wrong[0])
         why = "is a filler, not a value" if filler[row] else f"is outside {low:g} to {high:g}"
         raise InputError(
-            f"the {name} {values[row]:g} of row {first_row + row} {why} "
-            f"({len(wrong)} such rows); set it to null where it is not known"
+            f"the {name} {values[row]:g} of {locate(row)} {why} "
+            f"({len(wrong)} such among {len(values)} rows); set it to null where it is not known"
         )
     return values.astype(np.float32)

@@ -111,11 +111,17 @@ def assign(
     return group_sides[group_of].astype(np.int8)
 
 
-def given(column: pa.Array | pa.ChunkedArray) -> Int8[np.ndarray, " rows"]:
+def given(
+    column: pa.Array | pa.ChunkedArray, *, locate: Callable[[int], str] = "row {}".format
+) -> Int8[np.ndarray, " rows"]:
     """Reads a column of given splits, such as the one of --data.split_column.
 
     Values are train, validation or test, their usual forms (training, val, valid, dev, testing), or unused; upper and
     lower case are the same, and what follows a '_' does not matter, so that test_unseen_species is test.
+
+    Args:
+        column: Of the whole input or a block of it.
+        locate: Says where a row of the column is.
 
     Raises:
         InputError: A value is null or something else.
@@ -130,7 +136,7 @@ def given(column: pa.Array | pa.ChunkedArray) -> Int8[np.ndarray, " rows"]:
             if number is None:
                 row = rows + pc.index(coded.indices, values.index(value)).as_py()
                 raise InputError(
-                    f"row {row} (counted from 0) has the split {value!r} in --data.split_column; "
+                    f"{locate(row)} has the split {value!r} in --data.split_column; "
                     "write train, validation, test or unused"
                 )
         splits.append(np.array(numbers, np.int8)[coded.indices.to_numpy()])
