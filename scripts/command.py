@@ -1,9 +1,11 @@
 """What every script shares: flags from dataclasses, layered --config files, one line for a mistake."""
 
+import dataclasses
 import os
 import re
 import signal
 import sys
+import typing
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -57,7 +59,7 @@ def arguments(function: Callable[..., object]) -> dict[str, Any]:
     parser.add_argument("--config", action="config", help="YAML file with these settings; repeat to layer files")
     parser.add_function_arguments(function)
     try:
-        given = parser.instantiate(parser.parse_args())
+        given = parser.instantiate(parser.parse_args(_bracketed(sys.argv[1:], _lists(function))))
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, InputError):
@@ -65,6 +67,30 @@ def arguments(function: Callable[..., object]) -> dict[str, Any]:
         _fail(re.sub('Parser key "([^"]+)":', r"--\1:", str(error)) + "; --help lists the flags")
     given.pop("config", None)
     return vars(given)
+
+
+def _lists(function: Callable[..., object]) -> set[str]:
+    """Flags that take several values."""
+    groups = {name: kind for name, kind in typing.get_type_hints(function).items() if dataclasses.is_dataclass(kind)}
+    return {
+        f"--{name}.{field}"
+        for name, group in groups.items()
+        for field, kind in typing.get_type_hints(group).items()
+        if typing.get_origin(kind) is tuple
+    }
+
+
+def _bracketed(words: list[str], flags: set[str]) -> list[str]:
+    """Takes `--lora.targets query,value` for `--lora.targets [query,value]`, as jsonargparse wants it."""
+    found: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if found and found[-1] in flags and not word.startswith(("[", "-")):
+            word = f"[{word}]"
+        elif flag in flags and equals and not value.startswith("["):
+            word = f"{flag}=[{value}]"
+        found.append(word)
+    return found
 
 
 def _fail(message: str) -> NoReturn:

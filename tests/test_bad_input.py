@@ -572,6 +572,18 @@ def test_each_config_is_one_of_the_script_that_its_first_line_names(monkeypatch,
     assert command.arguments(main_of(named[1]))
 
 
+@pytest.mark.parametrize("given", ["query,value", "[query,value]", "[query, value]"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_list_needs_no_brackets(monkeypatch, command, given, joined):
+    flags = ["--model.checkpoint=random:tiny-v2", "--data.path=in.parquet", "--loss.rank_weights=0,0,0,0,1,1,2.5"]
+    flags += [f"--lora.targets={given}"] if joined else ["--lora.targets", given]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *flags, "--train.epochs", "3"])
+    found = command.arguments(main_of("finetune.py"))
+    assert found["lora"].targets == ("query", "value")
+    assert found["loss"].rank_weights == (0, 0, 0, 0, 1, 1, 2.5)
+    assert found["train"].epochs == 3
+
+
 def test_through_the_script(tmp_path):
     """From another directory: one line on stderr, exit code 2, no traceback, nothing on stdout that looks well."""
     write(tmp_path / "in.parquet", GOOD)
