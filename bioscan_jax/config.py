@@ -5,6 +5,9 @@ from typing import Literal
 
 from bioscan_jax.errors import InputError
 
+DEFAULT_METADATA_WEIGHT = 0.3
+"""Share of the metadata's loss in the total."""
+
 
 def _at_least(flag: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
@@ -167,6 +170,8 @@ class LoRA:
         _at_least("lora.rank", self.rank, 1)
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"--lora.dropout {self.dropout} is outside 0 to 1")
+        if not 0.0 < self.alpha < float("inf"):
+            raise InputError(f"--lora.alpha {self.alpha} must be more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,19 +211,31 @@ class Loss:
     """Over the tokens; the vector that the heads see."""
     rank_weights: tuple[float, float, float, float, float, float, float] = (2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.6)
     """Kingdom to species."""
-    metadata: bool = False
-    """Also predict the ranks from depth, latitude and longitude."""
-    metadata_weight: float = 0.3
-    """Share of the metadata's loss in the total."""
+    metadata: bool | None = None
+    """Also predict the ranks from depth, latitude and longitude; if absent, where metadata_weight is given."""
+    metadata_weight: float | None = None
+    """Share of the metadata's loss in the total; 0.3 if absent."""
     mask_rate: float = 0.15
     """Share of the tokens to be predicted by mlm."""
 
     def __post_init__(self) -> None:
-        if min(self.rank_weights) < 0 or not any(self.rank_weights):
+        if not all(0 <= weight < float("inf") for weight in self.rank_weights) or not any(self.rank_weights):
             raise InputError(f"--loss.rank_weights {list(self.rank_weights)} must be at least 0, and not all 0")
         for flag, share in (("metadata_weight", self.metadata_weight), ("mask_rate", self.mask_rate)):
-            if not 0.0 < share < 1.0:
-                raise InputError(f"--loss.{flag} {share} is outside 0 to 1")
+            if share is not None and not 0.0 < share < 1.0:
+                raise InputError(f"--loss.{flag} {share} is not between 0 and 1")
+        if self.metadata is False and self.metadata_weight is not None:
+            raise InputError(f"--loss.metadata_weight {self.metadata_weight} needs --loss.metadata true; leave one out")
+
+    @property
+    def with_metadata(self) -> bool:
+        """Whether the metadata have a share in the loss."""
+        return bool(self.metadata) or self.metadata_weight is not None
+
+    @property
+    def metadata_share(self) -> float:
+        """Of the metadata's loss in the total, where they have one."""
+        return DEFAULT_METADATA_WEIGHT if self.metadata_weight is None else self.metadata_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +284,10 @@ class Train:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_shapes", "log_every", "patience", "shortest"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        _at_least("train.warmup_steps", self.warmup_steps, 0)
+        for name in ("warmup_steps", "seed"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        if not 0.0 <= self.weight_decay < float("inf"):
+            raise InputError(f"--train.weight_decay {self.weight_decay} must be at least 0")
         _at_least("train.batch_tokens", self.batch_tokens, 2)
         for name in ("learning_rate", "clip_norm"):
             if not 0.0 < getattr(self, name) < float("inf"):

@@ -137,5 +137,5 @@ def _build(
         add_adapters(trunk, lora, rngs)
     if tree is not None:
         head = make_head(loss.head, transformer.hidden_size, tree, rngs=rngs)
-        encoder = MetadataEncoder(loss.head, tree, rngs=rngs) if loss.metadata else None
+        encoder = MetadataEncoder(loss.head, tree, rngs=rngs) if loss.with_metadata else None
     return Classifier(trunk, pooling=loss.pooling, head=head, encoder=encoder)

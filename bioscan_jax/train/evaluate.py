@@ -46,7 +46,7 @@ class Evaluation:
         if learner.train.objective == "mlm":
             return {"eval/loss": float(means[0, 0])}
         weighted = (means * np.array(loss.rank_weights)).sum(axis=1)
-        share = loss.metadata_weight
+        share = loss.metadata_share
         total = weighted[0] if len(weighted) == 1 else (1.0 - share) * weighted[0] + share * weighted[1]
         numbers = {"eval/loss": float(total)}
         numbers |= {f"eval/loss/{rank}": float(means[0, r]) for r, rank in enumerate(RANKS) if known[r]}

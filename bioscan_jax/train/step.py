@@ -291,7 +291,7 @@ def _taxonomic(
     if classifier.encoder is None:
         return ranks[None], total
     other = rank_losses(classifier.encoder(part.metadata, layout), part.labels, counts)
-    return jnp.stack([ranks, other]), combine(total, total_loss(other, loss.rank_weights), loss.metadata_weight)
+    return jnp.stack([ranks, other]), combine(total, total_loss(other, loss.rank_weights), loss.metadata_share)
 
 
 def _row_keys(seed: int, number: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
