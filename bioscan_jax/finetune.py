@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from bioscan_jax.lock import differences, local_directory, writer_lock
 from bioscan_jax.model.classifier import Arrays, flat, make_classifier
 from bioscan_jax.model.head_files import taxon_tree
 from bioscan_jax.model.load import LoadedModel, load
+from bioscan_jax.model.lora import resolve_targets
 from bioscan_jax.sharding import Layout, compute_dtype, make_layout, start_devices
 from bioscan_jax.summary import peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.taxonomy import RANKS
@@ -129,7 +131,7 @@ def finetune(
     lora, loss, train = lora or config.LoRA(), loss or config.Loss(), train or config.Train()
     checkpoint, tracking = checkpoint or config.Checkpoint(), tracking or config.Tracking()
     mesh = mesh or config.Mesh()
-    _check(model, loss, train)
+    _check(model, lora, loss, train)
     directory, output_dir = local_directory(train.output_dir), train.output_dir
     if directory is None:
         raise InputError(
@@ -141,16 +143,16 @@ def finetune(
         if first:
             held.enter_context(writer_lock(output_dir, "training", kind="run"))
         scratch = held.enter_context(_scratch(directory))
+        source = open_source(_as_data(data), scratch=scratch)
         layout = make_layout(mesh)
         loaded = _load(model, train, layout, progress)
-        source = open_source(_as_data(data), scratch=scratch)
         examples = _prepare(source, data, loss, train, loaded, scratch, progress)
         facts = _facts(source, data, loaded, lora, loss, train, examples.space)
+        learner = _learner(loaded, lora, loss, train, examples.space)
+        batches = TrainingBatches(examples, train, loaded.vocabulary, _max_tokens(data, loaded))
         if first:
             _claim(directory, facts, model, loaded, examples.space)
         gather_bytes(b"")  # the others wait until the directory is process 0's
-        learner = _learner(loaded, lora, loss, train, examples.space)
-        batches = TrainingBatches(examples, train, loaded.vocabulary, _max_tokens(data, loaded))
         checkpoints = held.enter_context(open_checkpoints(directory, keep=checkpoint.keep))
         before = checkpoints.latest()
         at = before or Progress(config=facts, rng=_rng(train), label_space=_sha256(examples.space))
@@ -159,6 +161,8 @@ def finetune(
             state = State(params, init_optimizer(learner, len(batches), params))
             if before is not None:
                 _check_rng(before, train)
+                if progress:
+                    tqdm.write(f"{train.output_dir}: goes on after step {at.step:,} of {len(batches):,}", sys.stderr)
                 state = State(**checkpoints.restore(before.step, jax.tree.map(_abstract, vars(state))))
             log, run_id = _log(held, tracking, directory, facts, at)
             course = Course(
@@ -179,11 +183,15 @@ def finetune(
     return _summary(at, before, examples, learner)
 
 
-def _check(model: config.Model, loss: config.Loss, train: config.Train) -> None:
+def _check(model: config.Model, lora: config.LoRA, loss: config.Loss, train: config.Train) -> None:
     if model.adapter is not None:
         raise InputError("--model.adapter cannot be trained on; merge it first (scripts/export.py --format merged)")
-    if train.objective == "mlm" and loss.metadata:
-        raise InputError("--loss.metadata needs labels; leave it out, or pass --train.objective taxonomy")
+    if train.mode == "lora":
+        resolve_targets(lora.targets)
+    if train.objective == "mlm":
+        for flag, given in (("--loss.metadata", loss.with_metadata), ("--train.balance", train.balance != "none")):
+            if given:
+                raise InputError(f"{flag} needs labels; leave it out, or pass --train.objective taxonomy")
 
 
 def _as_data(data: config.Examples) -> config.Data:
@@ -240,7 +248,7 @@ def _prepare(
             loaded.vocabulary,
             scratch,
             labelled=train.objective == "taxonomy",
-            with_metadata=loss.metadata,
+            with_metadata=loss.with_metadata,
             on_rows=bar.update,
         )
 

@@ -33,14 +33,14 @@ def barcodes(tmp_path_factory) -> Path:
     return path
 
 
-def train(barcodes, directory, *, mesh=ONE, data=None, loss=None, tracking="disabled", **settings):
+def train(barcodes, directory, *, mesh=ONE, data=None, lora=None, loss=None, tracking="disabled", **settings):
     """Three epochs of 17 steps, a line of metrics and a checkpoint after each."""
     chosen = {"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 5, "max_shapes": 1, "log_every": 1}
     chosen |= {"shortest": 60, "seed": 1, "output_dir": str(directory)}
     return finetune(
         config.Model(checkpoint="random:tiny-v2"),
         config.Examples(path=str(barcodes), **({"validation": 0.25} | (data or {}))),
-        config.LoRA(rank=4),
+        lora or config.LoRA(rank=4),
         loss,
         config.Train(**(chosen | settings)),
         config.Checkpoint(interval_minutes=0.0),
@@ -160,8 +160,13 @@ def test_bad_input(barcodes, tmp_path):
         train(barcodes, "gs://x")
     with pytest.raises(InputError, match="--data.max_tokens 3000 exceeds the 2048 positions"):
         train(barcodes, tmp_path / "a", data={"max_tokens": 3000})
+    with pytest.raises(InputError, match="--lora.targets 'dense' is unknown"):
+        train(barcodes, tmp_path / "a", lora=config.LoRA(targets=("dense",)))
+    assert not (tmp_path / "a" / "run.json").exists()  # the mended command may take the directory
     with pytest.raises(InputError, match="--loss.metadata needs labels"):
         train(barcodes, tmp_path / "b", objective="mlm", loss=config.Loss(metadata=True))
+    with pytest.raises(InputError, match="--train.balance needs labels"):
+        train(barcodes, tmp_path / "b", objective="mlm", balance="species")
     table = pq.read_table(barcodes)
     pq.write_table(table.drop_columns(["depth"]), tmp_path / "surface.parquet")
     with pytest.raises(InputError, match="there is no column depth, which metadata needs"):
@@ -172,6 +177,42 @@ def test_bad_input(barcodes, tmp_path):
     pq.write_table(table.select(["sequence_id", "dna_sequence"]), tmp_path / "bare.parquet")
     with pytest.raises(InputError, match="no labels: there is neither a column 'taxonomy'"):
         train(tmp_path / "bare.parquet", tmp_path / "d")
+
+
+def test_a_weight_asks_for_metadata():
+    assert not config.Loss().with_metadata
+    assert config.Loss(metadata=True).metadata_share == 0.3
+    assert config.Loss(metadata_weight=0.2).with_metadata
+    assert config.Loss(metadata_weight=0.2).metadata_share == 0.2
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "line"),
+    [
+        (config.Loss, {"metadata": False, "metadata_weight": 0.2}, "--loss.metadata_weight 0.2 needs --loss.metadata"),
+        (config.Loss, {"metadata_weight": 1.0}, "--loss.metadata_weight 1.0 is not between 0 and 1"),
+        (config.Loss, {"rank_weights": (0.0,) * 7}, "--loss.rank_weights .* must be at least 0, and not all 0"),
+        (config.Loss, {"rank_weights": (float("nan"), *(1.0,) * 6)}, "--loss.rank_weights .nan, 1.0.* at least 0"),
+        (config.LoRA, {"alpha": float("inf")}, "--lora.alpha inf must be more than 0"),
+        (config.Train, {"seed": -1}, "--train.seed -1 is too small; pass at least 0"),
+        (config.Train, {"weight_decay": -0.1}, "--train.weight_decay -0.1 must be at least 0"),
+        (config.Train, {"learning_rate": float("nan")}, "--train.learning_rate nan must be more than 0"),
+    ],
+)
+def test_settings_that_cannot_be(make, settings, line):
+    with pytest.raises(InputError, match=line):
+        make(**settings)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_steps(barcodes, tmp_path):
+    """Of some 700 steps with a checkpoint after each and an evaluation every 17, the last third holds no more than the middle one."""
+    train(barcodes, tmp_path / "run", epochs=45, log_every=5)
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    used = np.array([line["hardware/memory_used_gb"] for line in found if "train/loss" in line])
+    _, middle, last = np.array_split(used, 3)
+    assert len(last) > 40
+    assert np.median(last) - np.median(middle) < 0.02
 
 
 @pytest.mark.slow
@@ -230,8 +271,8 @@ def test_a_run_goes_on_with_other_devices(whole, barcodes, tmp_path, monkeypatch
 
 def test_the_script_refuses_in_one_line(barcodes, tmp_path):
     table = pq.read_table(barcodes)
-    where = table.schema.get_field_index("latitude")
-    wrong = table.set_column(where, "latitude", pa.array([400.0] * table.num_rows))
+    index = table.schema.get_field_index("latitude")
+    wrong = table.set_column(index, "latitude", pa.array([400.0] * table.num_rows))
     pq.write_table(wrong, tmp_path / "wrong.parquet")
     script = Path(__file__).parent.parent / "scripts" / "finetune.py"
     flags = {"model.checkpoint": "random:tiny-v2", "data.path": tmp_path / "wrong.parquet", "loss.metadata": "true"}
@@ -240,6 +281,7 @@ def test_the_script_refuses_in_one_line(barcodes, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: the latitude 400 of row 0 is outside -90 to 90 (72 such rows)")
+    where = f"{tmp_path}/wrong.parquet row 0"
+    assert last.startswith(f"error: the latitude 400 of {where} is outside -90 to 90 (72 such among 72 rows)")
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run").glob("[!.]*"))
