@@ -53,10 +53,10 @@ def batch_of(number, rows=12, width=24):
     return ExampleBatch(np.append(np.arange(rows - 1), -1), ids, labels, metadata)
 
 
-def learner_on(mesh, loss=None, train=TRAIN, lora=LORA):
+def learner_on(mesh, loss=None, train=TRAIN, lora=LORA, dtype=jnp.float32):
     loss, taxonomic = loss or config.Loss(), train.objective == "taxonomy"
     layout = make_layout(mesh)
-    trunk = random_model(TINY, jnp.float32, layout, seed=0, lm_head=not taxonomic)
+    trunk = random_model(TINY, dtype, layout, seed=0, lm_head=not taxonomic)
     tree = TREE if taxonomic else None
     classifier = make_classifier(trunk, loss, lora if train.mode == "lora" else None, tree, layout, seed=train.seed)
     return take_apart(classifier, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
@@ -83,6 +83,7 @@ def alone():
 
 MESHES = [
     config.Mesh(data=8, params="fsdp"),
+    pytest.param(config.Mesh(data=1, params="fsdp"), marks=pytest.mark.slow),
     pytest.param(config.Mesh(data=2), marks=pytest.mark.slow),
     pytest.param(config.Mesh(data=8), marks=pytest.mark.slow),
     pytest.param(config.Mesh(data=2, params="fsdp"), marks=pytest.mark.slow),
@@ -95,16 +96,18 @@ def test_devices_and_parts_do_not_change_20_steps(alone, mesh):
     """Losses within 1e-5 relative; a budget of one row a device makes several parts of each batch."""
     train = dataclasses.replace(TRAIN, batch_tokens=24)
     learner = learner_on(mesh, train=train)
-    assert parts_of(12, 24, mesh.data, 24) == {8: (2, 8), 2: (6, 2), 4: (3, 4)}[mesh.data]
+    assert parts_of(12, 24, mesh.data, 24) == {8: (2, 8), 2: (6, 2), 4: (3, 4), 1: (12, 1)}[mesh.data]
     params, numbers = train_on(learner, 20)
     np.testing.assert_allclose([n.loss for n in numbers], alone[1], rtol=1e-5)
     for name, value in jax.device_get(params).items():
         np.testing.assert_allclose(value, alone[0][name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_it_learns_and_leaves_the_rest(alone):
-    learner = learner_on(config.Mesh(data=1))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_learns_and_leaves_the_rest(dtype):
+    learner = learner_on(config.Mesh(data=1), dtype=dtype)
     before = jax.device_get(jax.tree.leaves(learner.frozen))
+    assert {leaf.dtype for leaf in before} == {jnp.dtype(dtype)}
     params, numbers = train_on(learner, 20, lambda number: batch_of(number % 2))
     assert numbers[-1].loss < 0.6 * numbers[0].loss
     for old, new in zip(before, jax.device_get(jax.tree.leaves(learner.frozen)), strict=True):
