@@ -25,7 +25,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.hosts import failing_together, gather_bytes
 from bioscan_jax.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.labels import LabelSpace
-from bioscan_jax.lock import differences, local_directory, writer_lock
+from bioscan_jax.lock import differences, local_directory, storage_errors, writer_lock
 from bioscan_jax.model.classifier import Arrays, flat, make_classifier
 from bioscan_jax.model.head_files import taxon_tree
 from bioscan_jax.model.load import LoadedModel, load
@@ -41,6 +41,7 @@ from bioscan_jax.train.step import Learner, init_optimizer, take_apart
 RUN_FILE = "run.json"
 """In a run's directory: what decides it, and what made it."""
 LABEL_SPACE_FILE = "label_space.json"
+_FLAG = "--train.output_dir"
 _SHOWN_CONFLICTS = 5
 
 
@@ -132,7 +133,7 @@ def finetune(
     checkpoint, tracking = checkpoint or config.Checkpoint(), tracking or config.Tracking()
     mesh = mesh or config.Mesh()
     _check(model, lora, loss, train)
-    directory, output_dir = local_directory(train.output_dir), train.output_dir
+    directory, output_dir = local_directory(train.output_dir, flag=_FLAG), train.output_dir
     if directory is None:
         raise InputError(
             f"--train.output_dir {output_dir!r} is a URL; pass a directory (mount the bucket, with gcsfuse say)"
@@ -141,7 +142,7 @@ def finetune(
     first, progress = jax.process_index() == 0, progress and jax.process_index() == 0
     with ExitStack() as held:
         if first:
-            held.enter_context(writer_lock(output_dir, "training", kind="run"))
+            held.enter_context(writer_lock(output_dir, "training", kind="run", flag=_FLAG))
         scratch = held.enter_context(_scratch(directory))
         source = open_source(_as_data(data), scratch=scratch)
         layout = make_layout(mesh)
@@ -151,7 +152,8 @@ def finetune(
         learner = _learner(loaded, lora, loss, train, examples.space)
         batches = TrainingBatches(examples, train, loaded.vocabulary, _max_tokens(data, loaded))
         if first:
-            _claim(directory, facts, model, loaded, examples.space)
+            with storage_errors(str(directory), flag=_FLAG):
+                _claim(directory, facts, model, loaded, examples.space)
         gather_bytes(b"")  # the others wait until the directory is process 0's
         checkpoints = held.enter_context(open_checkpoints(directory, keep=checkpoint.keep))
         before = checkpoints.latest()

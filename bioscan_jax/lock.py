@@ -28,18 +28,20 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NOT_A_DIRECTORY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 _HELD = {errno.EAGAIN, errno.EACCES}
+TABLE_FLAG = "--sink.uri"
+"""Says where a table is, on the command line."""
 
 
-def local_directory(uri: str) -> Path | None:
+def local_directory(uri: str, *, flag: str = TABLE_FLAG) -> Path | None:
     """The directory a URI names, or None if it names an object store (`gs://`, `s3://`, ...).
 
     It is absolute, since Lance takes the start of a relative `a:b` for a URL's scheme.
 
     Raises:
-        InputError: the URI is empty.
+        InputError: the URI is empty; `flag` is how it was given.
     """
     if not uri:
-        raise InputError("--sink.uri is empty; pass a directory or an object-store URL")
+        raise InputError(f"{flag} is empty; pass a directory or an object-store URL")
     if uri.startswith("file://"):
         return Path(uri.removeprefix("file://"))
     return None if "://" in uri else Path(uri).expanduser().absolute()
@@ -51,13 +53,14 @@ def table_path(uri: str, table: str) -> str:
     return f"{uri.rstrip('/')}/{table}.lance" if directory is None else str(directory / f"{table}.lance")
 
 
-def storage_error(where: str, error: Exception, safe_rows: int | None) -> InputError:
+def storage_error(where: str, error: Exception, safe_rows: int | None, flag: str = TABLE_FLAG) -> InputError:
     """Makes one line with the mend of what the storage, or Lance for it, complains about.
 
     Args:
         where: The path or URL that was read or written.
         error: Python's OSError, or Lance's exception whose text holds `(os error N)`.
         safe_rows: Rows that were committed before, None if that is not known.
+        flag: Says where to write.
 
     Returns:
         The error to raise.
@@ -73,19 +76,20 @@ def storage_error(where: str, error: Exception, safe_rows: int | None) -> InputE
         return InputError(f"{where}: a file outgrew this process's limit; raise it (ulimit -f) and {again} ({text})")
     if code in _REFUSED:
         links = ", on a disk with hard links (FAT and exFAT have none)" if code == errno.EPERM else ""
-        return InputError(f"{where}: not allowed; pass a --sink.uri that you may write{links} ({text})")
+        return InputError(f"{where}: not allowed; pass a {flag} that you may write{links} ({text})")
     if code in _NOT_A_DIRECTORY:
-        return InputError(f"{where}: a file stands where a directory is needed; pass another --sink.uri ({text})")
+        return InputError(f"{where}: a file stands where a directory is needed; pass another {flag} ({text})")
     return InputError(f"{where}: the storage failed; mend it and {again} ({text})")
 
 
 @contextmanager
-def storage_errors(where: str, safe_rows: int | None = None) -> Iterator[None]:
+def storage_errors(where: str, safe_rows: int | None = None, *, flag: str = TABLE_FLAG) -> Iterator[None]:
     """Turns what fails inside into `storage_error`; an InputError passes through.
 
     Args:
         where: The path or URL that is read or written.
         safe_rows: Rows that were committed before, None if that is not known.
+        flag: Says where to write.
 
     Raises:
         InputError: the storage failed.
@@ -95,7 +99,7 @@ def storage_errors(where: str, safe_rows: int | None = None) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        raise storage_error(where, error, safe_rows) from error
+        raise storage_error(where, error, safe_rows, flag) from error
 
 
 def open_dataset(path: str) -> "lance.LanceDataset | None":
@@ -157,19 +161,20 @@ def _holder(descriptor: int) -> str:
 
 
 @contextmanager
-def writer_lock(uri: str, table: str, *, kind: str = "table") -> Iterator[None]:
+def writer_lock(uri: str, table: str, *, kind: str = "table", flag: str = TABLE_FLAG) -> Iterator[None]:
     """Holds the lock of one table; the kernel lets go of it when the process ends, however it ends.
 
     Args:
         uri: Database directory, made if absent, or object-store URL.
         table: Name of the vector table, or of what else is written there.
         kind: What messages call it.
+        flag: Says where it is.
 
     Raises:
         InputError: another process holds it (named), or the file system has no locks or cannot be written.
     """
     path = lock_path(uri, table)
-    with storage_errors(str(path)):
+    with storage_errors(str(path), flag=flag):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -184,7 +189,7 @@ def writer_lock(uri: str, table: str, *, kind: str = "table") -> Iterator[None]:
         command = shlex.join(sys.orig_argv)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "started": started}
-        with storage_errors(str(path)):
+        with storage_errors(str(path), flag=flag):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         yield

@@ -60,13 +60,19 @@ class Tracker:
         Args:
             numbers: By dashboard name; NaN and infinities are allowed.
             step: Optimizer steps done.
+
+        Raises:
+            InputError: The file cannot be written.
         """
         given = {name: value if isinstance(value, int) else float(value) for name, value in numbers.items()}
         record = {STEP: step} | given | {STEP: step}
         if step == self._resumed_at and self._written.issuperset(record):
             return
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        try:
+            self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise InputError(f"{self._file.name}: {error.strerror}; mend it and run the same command again") from error
         self._send(record)
 
     def _send(self, record: dict[str, Any]) -> None:

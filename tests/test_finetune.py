@@ -172,8 +172,10 @@ def test_bad_input(barcodes, tmp_path):
     with pytest.raises(InputError, match="there is no column depth, which metadata needs"):
         train(tmp_path / "surface.parquet", tmp_path / "c", loss=config.Loss(metadata=True))
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file"):
+    with pytest.raises(InputError, match=r"file.* a file stands where .* pass another --train.output_dir"):
         train(barcodes, tmp_path / "file")
+    with pytest.raises(InputError, match="--train.output_dir is empty"):
+        train(barcodes, "")
     pq.write_table(table.select(["sequence_id", "dna_sequence"]), tmp_path / "bare.parquet")
     with pytest.raises(InputError, match="no labels: there is neither a column 'taxonomy'"):
         train(tmp_path / "bare.parquet", tmp_path / "d")
@@ -206,12 +208,12 @@ def test_settings_that_cannot_be(make, settings, line):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_steps(barcodes, tmp_path):
-    """Of some 700 steps with a checkpoint after each and an evaluation every 17, the last third holds no more than the middle one."""
-    train(barcodes, tmp_path / "run", epochs=45, log_every=5)
+    """Of some 500 steps with a checkpoint after each and an evaluation every 17, the last third holds no more than the middle one."""
+    train(barcodes, tmp_path / "run", epochs=30, log_every=5)
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     used = np.array([line["hardware/memory_used_gb"] for line in found if "train/loss" in line])
     _, middle, last = np.array_split(used, 3)
-    assert len(last) > 40
+    assert len(last) > 30
     assert np.median(last) - np.median(middle) < 0.02
 
 

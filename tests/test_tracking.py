@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_an_evaluation_repeated_at_the_checkpoint_is_not_written_twice(tmp_path)
     assert after == before + b'{"train/global_step": 3, "eval/loss": 2.0}\n'
     added = write(tmp_path, [3], resumed_at=3, numbers=lambda step: {"eval/genus_accuracy": 0.5})
     assert added == after + b'{"train/global_step": 3, "eval/genus_accuracy": 0.5}\n'
+
+
+def test_a_file_that_cannot_grow_is_told(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
+        with pytest.raises(InputError, match=r"metrics\.jsonl: File too large; mend it and run the same command again"):
+            write(tmp_path, range(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write(tmp_path, range(6, 9), resumed_at=5)  # a torn line is no hindrance
+    assert [record["train/global_step"] for record in records(tmp_path)] == list(range(9))
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"train/global_step": "1"}', "\0\0\0"])
