@@ -104,7 +104,10 @@ def _read(path: str, schema: pa.Schema) -> pa.Table:
         if suffix in _TEXT_FORMATS:
             known = {f.name: f.type for f in schema if not pa.types.is_nested(f.type)} | {ID: pa.string()}
             options = csv.ConvertOptions(column_types=known, strings_can_be_null=True)
-            return csv.read_csv(file, None, csv.ParseOptions(delimiter=_TEXT_FORMATS[suffix]), options)
+            read = csv.read_csv(file, None, csv.ParseOptions(delimiter=_TEXT_FORMATS[suffix]), options)
+            if strange := [f.name for f in read.schema if pa.types.is_binary(f.type)]:
+                raise InputError(f"--metadata {path}: column {strange[0]!r} is not UTF-8; save the file as UTF-8")
+            return read
         if suffix == ".parquet":
             return pq.ParquetFile(file).read()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -118,6 +121,8 @@ def _check_columns(path: str, given: pa.Table, dataset: "lance.LanceDataset") ->
         raise InputError(f"{path} has no column {ID!r} (columns: {', '.join(names[:20])}); rename the one with the ids")
     if len(names) != len(set(names)):
         raise InputError(f"{path} has a column name twice ({', '.join(names[:20])}); rename all but one")
+    if blank := [name for name in names if name != name.strip() or not name]:
+        raise InputError(f"{path}: column {blank[0]!r} has a name that is empty or starts or ends blank; rename it")
     if names == [ID]:
         raise InputError(f"{path} has no column but {ID}; nothing is to be joined")
     reserved = {

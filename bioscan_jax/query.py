@@ -113,7 +113,13 @@ def write(sql: str, uri: str, table: str, output: str) -> int:
 
 
 def as_text(reader: pa.RecordBatchReader, most_rows: int) -> str:
-    """A table of text, numbers to the right; reads all rows and shows the first `most_rows`."""
+    """A table of text, numbers to the right; reads all rows and shows the first `most_rows`.
+
+    Raises:
+        InputError: `most_rows` is below 0.
+    """
+    if most_rows < 0:
+        raise InputError(f"--show {most_rows}: pass how many rows to print, 0 to count them only")
     shown: list[list[Any]] = []
     rows = 0
     for batch in reader:
@@ -135,7 +141,7 @@ def as_text(reader: pa.RecordBatchReader, most_rows: int) -> str:
 
 def _cell(value: Any) -> str:
     text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -1,4 +1,8 @@
-"""Carries a vector table: python scripts/bundle.py export|verify|import --source FROM --target TO [--help]."""
+"""Carries a vector table: python scripts/bundle.py export|verify|import --source FROM --target TO [--help].
+
+export writes checked files to a directory, stick, URL or rclone:REMOTE:PATH; verify names those that are damaged or
+missing; import merges them into a table. Each has its own --help: python scripts/bundle.py export --help
+"""
 
 import argparse
 import functools
@@ -47,9 +51,13 @@ def main() -> None:
     modes = ("export", "verify", "import")
     if len(sys.argv) < 2 or sys.argv[1] not in modes:
         given = sys.argv[1] if len(sys.argv) > 1 else ""
+        if given in ("-h", "--help"):
+            print(__doc__.strip())
+            return
         print(f"error: no mode {given!r}; pass one of {', '.join(modes)} first", file=sys.stderr)
         sys.exit(2)
     mode = sys.argv.pop(1)
+    sys.argv[0] += f" {mode}"  # as --help shall call it
     if mode == "export":
         from bioscan_jax.carry.bundle import export
 

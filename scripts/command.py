@@ -58,6 +58,9 @@ def arguments(function: Callable[..., object]) -> dict[str, Any]:
     parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with these settings; repeat to layer files")
     parser.add_function_arguments(function)
+    for action in parser._actions:
+        if isinstance(action.default, bool):  # `--explain` alone says yes
+            action.nargs, action.const = "?", True
     try:
         given = parser.instantiate(parser.parse_args(_bracketed(sys.argv[1:], _lists(function))))
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:

@@ -133,6 +133,7 @@ def test_text_files_take_the_types_of_the_table(uri, tmp_path, name):
         ({"sequence_id": ["s1"], "source_row": [1]}, "column 'source_row' is what"),
         ({"sequence_id": ["s1"], "dna_sequence": ["A"]}, "column 'dna_sequence' is what"),
         ({"sequence_id": ["s1"], "station": ["north"]}, "column 'station' is string, the table's is int32"),
+        ({"sequence_id": ["s1"], " salinity": [1]}, "column ' salinity' has a name that"),
         ({"sequence_id": ["s1"], "a.b": [1]}, "has a name that Lance cannot store"),
         ({"sequence_id": ["t1", "t2"], "x": [1, 2]}, "none of its 2 sequence_ids is in"),
     ],
@@ -150,12 +151,14 @@ def test_files_that_cannot_be_read_are_one_line(uri, tmp_path):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     (tmp_path / "ragged.csv").write_text("sequence_id,x\ns1,1,2\n")
     (tmp_path / "words.csv").write_text("sequence_id,depth\ns4,deep\n")
+    (tmp_path / "latin.csv").write_bytes("sequence_id,place\ns4,Tromsø\n".encode("latin-1"))
     (tmp_path / "m.xlsx").write_bytes(b"PK")
     for name, says in {
         "none.csv": "no such file",
         "cut.parquet": "cannot be read",
         "ragged.csv": "cannot be read",
         "words.csv": "cannot be read",
+        "latin.csv": "column 'place' is not UTF-8",
         "m.xlsx": "unknown kind .xlsx",
     }.items():
         with pytest.raises(InputError, match=says) as error:

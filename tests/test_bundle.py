@@ -590,6 +590,8 @@ def test_the_script_goes_the_whole_way_and_refuses_in_one_line(made, tmp_path):
     assert (verified.returncode, verified.stdout) == (2, "run.json: missing\n4 of 5 files are whole\n")
     assert verified.stderr.startswith(f"error: {tmp_path}/b: 1 files are damaged, missing or extra; ")
     assert verified.stderr.count("\n") == 1
+    assert "--with PATH" in " ".join(script("export", "--help").stdout.split())
+    assert (script("--help").returncode, script("--help").stdout[:7]) == (0, "Carries")
     unknown = script("send")
     assert (unknown.returncode, unknown.stderr) == (
         2,

@@ -199,6 +199,10 @@ def test_text_is_aligned_cut_and_counted(uri):
     assert lines[4] == "3 rows, the first 2 shown; --output FILE.csv or FILE.parquet keeps all"
     with reading("SELECT repeat('x', 99) AS name", uri) as rows:
         assert as_text(rows, 2).splitlines()[2] == "x" * 57 + "..."
+    with reading("SELECT 'a' || chr(27) || '[31m' || chr(10) || 'b' AS name", uri) as rows:
+        assert as_text(rows, 2).splitlines()[2] == "a\N{REPLACEMENT CHARACTER}[31m b"
+    with reading("SELECT 1", uri) as rows, pytest.raises(InputError, match="--show -1"):
+        as_text(rows, -1)
 
 
 def test_files_hold_every_row(uri, tmp_path):
@@ -236,6 +240,9 @@ def test_the_script_answers_and_refuses_in_one_line(uri, tmp_path):
     answered = script(DEPTHS, "--uri", uri, "--output", str(tmp_path / "o.csv"))
     assert (answered.returncode, answered.stderr) == (0, "")
     assert answered.stdout == f"{tmp_path / 'o.csv'}: {query(DEPTHS, uri).num_rows} rows\n"
+    explained = script(DEPTHS, "--uri", uri, "--explain")
+    assert explained.stderr == ""
+    assert "Lance reads:" in explained.stdout
     refused = script("DELETE FROM sequences", "--uri", uri)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "error: the SQL is a statement of type DELETE; only one that reads is run: pass a SELECT\n"

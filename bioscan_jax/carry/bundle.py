@@ -97,7 +97,8 @@ def export(
         precision: Of the vectors; the table's own if absent.
         budget: Take the most exact precision whose bundle is estimated to be no larger, such as 25GB, and measure
             what each costs.
-        beside: Files and directories to take along: adapter, heads, label space.
+        beside: Files and directories to take along: adapter, heads, label space; on the command line --with PATH, for
+            each of them.
         recall_queries: Vectors of the table to measure recall with.
         recall_rows: Rows to search in; all if the table has fewer.
         seed: Of these draws and of k-means.
