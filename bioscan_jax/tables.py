@@ -9,6 +9,9 @@ from bioscan_jax.lock import local_directory, open_dataset, table_path
 if TYPE_CHECKING:
     import lance
 
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"`]*\"|`[^\"`]*`|\border\b", re.IGNORECASE)
+"""Texts, quoted names, and the one rank that is a keyword."""
+
 
 def check_name(table: str) -> None:
     """Raises InputError for a table name that could not be one of ours, such as a path."""
@@ -36,26 +39,43 @@ def existing(uri: str, table: str) -> "lance.LanceDataset":
     return found
 
 
-def check_condition(sql: str) -> None:
+def check_condition(sql: str) -> str:
     """Makes sure that a filter is one SQL expression and nothing else.
 
     Lance reads an expression from the start of a text and passes over the rest: `depth > 3; DROP TABLE x`, or a
-    forgotten AND, would go unnoticed. Names with backticks are as good as with double quotes.
+    forgotten AND, would go unnoticed. And it takes what is in double quotes for a text, so that `"order" = 'Diptera'`
+    would hold for no row without a word.
+
+    Args:
+        sql: Columns are bare, in double quotes as in standard SQL, or in backticks; `order`, a rank, is never a keyword.
+
+    Returns:
+        The same condition as Lance reads it.
 
     Raises:
-        InputError: It is not.
+        InputError: It is not one.
     """
     import duckdb
 
-    quoted = re.sub(r"`([^`]*)`", r'"\1"', sql)
     try:
         # What closes one of the two brackets itself cannot also close the other
-        for whole in (f"SELECT (\n{quoted}\n)", f"SELECT CASE WHEN\n{quoted}\nTHEN 1 END"):
-            if len(duckdb.extract_statements(whole)) != 1:
+        for whole in ("SELECT (\n{}\n)", "SELECT CASE WHEN\n{}\nTHEN 1 END"):
+            if len(duckdb.extract_statements(whole.format(_with_names_in(sql, '"')))) != 1:
                 raise InputError(f"--filter {sql!r} is more than one condition; pass one SQL expression")
     except duckdb.Error as error:
         text = " ".join(re.split(r"\n\s*LINE \d+:", str(error))[0].split())
         raise InputError(f"--filter {sql!r} is no SQL condition ({text[:200]}); pass one expression") from error
+    return _with_names_in(sql, "`")
+
+
+def _with_names_in(sql: str, mark: str) -> str:
+    """The same SQL with quoted names, and `order`, in these quotes."""
+
+    def quoted(found: re.Match) -> str:
+        text = found[0]
+        return text if text[0] == "'" else f"{mark}{text.lower() if text[0] in 'oO' else text[1:-1]}{mark}"
+
+    return _QUOTED.sub(quoted, sql)
 
 
 def metadata(dataset: "lance.LanceDataset") -> dict[str, str]:

@@ -77,10 +77,9 @@ def open_rows(source: str, table: str, filter_sql: str | None) -> Rows:
     dataset = existing(source, table)
     if "vector" not in dataset.schema.names or not pa.types.is_fixed_size_list(dataset.schema.field("vector").type):
         raise InputError(f"{dataset.uri} has no column of vectors; pass a table that embed made")
-    if filter_sql is not None:
-        check_condition(filter_sql)
+    condition = None if filter_sql is None else check_condition(filter_sql)
     try:
-        rows = dataset.count_rows(filter_sql)
+        rows = dataset.count_rows(condition)
     except (ValueError, OSError) as error:
         text = " ".join(re.sub(r",? ?/\S+\.rs:\d+:\d+", "", str(error)).split())[:300]
         raise InputError(f"--filter {filter_sql!r} is no condition on the table's columns: {text}") from error
@@ -88,7 +87,7 @@ def open_rows(source: str, table: str, filter_sql: str | None) -> Rows:
         raise InputError(
             f"{dataset.uri} has no row{' for which --filter holds' if filter_sql else ''}; nothing to take"
         )
-    return Rows(dataset, open_dataset(table_path(source, f"{table}_rejects")), filter_sql, rows)
+    return Rows(dataset, open_dataset(table_path(source, f"{table}_rejects")), condition, rows)
 
 
 def parquet_bytes(table: pa.Table) -> int:

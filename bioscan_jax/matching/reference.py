@@ -167,7 +167,7 @@ def open_reference(given: config.Reference, condition: str | None = None) -> Ref
         if not rows:
             raise InputError(f"{dataset.uri} has no vectors; embed the reference again")
         return Reference(dataset, facts, None, np.arange(rows, dtype=np.int64))
-    check_condition(condition)
+    condition = check_condition(condition)
     try:
         found = dataset.to_table(columns=[], filter=condition, with_row_id=True)["_rowid"].to_numpy()
     except (ValueError, OSError, NotImplementedError) as error:
