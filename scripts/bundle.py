@@ -52,7 +52,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in modes:
         given = sys.argv[1] if len(sys.argv) > 1 else ""
         if given in ("-h", "--help"):
-            print(__doc__.strip())
+            print((__doc__ or "").strip())
             return
         print(f"error: no mode {given!r}; pass one of {', '.join(modes)} first", file=sys.stderr)
         sys.exit(2)

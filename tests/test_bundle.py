@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from bioscan_jax.carry.merge import import_bundle
 from bioscan_jax.errors import InputError
 from bioscan_jax.lock import writer_lock
 from bioscan_jax.query import query
+from bioscan_jax.tables import check_condition
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bundle.py"
 PARTS = 20_000
@@ -156,6 +158,58 @@ def test_every_single_flipped_bit_of_a_manifest_is_noticed(bundle, tmp_path):
             continue
         refused("manifest.json", verify, str(bundle))
     assert unnoticed < 20
+
+
+def forged(bundle: Path, change: dict) -> None:
+    """Changes a manifest as one who knows how its digest is made."""
+    body = json.loads((bundle / MANIFEST).read_text())
+    del body["sha256"]
+    body["format"] = change.pop("format", body["format"])
+    body["head"] |= change
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    body["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (bundle / MANIFEST).write_text(json.dumps(body))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"chosen": "int3"}, "the manifest's chosen is none"),
+        ({"index": "flat"}, "the manifest's index is none"),
+        ({"schema": "AAAA"}, "the manifest's schema is none"),
+        ({"rejects_schema": "!"}, "the manifest's schema is none"),
+        ({"rows": 7}, "the manifest's rows is none"),
+        ({"rows": "many"}, "its head has a rows of another type"),
+        ({"metadata": {"plan": 3}}, "the manifest's metadata is none"),
+        ({"metadata": "x"}, "its head has a metadata of another type"),
+        ({"table": "../x"}, "must be letters"),
+        ({"format": "bioscan_jax bundle 2"}, "it is of another version of bioscan_jax"),
+        ({"format": "zip"}, "has the format 'zip'"),
+    ],
+)
+def test_a_head_that_no_export_wrote_makes_no_table(bundle, tmp_path, change, says):
+    forged(bundle, dict(change))
+    refused(says, import_bundle, str(bundle), str(tmp_path / "db"))
+    assert not (tmp_path / "db").exists()
+
+
+def test_a_bundle_of_another_version_is_not_written_over(made, bundle):
+    forged(bundle, {"format": "bioscan_jax bundle 2"})
+    before = contents(bundle)
+    refused("it is of another version", carry, made, bundle)
+    assert contents(bundle) == before
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 100_000, '{"sha256":' + "9" * 5000 + "}", "[]", "7", ""])
+def test_json_that_is_no_manifest_is_one_line(bundle, text):
+    (bundle / MANIFEST).write_text(text)
+    refused("is damaged", verify, str(bundle))
+
+
+def test_a_manifest_of_any_size_is_not_read(bundle):
+    with (bundle / MANIFEST).open("wb") as file:
+        file.truncate(1 << 40)
+    refused("more than a manifest ever has", verify, str(bundle))
 
 
 def test_links_in_a_bundle_are_not_followed(bundle, tmp_path):
@@ -320,9 +374,26 @@ def test_a_filter_takes_its_rows_alone(made, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("condition", "rows"),
+    [
+        ("order = 'it''s \"order\"'", 1),
+        ("\"order\" = 'Diptera' AND ORDER <> 'x'", 2),
+        ("`order` = 'Diptera' OR \"Depth\" > 3", 3),
+        ("border IS NULL", 4),
+    ],
+)
+def test_names_in_a_filter_are_what_sql_says(tmp_path, condition, rows):
+    order = ["Diptera", "Diptera", 'it\'s "order"', None]
+    table = pa.table({"order": order, "Depth": [1, 2, 3, 4], "border": pa.nulls(4, pa.string())})
+    found = lance.write_dataset(table, str(tmp_path / "t.lance"))
+    assert found.count_rows(check_condition(condition)) == rows
+
+
+@pytest.mark.parametrize(
     ("condition", "says"),
     [
         ("nonesuch = 1", "No field named nonesuch"),
+        ('genus = "g1"', "No field named"),
         ("1 = 1; DROP TABLE sequences", "is no SQL condition"),
         ("1 = 1) UNION SELECT * FROM x --", "is no SQL condition"),
         ("1 = 1) UNION (SELECT 1 WHERE 1 = 1", "is no SQL condition"),

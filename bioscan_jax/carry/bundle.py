@@ -27,6 +27,7 @@ from bioscan_jax.carry.manifest import (
     Entry,
     Kind,
     Manifest,
+    OtherFormat,
     check_distinct,
     check_path,
     faults,
@@ -268,6 +269,8 @@ def _before(location: Location, asked: dict[str, Any]) -> Manifest | None:
     for name in (MANIFEST, JOURNAL):
         try:
             found = found or read_manifest(location, name)
+        except OtherFormat:
+            raise
         except InputError:  # a remote that was cut off while it was written, or damage; what it names is written anew
             continue
     if found is None:

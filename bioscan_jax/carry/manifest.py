@@ -17,13 +17,25 @@ JOURNAL = "unfinished.json"
 """A manifest of what has been written so far."""
 MOST_BYTES = (4 << 30) - 2
 """FAT32 has no larger files."""
-_HEAD = {"table", "rows", "filter", "seed", "chosen", "candidates", "estimate", "part_rows", "metadata", "schema"}
-_HEAD |= {"rejects", "rejects_metadata", "rejects_schema", "index", "run", "calibration"}
+_MOST_MANIFEST_BYTES = 64 << 20
+"""A line of a few hundred bytes for each file."""
+_HEAD = {
+    **dict.fromkeys(("table", "chosen", "schema", "index"), str),
+    **dict.fromkeys(("rows", "seed", "estimate", "part_rows", "rejects"), int),
+    **dict.fromkeys(("filter", "rejects_schema", "run", "calibration"), str | None),
+    **dict.fromkeys(("metadata", "rejects_metadata"), dict),
+    "candidates": list,
+}
+"""What the head must have, and of which type."""
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 _LEFT_BY_SYSTEMS = re.compile(r"(^|.*/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$")
 """What Windows, macOS and desktops put beside files."""
 Kind = Literal["vectors", "rejects", "quantiser", "run", "calibration", "beside"]
+
+
+class OtherFormat(InputError):
+    """A manifest that is whole, and of something else or of another version."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +75,20 @@ class Manifest:
             digest = body.pop("sha256")
             if digest != _digest(body):
                 raise ValueError("its own sha256 is wrong")
-            if body["format"] != FORMAT:
-                raise ValueError(f"its format is {body['format']!r}, not {FORMAT!r}")
+            if (given := body["format"]) != FORMAT:
+                newer = isinstance(given, str) and given.rsplit(" ", 1)[0] == FORMAT.rsplit(" ", 1)[0]
+                mend = "it is of another version of bioscan_jax: import it with that one" if newer else "check the path"
+                raise OtherFormat(f"{where} has the format {given!r:.60}, not {FORMAT!r}; {mend}")
             if not isinstance(body["head"], dict) or not all(map(_is_entry, body["files"])):
                 raise ValueError("its files are not described as they should be")
-            if lacking := _HEAD - body["head"].keys():
+            if lacking := _HEAD.keys() - body["head"].keys():
                 raise ValueError(f"its head lacks {', '.join(sorted(lacking))}")
+            if wrong := [name for name, kind in _HEAD.items() if not isinstance(body["head"][name], kind)]:
+                raise ValueError(f"its head has a {wrong[0]} of another type")
             found = Manifest(body["head"], tuple(Entry(**entry) for entry in body["files"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{where} is damaged ({' '.join(str(error).split())[:200]}); copy the bundle again"
             ) from error
@@ -132,8 +150,10 @@ def read_manifest(location: Location, name: str = MANIFEST) -> Manifest | None:
     if name not in sizes:
         return None
     where = f"{location.name}/{name}"
-    if sizes[name] is None:
+    if (size := sizes[name]) is None:
         raise InputError(f"{where} is a link; do not trust it")
+    if size > _MOST_MANIFEST_BYTES:
+        raise InputError(f"{where} has {size:,} bytes, more than a manifest ever has; copy the bundle again")
     with location.scratch() as scratch:
         return Manifest.from_json(location.fetch(name, scratch).read_bytes(), where)
 

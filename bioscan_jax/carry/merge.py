@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from bioscan_jax.carry.location import Directory, Location, locate
 from bioscan_jax.carry.manifest import Entry, Manifest, complete_manifest, faults, sha256_of
 from bioscan_jax.carry.parts import codes_of
-from bioscan_jax.carry.quantise import Quantiser
+from bioscan_jax.carry.quantise import PRECISIONS, Quantiser
 from bioscan_jax.errors import InputError
 from bioscan_jax.index import build_indexes
 from bioscan_jax.lock import open_dataset, storage_errors, table_path, writer_lock
@@ -75,6 +75,7 @@ def import_bundle(source: str, target: str, table: str | None = None) -> Importe
     if wrong := faults(location, manifest, contents=isinstance(location, Directory)):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(f"{location.name}: {wrong[0]}{more}; run verify and copy the bundle again")
+    _check_head(location.name, manifest)
     path = table_path(target, name)
     with ExitStack() as held:
         held.enter_context(writer_lock(target, name))
@@ -163,6 +164,32 @@ class _Reader:
             for f in schema
         ]
         return pa.table(columns, schema=schema)
+
+
+def _check_head(name: str, manifest: Manifest) -> None:
+    """Makes sure that a table can be made of what the head says, before anything is written.
+
+    Raises:
+        InputError: It cannot.
+    """
+    head = manifest.head
+    rows = {kind: sum(e.rows for e in manifest.files if e.kind == kind) for kind in ("vectors", "rejects")}
+    try:
+        schema = _schema(head["schema"])
+        facts = [*head["metadata"].values(), *head["rejects_metadata"].values()]
+        sound = {
+            "schema": ID in schema.names and pa.types.is_fixed_size_list(schema.field("vector").type),
+            "rejects_schema": head["rejects_schema"] is None or ID in _schema(head["rejects_schema"]).names,
+            "chosen": head["chosen"] in PRECISIONS,
+            "index": head["index"] in ("none", "ivf_sq", "ivf_pq"),
+            "rows": head["rows"] == rows["vectors"] > 0,
+            "rejects": head["rejects"] == rows["rejects"],
+            "metadata": all(isinstance(fact, str) for fact in facts),
+        }
+    except (ValueError, OSError, KeyError, pa.ArrowException):
+        sound = {"schema": False}
+    if wrong := [key for key, fine in sound.items() if not fine]:
+        raise InputError(f"{name}: the manifest's {wrong[0]} is none that an export writes; export the table again")
 
 
 def _schema(text: str) -> pa.Schema:
