@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as npst
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.report import report
-from bioscan_jax.reporting import palette
+from bioscan_jax.reporting import charts, palette
 from bioscan_jax.reporting.answers import read_identified, read_truth
 from bioscan_jax.reporting.gather import gather
 from bioscan_jax.reporting.measure import auroc, figures, reliability, wilson
@@ -124,6 +124,14 @@ def test_pacmap_keeps_clusters_together_is_reproducible_and_silent(caplog, capfd
     assert made.method.startswith("PaCMAP of 16 principal components")
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(None, "–"), (0.0, "0.0 %"), (4e-4, "< 0.1 %"), (0.5, "50.0 %"), (0.9998, "> 99.9 %"), (1.0, "100.0 %")],
+)
+def test_a_few_are_not_none_and_most_are_not_all(share, told):
+    assert charts.percent(share) == told
 
 
 def test_identical_vectors_are_one_point():
@@ -552,10 +560,46 @@ def test_hover_keys_and_controls_answer(shown, tmp_path):
         assert page.run(legend)[-1] == "unknown (40)"
         page.run(change % "novelty")
         assert len(page.run(legend)) == 8
+        page.run(change % "depth")
+        assert page.run(legend)[0].startswith("1 to below 25 m (")
+        assert page.run(legend)[7].startswith("174 to 199 m (")
         find = "(f => { f.value = 'g1'; f.dispatchEvent(new Event('input')); })"
         page.run(f"{find}(document.querySelector('#embedding input'))")
         assert page.run("document.querySelector('#embedding .found').innerText") == "67 found"
         assert page.problems == []
+
+
+@pytest.mark.browser
+def test_what_hover_tells_stays_inside_the_map_on_a_phone(shown, tmp_path):
+    with browsing(tmp_path) as page:
+        page.open(shown, 390, 844, touch=True)
+        for name, row in [("embedding", row) for row in range(0, 200, 9)] + [("places", row) for row in range(10)]:
+            room = page.run(f"""(() => {{
+              reportMaps.{name}.hover(...reportMaps.{name}.toScreen({row}));
+              const tip = document.querySelector('#{name} .tip'), box = tip.getBoundingClientRect();
+              const stage = tip.parentElement.getBoundingClientRect();
+              return [box.left - stage.left, stage.right - box.right, box.top - stage.top, box.height];
+            }})()""")
+            assert min(room) > 0
+
+
+@pytest.mark.browser
+def test_a_class_shown_alone_is_shown_wherever_it_is(shown, tmp_path):
+    with browsing(tmp_path) as page:
+        page.open(shown, 1280, 900)
+        page.run("(s => { s.value = 'class'; s.dispatchEvent(new Event('change')); })"
+                 "(document.querySelector('#places select'))")  # fmt: skip
+        for k in range(3):  # each place has rows of all three
+            page.run(f"document.querySelectorAll('#places .legend button')[{k}].click()")
+            inks = page.run(f"""(() => {{
+              const map = reportMaps.places, front = document.querySelector('#places .front');
+              map.draw();
+              const [x, y] = map.toScreen(4).map(Math.round);
+              const pixel = front.getContext('2d').getImageData(x, y, 1, 1).data;
+              const dot = document.querySelectorAll('#places .legend .dot')[{k}];
+              return [`rgb(${{pixel[0]}}, ${{pixel[1]}}, ${{pixel[2]}})`, getComputedStyle(dot).backgroundColor];
+            }})()""")
+            assert inks[0] == inks[1]
 
 
 @pytest.mark.browser

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float64
 
 from bioscan_jax.reporting.measure import Bin
 
-_SIDE, _PAD = 200, 30
+_SIDE, _PAD = 210, 38
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:
@@ -32,7 +32,12 @@ def text(value: object) -> str:
 
 def percent(share: float | None) -> str:
     """A share as a percentage, a dash where there is none."""
-    return "–" if share is None else f"{100 * share:.1f} %"
+    if share is None:
+        return "–"
+    told = f"{100 * share:.1f} %"
+    if share > 0 and told == "0.0 %":
+        return "< 0.1 %"
+    return "> 99.9 %" if share < 1 and told == "100.0 %" else told
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -74,7 +79,8 @@ def calibration(rank: str, bins: Sequence[Bin], error: float | None) -> str:
     for b, (x, y) in zip(bins, points, strict=True):
         told = f"confidence {b.confidence:.3f}, right {percent(b.correct)} of {b.count:,}"
         parts.append(f'<circle class=point cx="{x}" cy="{y}" r=4><title>{told}</title></circle>')
-    told = f"{sum(b.count for b in bins):,} answers, calibration error {text(error)}"
+    missed = "–" if error is None else f"{error:.3f}"
+    told = f"{sum(b.count for b in bins):,} answers, calibration error {missed}"
     chart = _svg(f"{rank}: share right by confidence; {told}", _SIDE, _SIDE, parts)
     return f"<figure><h3>{escape(rank)}</h3>{chart}<figcaption>{escape(told)}</figcaption></figure>"
 
@@ -86,15 +92,17 @@ def _axes(at: Callable[[float | int, float | int], tuple[str, str]]) -> str:
         f'<text x="{float(left) - 5:.1f}" y="{float(at(0, v)[1]) + 4:.1f}" text-anchor=end>{v:g}</text>'
         for v in (0, 0.5, 1)
     )
-    return f'<path class=axis d="M{left} {top}V{bottom}H{right}"></path>{ticks}'
+    x, y = f"{(float(left) + float(right)) / 2:.1f}", f"{(float(top) + float(bottom)) / 2:.1f}"
+    names = f'<text x="{x}" y="{_SIDE - 3}" text-anchor=middle>confidence</text>'
+    names += f'<text x=10 y="{y}" text-anchor=middle transform="rotate(-90 10 {y})">share right</text>'
+    return f'<path class=axis d="M{left} {top}V{bottom}H{right}"></path>{ticks}{names}'
 
 
 def histogram(
     values: Float64[np.ndarray, " rows"], second: Bool[np.ndarray, " rows"], names: tuple[str, str], label: str
 ) -> str:
     """How often each value occurs, those of the second kind stacked on top of the others."""
-    low, high = min(0.0, float(values.min())), float(values.max())
-    high = high if high > low else low + 1
+    low, high = min(0.0, float(values.min())), max(1.0, float(values.max()))
     edges = np.linspace(low, high, 41)
     under, over = np.histogram(values[~second], edges)[0], np.histogram(values[second], edges)[0]
     width, height, most = 640, 220, max(int((under + over).max()), 1)

@@ -35,7 +35,7 @@ def render(
     assets = resources.files("bioscan_jax.reporting")
     style = assets.joinpath("page.css").read_text("utf-8")
     style = style.replace("/* taxa light */", palette.as_css(False)).replace("/* taxa dark */", palette.as_css(True))
-    script = assets.joinpath("page.js").read_text("utf-8")
+    script = "\n".join(assets.joinpath(name).read_text("utf-8") for name in ("map.js", "page.js"))
     given = payload(gathered, projection, identified)
     # A hash for each of ours, so that nothing else is run or loaded, were it to get into the page
     policy = (

@@ -15,10 +15,20 @@ from bioscan_jax.reporting.project import Projection
 from bioscan_jax.taxonomy import RANKS
 
 SHOWN_TAXA = 15
-_MAIN_FIGURES = (
-    *("rows", "vectors", "rejects", "counts · distinct", "tokens real", "rows per second", "seconds · total"),
-    *("peak host bytes", "devices", "processes", "provenance · model", "provenance · license"),
-)
+_MAIN_FIGURES = {
+    "vectors": "vectors",
+    "rejects": "rejected sequences",
+    "counts · distinct": "distinct sequences",
+    "tokens real": "tokens",
+    "seconds · total": "seconds",
+    "rows per second": "rows per second",
+    "devices": "devices",
+    "processes": "processes",
+    "peak host bytes": "peak memory of the host in bytes",
+    "provenance · model": "model",
+    "provenance · license": "licence of the weights",
+}
+"""Those of the run's record that are shown at once, and what they are called."""
 
 
 def header(gathered: Gathered) -> str:
@@ -73,7 +83,7 @@ def _map(label: str, fields: Sequence[str], chosen: str) -> str:
         f'<canvas class=front tabindex=0 role=application aria-label="{escape(label)}"></canvas>'
         "<div class=tip role=status hidden></div></div><ul class=legend></ul>"
         "<p class=soft>Drag to move; click the map, then scroll to zoom; pinch on a touch screen; with the keyboard: "
-        "arrows, +, − and 0. A name below shows its rows alone.</p>"
+        "arrows, +, − and 0. A name in the legend shows its rows alone.</p>"
     )
 
 
@@ -125,12 +135,12 @@ def answers(gathered: Gathered, identified: Identified | None, figures: Sequence
     labelled = any(f.labelled for f in figures)
     if not labelled:
         parts.append(_note("accuracy and calibration curves: no true names were given (--truth)"))
-    heads = ["rank", "right", "right of answered", "answered", "with a name", "true name known", "and in the table"]
+    heads = ["rank", "right", "right of answered", "answered", "named", "with truth", "truth in table"]
     rows = []
     for f in figures:
         shares = map(charts.percent, (f.accuracy, f.precision, f.answered, f.named))
         rows.append((f.rank, *shares, f"{f.labelled:,}", charts.percent(f.in_table)))
-    parts.append(charts.table("Best guesses; no guess counts as wrong", heads, rows))
+    parts.append(charts.table("Best guesses; a query without one counts as wrong", heads, rows))
     if curves := [charts.calibration(f.rank, f.bins, f.error) for f in figures if f.bins]:
         told = (
             "Of the answers of a confidence, so many are right; bars are intervals of 95 %, the diagonal is the ideal."
@@ -178,7 +188,8 @@ def run(gathered: Gathered) -> str:
     if gathered.run is None:
         return f"<section id=run>{title}{_note(gathered.notes['run'])}</section>"
     every = _flat(gathered.run)
-    main = [pair for pair in every if pair[0] in _MAIN_FIGURES]
+    found = dict(every)
+    main = [(label, found[name]) for name, label in _MAIN_FIGURES.items() if name in found]
     return f"<section id=run>{title}{charts.facts(main)}{_more('All figures', every)}</section>"
 
 
@@ -209,6 +220,6 @@ def origin(gathered: Gathered) -> str:
         if isinstance(facts, dict):
             nested += _flat(facts, key)
         else:
-            main.append((key.replace("_", " "), value))
+            main.append((key.replace("_", " "), int(value) if value.isdecimal() and len(value) < 12 else value))
     body = charts.facts(main) if main else _note("the table does not say what made it")
     return f"<section id=origin><h2>What made the table</h2>{body}{_more('All that decided it', nested)}</section>"
