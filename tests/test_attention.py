@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bioscan_jax import config
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.attention import LEAST_TOKENS, Site, attend_by, blocks, choose, site
+from bioscan_jax.model.classifier import make_classifier
 from bioscan_jax.model.load import load
 from bioscan_jax.sharding import make_layout
 from bioscan_jax.vectors import make_embed_step
@@ -201,6 +202,13 @@ def test_what_is_asked_for_by_name_is_taken_at_any_length():
         load(config.Model(checkpoint="random:tiny-v2", attention="dense"), make_layout(config.Mesh())).model.attention
         == "dense"
     )
+
+
+def test_adapters_and_heads_leave_a_model_its_attention():
+    layout = make_layout(config.Mesh(data=1))
+    trunk = load(config.Model(checkpoint="random:tiny-v2", attention="dense"), layout, lm_head=True).model
+    classifier = make_classifier(trunk, config.Loss(), config.LoRA(), None, layout, seed=0)
+    assert (trunk.attention, classifier.trunk.attention) == ("dense", "dense")
 
 
 def test_the_site_is_that_of_the_mesh():

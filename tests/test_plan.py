@@ -148,6 +148,10 @@ def test_bounds_are_from_the_chip():
         ({"model": Model(checkpoint="a/b")}, "'a/b' is not a directory here and its size is not known; pass a"),
         ({"model": Model(checkpoint="random:x")}, "'random:x' is not a directory here .* one of random:nt-v1-500m"),
         ({"model": Model(checkpoint="random:tiny-v1", adapter="x")}, "--model.adapter is not planned for; leave it"),
+        (
+            {"model": Model(checkpoint="random:tiny-v1", attention="splash")},
+            "--model.attention splash needs a TPU v4 or newer, not TPU v3; pass auto or dense",
+        ),
     ],
 )
 def test_mistakes(settings, message):
@@ -326,6 +330,16 @@ def test_other_generations_compile_a_small_model(topology):
     assert found.compiled.collectives == ()
     assert found.compiled.trip_counts == (2,)
     np.testing.assert_allclose(found.compiled.arguments, found.traced.argument_bytes, rtol=0.5)
+
+
+@compiles
+def test_the_attention_asked_for_is_the_one_compiled():
+    """Rows of 1000 tokens on v5e: dense holds the logits of all heads, splash does not, and `auto` is splash."""
+    asked = [dataclasses.replace(TINY, attention=kind) for kind in ("dense", "splash", "auto")]
+    found = [plan_embed("v5e-8", model, batch=128, tokens=1000) for model in asked]
+    dense, splash, auto = (one.compiled.temporaries for one in found)
+    assert splash == auto < 0.8 * dense
+    assert len({one.traced.matmul_flops for one in found}) == 1
 
 
 @compiles

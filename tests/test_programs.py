@@ -1,5 +1,7 @@
 """What is planned is what runs: the same jaxpr, the same bytes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,18 @@ def test_the_embedding_program_is_the_step_of_a_real_model():
         if shard.device == jax.devices()[0]
     ]
     assert argument_bytes(arguments) == sum(on_first)
+
+
+def test_programs_have_the_attention_they_are_asked_for():
+    layout, shape = make_layout(config.Mesh(data=1)), BatchShape(2, 16)
+    embed = EmbedProgram(transformer=TINY, dtype="float32", embed=config.Embed())
+    finetune = FinetuneProgram(
+        transformer=TINY, dtype="float32", lora=config.LoRA(), loss=config.Loss(), train=config.Train(), species=9
+    )
+    for program in (embed, finetune):
+        for attention, kernel in (("dense", False), ("interpreted", True)):
+            step, arguments = dataclasses.replace(program, attention=attention).build(layout, shape)
+            assert ("pallas_call" in str(step.trace(*arguments).jaxpr)) == kernel
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -103,7 +103,7 @@ def make_classifier(
         else:
             rows.append((path, kept[_dotted(tuple(part for part in path if part != "base"))]))
     made_of = nnx.merge(graph, nnx.from_flat_state(rows))
-    made_of.trunk.float32_products = trunk.float32_products
+    made_of.trunk.float32_products, made_of.trunk.attention = trunk.float32_products, trunk.attention
     return made_of
 
 

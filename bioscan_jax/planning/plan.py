@@ -13,6 +13,7 @@ from bioscan_jax import config
 from bioscan_jax.chips import Chip, Slice, find_slice
 from bioscan_jax.data.batching import BatchShape, batch_shapes
 from bioscan_jax.errors import InputError
+from bioscan_jax.model.attention import Site, choose
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.model.load import RANDOM
 from bioscan_jax.planning.aot import INSTALL, TooLarge, Traced, has_compiler, trace_and_compile
@@ -78,7 +79,7 @@ def plan_embed(
         )
         batch = budget[0].rows * tpu.hosts
     return _plan(
-        EmbedProgram(transformer=transformer, dtype=_dtype(model), embed=embed),
+        EmbedProgram(transformer=transformer, dtype=_dtype(model), embed=embed, attention=model.attention),
         topology,
         model,
         mesh if params is None else dataclasses.replace(mesh, params=params),
@@ -130,7 +131,13 @@ def plan_finetune(
         raise InputError(f"--species {species} is too small; pass at least 1")
     return _plan(
         FinetuneProgram(
-            transformer=transformer, dtype=_dtype(model), lora=lora, loss=loss, train=train, species=species
+            transformer=transformer,
+            dtype=_dtype(model),
+            lora=lora,
+            loss=loss,
+            train=train,
+            species=species,
+            attention=model.attention,
         ),
         topology,
         model,
@@ -196,6 +203,7 @@ def _plan(
     tpu = whole.host if program.by_host else whole
     hosts = whole.devices // tpu.devices
     devices = _data_devices(tpu, mesh)
+    _check_attention(program, whole.chip, mesh)
     if program.by_host and shape.rows % (devices * hosts):
         up = -(-shape.rows // (devices * hosts)) * devices * hosts
         raise InputError(f"--batch {shape.rows} does not split over {devices * hosts} devices; pass {up}")
@@ -313,6 +321,20 @@ def _not_padding(workload: Workload | None, program: Program, devices: int) -> f
             rows = parts * in_part
         computed += count * flops_of(rows * shape.tokens, shape.tokens, layers)
     return sum(flops_of(int(n), int(n), layers) for n in workload.lengths) / computed
+
+
+def _check_attention(program: Program, chip: Chip, mesh: config.Mesh) -> None:
+    """Raises InputError where the attention asked for cannot work on such devices."""
+    where = Site(
+        platform="tpu",
+        device_kind=chip.device_kind,
+        capability=None,
+        dtype=program.dtype,
+        heads=program.transformer.num_attention_heads,
+        head_dim=program.transformer.head_dim,
+        sharing=mesh.model,
+    )
+    choose(program.attention, where, tokens=0)
 
 
 def _dtype(model: config.Model) -> str:

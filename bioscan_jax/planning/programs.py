@@ -10,6 +10,7 @@ from flax import nnx
 
 from bioscan_jax import config
 from bioscan_jax.data.batching import BatchShape
+from bioscan_jax.model.attention import Choice
 from bioscan_jax.model.classifier import abstract_classifier
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.tree import TaxonTree
@@ -37,11 +38,13 @@ class EmbedProgram:
     dtype: str
     """Of parameters and products."""
     embed: config.Embed
+    attention: Choice = "auto"
 
     def build(self, layout: Layout, shape: BatchShape) -> tuple[Any, tuple]:
         """The jitted step, and its arguments as ShapeDtypeStructs with shardings."""
         graph, state = nnx.split(abstract_model(self.transformer, self.dtype, lm_head=False))
         model = nnx.merge(graph, _placed(state, layout))
+        model.attention = self.attention
         step, state = make_embed_step(model, layout, self.embed)
         ids = jax.ShapeDtypeStruct((shape.rows, shape.tokens), jnp.int32, sharding=layout.batched(2))
         return step, (state, ids)
@@ -62,6 +65,7 @@ class FinetuneProgram:
     train: config.Train
     species: int
     """Of the heads; their other ranks are in proportion."""
+    attention: Choice = "auto"
 
     def build(self, layout: Layout, shape: BatchShape) -> tuple[Any, tuple]:
         """The jitted step, and its arguments as ShapeDtypeStructs with shardings.
@@ -74,6 +78,7 @@ class FinetuneProgram:
         tree = regular_tree(self.species) if self.train.objective == "taxonomy" else None
         whole = self.train.mode == "full"
         classifier = abstract_classifier(self.transformer, "float32" if whole else self.dtype, self.loss, lora, tree)
+        classifier.trunk.attention = self.attention
         if whole and self.dtype != "float32":
             classifier.trunk.float32_products = "default"
         vocabulary = Vocabulary.published("v2" if self.transformer.gated else "v1")
