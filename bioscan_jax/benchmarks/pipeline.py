@@ -77,8 +77,8 @@ def pipeline(
         data: Barcodes to take; simulated ones of 658 bp if absent.
         rows: Rows of a run; the barcodes are repeated under new ids where there are fewer.
         more_rows: Also run with so many, and compare rate and host memory; 0 does not.
-        resume_at: Also stop that longer run (of `rows` if there is none) after so many rows and resume it, and compare
-            the time to the first commit; 0 does not.
+        resume_at: Also stop that longer run (of `rows` if there is none) within a block or two of this row and resume
+            it, and compare the time to the first commit; 0 does not.
         seed: Of the simulation, or of the first row to take.
         repeats: Times that each run is made; the medians are given.
         embed: Batching and de-duplication.
@@ -136,10 +136,12 @@ def _run(
 
 
 def run_once(data: dict[str, Any], sink: str, embed: dict[str, Any], stop_at: int) -> dict[str, Any]:
-    """One run in this process; with `stop_at`, it is asked to stop once so many rows are safe."""
+    """One run in this process; with `stop_at`, it is asked to stop so that about so many rows are safe."""
     ended = threading.Event()
     if stop_at:
-        threading.Thread(target=_stop_at, args=(sink, stop_at, ended), daemon=True).start()
+        # The block that is being written, and the one after it, are committed before the run stops.
+        safe = max(1, stop_at - 2 * config.Data(**data).block_rows)
+        threading.Thread(target=_stop_at, args=(sink, safe, ended), daemon=True).start()
     try:
         summary = embed_with(
             _sized_like_the_largest,
