@@ -197,6 +197,7 @@ def test_embedding_against_pytorch(tmp_path: Path) -> None:
     texts: list[str | None] = ["ACGTNTGCA" * (2 + row % 13) for row in range(30)]
     found = BENCHMARKS["embed"](barcodes(tmp_path, texts), rows=30, preset="tiny-v2", repeats=1, padded_rows=2)
     assert (found["rows"], found["sequences_computed"], found["deduplicated_rows"]) == (30, 13, 13)
+    assert found["padded_torch_measured_on_rows"] == 2
     for ratio, ours, theirs in (
         ("ratio_to_sorted", "ours", "sorted_torch"),
         ("ratio_to_padded_with_compiling", "ours_with_compiling", "padded_torch"),
