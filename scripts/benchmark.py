@@ -31,6 +31,8 @@ def main() -> None:
         if wanted.picture is not None:
             write_picture(figures, wanted.picture, f"{wanted.name}: {next(iter(figures.values()))}")
 
+    first, _, rest = (benchmark.__doc__ or "").partition("\n")
+    measure.__doc__ = f"{first} --json FILE keeps the figures, --picture FILE draws them.\n{rest}"
     run(measure)
 
 

@@ -48,7 +48,9 @@ def main() -> None:
         print(plan.to_json() if wanted.json == "-" else plan)
 
     parameters = with_flags_of(step, RUNS[wanted.step])
-    show.__doc__, show.__signature__ = step.__doc__, inspect.Signature(parameters)
+    first, _, rest = (step.__doc__ or "").partition("\n")
+    show.__doc__ = f"{first} --json prints the plan as JSON, --json FILE writes it there too.\n{rest}"
+    show.__signature__ = inspect.Signature(parameters)
     run(show)
 
 

@@ -49,6 +49,13 @@ def test_the_script_prints_what_it_writes(tmp_path: Path) -> None:
     assert figures["clean_and_encode_rows_per_second"] > 0
 
 
+def test_help_lists_the_flags_of_the_script_and_of_the_benchmark() -> None:
+    done = script("tokenizer", "--help")
+    assert done.returncode == 0
+    for flag in ("--json FILE", "--picture FILE", "--data", "--repeats"):
+        assert flag in done.stdout
+
+
 @pytest.mark.parametrize("names", [["tokeniser"], []])
 def test_an_unknown_name_exits_2(names: list[str]) -> None:
     done = script(*names)
