@@ -10,8 +10,11 @@ from bioscan_jax.schemas import TokenBatch, TokenRows
 
 WIDTH_STEP = 8
 """Widths are multiples of a TPU's eight sublanes."""
-START_TOKENS = 32
-"""What starting a batch is taken to cost, in computed tokens a device; so a shape is not split without need."""
+START_TOKENS = 8
+"""What starting a batch is taken to cost, in computed tokens a device; so a shape is not split without need.
+
+Of the 2.5B model they take 0.7 ms on a core of a v3 at its peak.
+"""
 _SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
 _STARTS = (1.0, 0.25)
 _SEARCHED_BLOCKS = 16
