@@ -181,7 +181,8 @@ def finetune(
             with bar:
                 at = run(course, state, dataclasses.replace(at, run_id=run_id), stop, bar)
             if first:
-                draw_curves(directory)
+                with storage_errors(str(directory), flag=_FLAG):
+                    draw_curves(directory)
     return _summary(at, before, examples, learner)
 
 

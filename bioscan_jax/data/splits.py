@@ -98,7 +98,9 @@ def assign(
         InputError: A share is negative, or nothing is left to train on.
     """
     if not (validation >= 0 and test >= 0 and validation + test < 1):
-        raise InputError(f"validation={validation} and test={test} must be at least 0 and together less than 1")
+        raise InputError(
+            f"--data.validation {validation} and --data.test {test} must be at least 0 and together less than 1"
+        )
     if taxa is None:
         return np.where(sequences == 0, LEFT_OUT, _sides(sequences, validation, test)).astype(np.int8)
     sides = np.where(taxa == 0, SPLITS.index("train"), _sides(taxa, validation, test))
