@@ -513,6 +513,18 @@ def test_what_is_taken_along_comes_beside_the_table(made, tmp_path):
     refused("holds another export .beside", carry, made, tmp_path / "b", beside=along)
 
 
+def test_an_adapter_that_made_the_vectors_is_not_forgotten(made, tmp_path):
+    shutil.copytree(made, tmp_path / "db")
+    assert "\nadapter" not in carry(str(tmp_path / "db"), tmp_path / "a")
+    table = lance.dataset(str(tmp_path / "db" / "sequences.lance"))
+    table.update_schema_metadata({"adapter_sha256": "5" * 64})
+    assert "adapter left out: queries can only be" in carry(str(tmp_path / "db"), tmp_path / "b")
+    (tmp_path / "coi-adapter").mkdir()
+    (tmp_path / "coi-adapter" / "adapter_config.json").write_text("{}")
+    told = carry(str(tmp_path / "db"), tmp_path / "c", beside=[str(tmp_path / "coi-adapter")])
+    assert told.endswith("\nadapter taken along")
+
+
 def test_a_calibration_goes_where_its_rows_and_vectors_do(made, tmp_path):
     source = Path(shutil.copytree(made, tmp_path / "source"))
     (source / "sequences.calibration.json").write_text('{"of": "these rows"}')

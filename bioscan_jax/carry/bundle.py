@@ -62,13 +62,16 @@ class Exported:
     """One line for each precision that was weighed."""
     calibration: str | None
     """What became of the table's; None if it has none."""
+    adapter: str | None
+    """The same of the adapter that its vectors were made with."""
 
     def __str__(self) -> str:
         """The choice and the result, as lines."""
         before = f" ({self.kept:,} of them there before)" if self.kept else ""
         done = f"{self.name}: {self.rows:,} rows as {self.precision} in {self.files:,} files{before}"
-        calibration = [] if self.calibration is None else [f"calibration {self.calibration}"]
-        return "\n".join([*self.candidates, f"{done}, {self.bytes:,} bytes", *calibration])
+        parts = {"calibration": self.calibration, "adapter": self.adapter}
+        notes = [f"{name} {became}" for name, became in parts.items() if became is not None]
+        return "\n".join([*self.candidates, f"{done}, {self.bytes:,} bytes", *notes])
 
 
 def export(
@@ -168,6 +171,7 @@ def export(
         head["chosen"],
         tuple(head["candidates"]),
         None if calibration is None else _calibration_left_out(head, taken) or "taken along",
+        _adapter(head["metadata"], along),
     )
 
 
@@ -233,6 +237,15 @@ def _calibration_left_out(head: dict[str, Any], taken: Rows) -> str:
     if head["chosen"] != taken.own_precision:
         return f"left out: it was fitted on {taken.own_precision} vectors; run scripts/calibrate.py on the import"
     return ""
+
+
+def _adapter(made_by: dict[str, str], along: dict[str, Path]) -> str | None:
+    """What became of the adapter; None if the vectors were made without one."""
+    if "adapter_sha256" not in made_by:
+        return None
+    if any(file.name == "adapter_config.json" for file in along.values()):
+        return "taken along"
+    return "left out: queries can only be embedded with it; pass its directory as --with DIR"
 
 
 def _schema_text(schema: pa.Schema) -> str:
