@@ -31,7 +31,7 @@ _TABLES = " (there are --table and its rejects, --table with _rejects behind)"
 _BATCH_ROWS = 8192
 _NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 _BETWEEN = re.compile(rf"\(?(\w+) BETWEEN ({_NUMBER}) AND ({_NUMBER})\)?")
-_AT_LEAST = re.compile(rf"\(?(\w+) (>=?) ({_NUMBER})\)?")
+_BOUND = re.compile(rf"\(?(\w+) ([<>]=?) ({_NUMBER})\)?")
 
 
 @dataclass
@@ -231,22 +231,27 @@ def _for_lance(conditions: Iterable[str], schema: pa.Schema) -> "pc.Expression |
     DuckDB does not hand lower bounds down since NaN is above all numbers for it, while Lance has NaN with its sign bit
     set below all. What comes through is compared by DuckDB once more: Lance may let too much through, never too little.
     """
-    kept = None
+    bounds: dict[str, dict[str, float]] = {}
     for condition in conditions:
         if found := _BETWEEN.fullmatch(condition):
-            name, least, most = found[1], found[2], found[3]
-        elif found := _AT_LEAST.fullmatch(condition):
-            name, least, most = found[1], found[3], None
+            given = {">": float(found[2]), "<": float(found[3])}
+        elif found := _BOUND.fullmatch(condition):
+            given = {found[2][0]: float(found[3])}
         else:
             continue
+        bounds[found[1]] = bounds.get(found[1], {}) | given  # of two lower bounds either one lets enough through
+    kept = None
+    for name, bound in bounds.items():
         if name not in schema.names or not pa.types.is_floating(kind := schema.field(name).type):
             continue
-        column, bound = pc.field(name), pa.scalar(float(least), kind)
-        if most is not None:
-            test = (column >= bound) & (column <= pa.scalar(float(most), kind))
+        column = pc.field(name)
+        tests = [column >= pa.scalar(bound[">"], kind)] if ">" in bound else []
+        if "<" in bound:
+            tests.append(column <= pa.scalar(bound["<"], kind))
         else:
-            test = (column >= bound) | (column < pa.scalar(float("-inf"), kind))
-        kept = test if kept is None else kept & test
+            tests[0] = tests[0] | (column < pa.scalar(float("-inf"), kind))
+        for test in tests:
+            kept = test if kept is None else kept & test
     return kept
 
 

@@ -82,7 +82,17 @@ FLOATS = st.one_of(
 @given(
     values=st.lists(st.one_of(st.none(), FLOATS), min_size=1, max_size=12),
     bound=st.one_of(st.sampled_from([0.0, -0.0, 0.1, 0.7]), st.floats(-1e6, 1e6)),
-    test=st.sampled_from(["d >= {0}", "d > {0}", "d BETWEEN -{1} AND {1}", "f >= {0}", "f > {0} AND d > {0}"]),
+    test=st.sampled_from(
+        [
+            "d >= {0}",
+            "d > {0}",
+            "d BETWEEN -{1} AND {1}",
+            "f >= {0}",
+            "f > {0} AND d > {0}",
+            "d >= -{1} AND d < {1}",
+            "f > -{1} AND f <= {1}",
+        ]
+    ),
 )
 def test_bounds_of_floats_give_what_duckdb_gives_by_itself(tmp_path_factory, values, bound, test):
     directory = tmp_path_factory.mktemp("floats")
