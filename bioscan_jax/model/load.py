@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,15 +112,26 @@ def _load_base(wanted: config.Model, layout: Layout, lm_head: bool, on_bytes: Ca
         model = restore(origin.directory, transformer, dtype, layout, lm_head=lm_head)
         provenance = dataclasses.replace(read_provenance(origin.directory), dtype=jax.numpy.dtype(dtype).name)
     else:
-        model = load_model(origin.directory, transformer, dtype, layout, lm_head=lm_head, on_bytes=on_bytes)
+        with _beside(lambda: sha256_of(weight_files(origin.directory))) as digest:
+            model = load_model(origin.directory, transformer, dtype, layout, lm_head=lm_head, on_bytes=on_bytes)
         provenance = Provenance(
             model=origin.name,
             revision=origin.revision,
-            weights_sha256=sha256_of(weight_files(origin.directory)),
+            weights_sha256=digest.result(),
             license=origin.license,
             dtype=jax.numpy.dtype(dtype).name,
         )
     return LoadedModel(model=model, config=transformer, vocabulary=vocabulary, layout=layout, provenance=provenance)
+
+
+@contextmanager
+def _beside(task: Callable[[], str]) -> Iterator[Future[str]]:
+    """Runs a task in a thread; a failure of the body does not wait for it."""
+    pool = ThreadPoolExecutor(1, "beside")
+    try:
+        yield pool.submit(task)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _check_attention(wanted: config.Model, transformer: TransformerConfig, dtype: DTypeLike, layout: Layout) -> None:
