@@ -4,9 +4,11 @@ python scripts/plan.py [--step embed|finetune] [--json [FILE]] --config FILE --t
 """
 
 import argparse
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import embed
@@ -42,7 +44,13 @@ def main() -> None:
     own = inspect.signature(step).parameters
 
     def show(**settings: Any) -> None:
+        data = settings["data"]
+        absent = settings.get("simulate") is not None and not Path(data.path).exists()
+        if absent:
+            settings["data"] = dataclasses.replace(data, path="")
         plan = step(**{name: value for name, value in settings.items() if name in own})
+        if absent:
+            print(f"{data.path} is not simulated yet: planned without its lengths", file=sys.stderr)
         if wanted.json not in (None, "-"):
             write_json(plan, wanted.json)
         print(plan.to_json() if wanted.json == "-" else plan)

@@ -202,6 +202,16 @@ def test_the_script_reads_every_config_file_of_a_run_and_refuses_in_one_line():
         assert said.count("\n") == 1
 
 
+def test_a_demonstration_is_planned_before_its_barcodes_are_there(tmp_path):
+    (tmp_path / "demo.yaml").write_text(
+        f"model: {{checkpoint: 'random:tiny-v1'}}\ndata: {{path: {tmp_path}/absent.parquet}}\nsimulate: {{}}\n"
+    )
+    ran = script("--config", str(tmp_path / "demo.yaml"), "--topology", "v5e-8", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert "absent.parquet is not simulated yet: planned without its lengths\n" in ran.stderr
+    assert json.loads(ran.stdout)["not_padding"] is None
+
+
 @compiles
 @pytest.mark.parametrize("topology", ["v3-8", "v5e-8"])
 @pytest.mark.parametrize(("rows", "tokens", "most"), [(128, 1000, 7.0), (1024, 128, 6.0)])
