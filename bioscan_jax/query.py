@@ -255,6 +255,13 @@ def _for_lance(conditions: Iterable[str], schema: pa.Schema) -> "pc.Expression |
     return kept
 
 
+def _no_nan(filter: "pc.Expression | None", schema: pa.Schema) -> "list[pc.Expression]":
+    """What an upper bound that DuckDB handed down leaves out too: NaN with its sign bit set, which Lance has below all."""
+    numbers = [field for field in schema if pa.types.is_floating(field.type)]
+    bounded = [field for field in numbers if re.search(rf"\({re.escape(field.name)} <=? ", str(filter))]
+    return [pc.field(field.name) >= pa.scalar(float("-inf"), field.type) for field in bounded]
+
+
 def _readable(dataset: "lance.LanceDataset", name: str, scans: _Scans) -> "lance.LanceDataset":
     """The table as DuckDB can read it, which knows no half floats; `scans.also` is applied and the plans are kept."""
     import lance
@@ -270,7 +277,9 @@ def _readable(dataset: "lance.LanceDataset", name: str, scans: _Scans) -> "lance
 
         def scanner(self, columns: Any = None, filter: Any = None, **options: Any) -> Any:
             also = scans.also.get(name)
-            both = also if filter is None else filter if also is None else filter & also
+            both = None
+            for part in (filter, also, *_no_nan(filter, shown)):
+                both = part if both is None else both if part is None else both & part
             wanted, left = list(columns or shown.names), None
             try:
                 scanner = super().scanner(columns=wanted, filter=both, **options)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from carried import make_table, read
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bioscan_jax.errors import InputError
@@ -91,9 +91,14 @@ FLOATS = st.one_of(
             "f > {0} AND d > {0}",
             "d >= -{1} AND d < {1}",
             "f > -{1} AND f <= {1}",
+            "f < {0}",
+            "d <= {0} AND f <> {0}",
+            "f < {0} OR d < {0}",
         ]
     ),
 )
+@example(values=[-math.nan, -1.0, math.nan], bound=0.0, test="f < {0}")
+@example(values=[-math.nan, -1.0, math.nan], bound=0.0, test="d <= {0} AND f <> {0}")
 def test_bounds_of_floats_give_what_duckdb_gives_by_itself(tmp_path_factory, values, bound, test):
     directory = tmp_path_factory.mktemp("floats")
     doubles = pa.array(values, pa.float64())
