@@ -11,10 +11,14 @@ from flax import nnx
 
 from bioscan_jax import config
 from bioscan_jax.data.batching import BatchShape
+from bioscan_jax.data.training import ExampleBatch
+from bioscan_jax.model.classifier import flat, make_classifier
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.model.weights import random_model
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, argument_bytes, regular_tree
 from bioscan_jax.sharding import make_layout
+from bioscan_jax.tokenizer import Vocabulary
+from bioscan_jax.train.step import init_optimizer, make_train_step, place, take_apart
 from bioscan_jax.vectors import make_embed_step
 
 TINY = PRESETS["tiny-v2"]
@@ -35,6 +39,38 @@ def test_the_embedding_program_is_the_step_of_a_real_model():
         if shard.device == jax.devices()[0]
     ]
     assert argument_bytes(arguments) == sum(on_first)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_training_program_is_the_step_of_a_real_classifier(mode):
+    """Traced on the arrays that `finetune` makes; 9 species as in `regular_tree`."""
+    layout = make_layout(config.Mesh(params="fsdp"))
+    lora, loss, train = config.LoRA(rank=4), config.Loss(), config.Train(mode=mode, batch_tokens=64, remat="layer")
+    program = FinetuneProgram(transformer=TINY, dtype="float32", lora=lora, loss=loss, train=train, species=9)
+    step, arguments = program.build(layout, BatchShape(32, 32))
+
+    adapters = lora if mode == "lora" else None
+    tree = regular_tree(9)
+    model = random_model(TINY, jnp.float32, layout, seed=0, lm_head=False)
+    vocabulary = Vocabulary.published("v2")
+    special = (vocabulary.cls_id, vocabulary.pad_id, vocabulary.mask_id, vocabulary.unk_id)
+    classifier = make_classifier(model, loss, adapters, tree, layout, seed=train.seed)
+    learner = take_apart(classifier, layout, loss, train, tree=tree, special_ids=special)
+    params = flat(learner.trainable)
+    rows = np.arange(32)
+    batch = ExampleBatch(
+        rows, np.ones((32, 32), np.int32), np.zeros((32, 7), np.int32), np.full((32, 3), np.nan, np.float32)
+    )
+    real = (
+        params,
+        init_optimizer(learner, 1000, params),
+        learner.frozen,
+        jax.device_put(np.uint32(0), layout.replicated()),
+        place(batch, layout, train.batch_tokens, pad=TINY.pad_token_id),
+    )
+    assert str(step.trace(*arguments).jaxpr) == str(make_train_step(learner, 1000).trace(*real).jaxpr)
+    planned, made = (jax.tree.map(lambda leaf: leaf.sharding, tuple(found)) for found in (arguments[:2], real[:2]))
+    assert planned == made
 
 
 def test_programs_have_the_attention_they_are_asked_for():
