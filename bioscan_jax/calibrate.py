@@ -37,7 +37,7 @@ from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import HeadVotes, Votes
 from bioscan_jax.taxonomy import RANKS
 
-POWERS = (2.0, 4.0, 8.0, 16.0, 32.0)
+POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)
 HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 
 

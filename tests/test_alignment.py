@@ -28,7 +28,7 @@ def least_distance(short: str, long: str) -> int:
 
 def shared(one: str, other: str) -> float:
     short, long = sorted((one, other), key=len)
-    return least_distance(short, long) / len(short)
+    return least_distance(short, long) / max(len(short) - (one + other).count("N"), 1)
 
 
 @settings(max_examples=300, deadline=None)
@@ -36,12 +36,13 @@ def shared(one: str, other: str) -> float:
 def test_the_alignment_is_one_of_least_distance(one: str, other: str) -> None:
     matches, columns = align_pair(one, other)
     short, long = sorted((one, other), key=len)
-    distance = least_distance(short, long)
+    edits = least_distance(short, long)
     assert 0 <= matches <= min(columns, len(short))
     # Bases of the shorter one that face nothing at either end are edits, but no columns.
-    assert 0 <= distance - (columns - matches) <= len(short) - matches
-    if distance == 0:
-        assert matches == columns == len(short)
+    assert 0 <= edits - (columns - matches) <= len(short) - matches
+    if edits == 0:
+        assert matches == columns
+        assert columns == len(short) or "N" in one + other
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,9 @@ def test_the_alignment_is_one_of_least_distance(one: str, other: str) -> None:
         ("ACGTACGTAC", "TTTTACGTACGTACGGGG", (10, 10)),  # what sticks out is not counted
         ("ACGTACGTAC", "ACGTTCGTAC", (9, 10)),
         ("ACGTACGTAC", "ACGTACTAC", (9, 10)),  # a gap inside is a column
-        ("ACGTNCGTAC", "ACGTACGTAC", (10, 10)),  # N agrees with any base
+        ("ACGTNCGTAC", "ACGTACGTAC", (9, 9)),  # N agrees with any base and counts for nothing
+        ("ACGTACGTAC", "TTACGTNNGTTCGG", (7, 8)),
+        ("NNNN", "ACGTACGT", (0, 0)),
     ],
 )
 def test_identities_as_vsearch_counts_them(one: str, other: str, expected: tuple[int, int]) -> None:
@@ -64,8 +67,8 @@ def test_the_best_by_edit_distance_are_aligned(query: str, candidates: list[str]
     found = best_of(query, candidates, most)
     shares = sorted((shared(query, candidate), place) for place, candidate in enumerate(candidates))
     assert sorted(place for place, *_ in found) == sorted(place for _, place in shares[:most])
-    identities = [matches / max(columns, 1) for _, matches, columns in found]
-    assert identities == sorted(identities, reverse=True)
+    distances = [(columns - matches + 0.5) / (columns + 1) for _, matches, columns in found]
+    assert distances == sorted(distances)
     for place, matches, columns in found:
         assert (matches, columns) == align_pair(query, candidates[place])
 
@@ -88,6 +91,12 @@ def test_processes_give_the_same_in_the_order_of_the_queries(processes: int) -> 
         ]
         if row % 30 in there:
             assert found.identity[row, 0] == 1.0
+
+
+def test_unknown_bases_make_no_reference_nearer() -> None:
+    query = "ACGTTGCAGGCTTAACCGTA"
+    relative, blurred = "ACGTTGCAGGCTTAACCGTT", "ACGTTGCNNNNNNAACGCTA"
+    assert [place for place, *_ in best_of(query, [blurred, relative], 2)] == [1, 0]
 
 
 def test_identity_is_nan_where_there_is_no_candidate() -> None:

@@ -149,7 +149,7 @@ def test_shares_are_those_asked_for_and_a_larger_test_keeps_the_test_rows():
     ("validation", "test"), [(-0.1, 0.1), (0.1, -0.1), (0.5, 0.5), (1.0, 0.0), (float("nan"), 0.1)]
 )
 def test_impossible_shares_are_refused(validation: float, test: float):
-    with pytest.raises(InputError, match=re.escape(f"validation={validation} and test={test} must be at least 0 and")):
+    with pytest.raises(InputError, match="^--data.validation .* and --data.test .* must be at least 0 and"):
         assign(np.ones(1, np.uint64), validation=validation, test=test)
 
 

@@ -13,15 +13,16 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 
 _QUERIES = 64
 """Aligned by one process before it gets more."""
 _STEP = re.compile(r"(\d+)([=XID])")
 _ANY = [("N", base) for base in "ACGT"]
+Counts = TypeVar("Counts", int, np.ndarray)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,31 +33,54 @@ class Aligned:
     """Which of the candidates; -1 past the last."""
     matches: Int64[np.ndarray, "queries aligned"]
     columns: Int64[np.ndarray, "queries aligned"]
-    """Of the alignment, without gaps at either end."""
+    """Of the alignment, without gaps at either end and without N."""
 
     @property
     def identity(self) -> Float32[np.ndarray, "queries aligned"]:
-        """Matches / columns without terminal gaps, as VSEARCH's --iddef 2 counts; NaN past the last."""
+        """Matches / columns without terminal gaps (VSEARCH's --iddef 2) and without N; NaN past the last."""
         share = self.matches / np.maximum(self.columns, 1)
         return np.where(self.place >= 0, share, np.nan).astype(np.float32)
 
+    @property
+    def distances(self) -> Float64[np.ndarray, "queries aligned"]:
+        """`distance`; inf past the last."""
+        return np.where(self.place >= 0, distance(self.matches, self.columns), np.inf)
+
 
 def align_pair(one: str, other: str) -> tuple[int, int]:
-    """Matches, and columns without terminal gaps, of the best semi-global alignment.
+    """Matches, and columns that compare two bases or a base and a gap, of the best semi-global alignment.
 
     The shorter sequence is laid into the longer one at the least edit distance; what sticks out at either end of
-    either is not counted. N agrees with any base.
+    either is not counted. N agrees with any base, and its columns are left out: they say nothing (pairwise deletion).
     """
     import edlib
 
     short, long = sorted((one, other), key=len)
-    path = edlib.align(short, long, mode="HW", task="path", additionalEqualities=_equalities(short, long))["cigar"]
-    steps = [(int(length), kind) for length, kind in _STEP.findall(path or "")]
+    same = _equalities(short, long)
+    found = edlib.align(short, long, mode="HW", task="path", additionalEqualities=same)
+    steps = [(int(length), kind) for length, kind in _STEP.findall(found["cigar"] or "")]
+    here, there = 0, found["locations"][0][0] or 0
     while steps and steps[0][1] in "ID":
-        del steps[0]
+        length, kind = steps.pop(0)
+        here, there = (here + length, there) if kind == "I" else (here, there + length)
     while steps and steps[-1][1] in "ID":
         del steps[-1]
-    return sum(length for length, kind in steps if kind == "="), sum(length for length, _ in steps)
+    matches = sum(length for length, kind in steps if kind == "=")
+    columns = sum(length for length, _ in steps)
+    if same is None:
+        return matches, columns
+    unknown = 0
+    for length, kind in steps:
+        if kind == "=":
+            pairs = zip(short[here : here + length], long[there : there + length], strict=True)
+            unknown += sum("N" in pair for pair in pairs)
+        here, there = here + (kind != "D") * length, there + (kind != "I") * length
+    return matches - unknown, columns - unknown
+
+
+def distance(matches: Counts, columns: Counts) -> Any:
+    """(differences + 1/2) / (columns + 1): above 0, and of equal identities the longer one is nearer."""
+    return (columns - matches + 0.5) / (columns + 1)
 
 
 def _equalities(one: str, other: str) -> list[tuple[str, str]] | None:
@@ -64,32 +88,34 @@ def _equalities(one: str, other: str) -> list[tuple[str, str]] | None:
 
 
 def best_of(query: str, candidates: Sequence[str], most: int) -> list[tuple[int, int, int]]:
-    """The best candidates by identity: their places, matches and columns.
+    """The best candidates by `distance`: their places, matches and columns.
 
-    First all are compared by edit distance a base of the shorter sequence (what sticks out at both ends counts there),
-    each only as far as it can still be among the `most` best; these are then aligned in full. Among equals the
-    candidate that came first, which is the nearer one by vector, stays first.
+    First all are compared by edit distance a known base of the shorter sequence (what sticks out at both ends counts
+    there), each only as far as it can still be among the `most` best; these are then aligned in full. Among equals
+    the candidate that came first, which is the nearer one by vector, stays first.
     """
     import edlib
 
     kept: list[tuple[float, int]] = []
     seen: dict[str, float] = {}
+    unknown = query.count("N")
     for place, candidate in enumerate(candidates):
         share = seen.get(candidate)
         if share is None:
             short, long = sorted((query, candidate), key=len)
-            bound = int(kept[most - 1][0] * len(short)) if len(kept) >= most else -1
+            known = max(len(short) - unknown - candidate.count("N"), 1)
+            bound = int(kept[most - 1][0] * known) if len(kept) >= most else -1
             same = _equalities(short, long)
             found = edlib.align(short, long, mode="HW", task="distance", k=bound, additionalEqualities=same)
-            distance = found["editDistance"]
-            share = float("inf") if distance < 0 else distance / max(len(short), 1)
+            edits = found["editDistance"]
+            share = float("inf") if edits < 0 else edits / known
             seen[candidate] = share
         if len(kept) < most or (share, place) < kept[most - 1]:
             kept.append((share, place))
             kept.sort()
             del kept[most:]
     full = [(place, *align_pair(query, candidates[place])) for share, place in kept if share != float("inf")]
-    return sorted(full, key=lambda one: (-one[1] / max(one[2], 1), one[0]))
+    return sorted(full, key=lambda one: (distance(one[1], one[2]), one[0]))
 
 
 Worker = ProcessPoolExecutor | None

@@ -152,12 +152,11 @@ def _aligned(
     found = align(texts, rows, distinct, references, matcher.settings.aligned, worker, on_rows)
     there = found.place >= 0
     place = np.maximum(found.place, 0)
-    distances = np.where(there, (found.columns - found.matches + 0.5) / (found.columns + 1), np.inf)
     return (
         np.where(there, np.take_along_axis(rows, place, 1), -1),
         np.where(there, np.take_along_axis(similarity, place, 1), -np.inf).astype(np.float32),
         found.identity,
-        distances,
+        found.distances,
     )
 
 
@@ -190,8 +189,8 @@ def best_in_reach(matcher: Matcher, every: Matched, sample: Int64[np.ndarray, " 
     chosen = matcher.reference.chosen
     rows = np.broadcast_to(chosen, (len(sample), len(chosen)))
     texts = [every.texts[i] for i in sample.tolist()]
-    _, _, identity, _ = _aligned(matcher, texts, rows, np.zeros(rows.shape, np.float32), worker)
-    return float(np.mean(every.identity[sample, 0] >= identity[:, 0] - 1e-6))
+    *_, distances = _aligned(matcher, texts, rows, np.zeros(rows.shape, np.float32), worker)
+    return float(np.mean(every.distances[sample, 0] <= distances[:, 0]))
 
 
 def index_recall(matcher: Matcher, every: Matched, sample: Int64[np.ndarray, " sample"]) -> float:
