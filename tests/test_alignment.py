@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioscan_jax.matching.alignment import align, align_pair, best_of, workers
+from bioscan_jax.matching.alignment import align, align_pair, best_of, distance, lay_in, side_by_side, workers
 
 DNA = st.text("ACGTN", min_size=1, max_size=14)
 
@@ -34,7 +34,7 @@ def shared(one: str, other: str) -> float:
 @settings(max_examples=300, deadline=None)
 @given(DNA, DNA)
 def test_the_alignment_is_one_of_least_distance(one: str, other: str) -> None:
-    matches, columns = align_pair(one, other)
+    matches, columns = lay_in(one, other)
     short, long = sorted((one, other), key=len)
     edits = least_distance(short, long)
     assert 0 <= matches <= min(columns, len(short))
@@ -61,11 +61,39 @@ def test_identities_as_vsearch_counts_them(one: str, other: str, expected: tuple
     assert align_pair(one, other) == expected
 
 
+@settings(max_examples=200, deadline=None)
+@given(DNA, DNA)
+def test_laid_over_an_end_it_is_nearer_or_left(one: str, other: str) -> None:
+    assert distance(*align_pair(one, other)) <= distance(*lay_in(one, other))
+    parts = side_by_side(one, other, 0.5)
+    if parts is not None:
+        short, long = sorted((one, other), key=len)
+        assert parts[0] in short
+        assert parts[1] in long
+        assert short.startswith(parts[0]) != long.startswith(parts[1]) or short.endswith(parts[0])
+        assert len(short) // 2 <= len(parts[0]) + 1
+        assert len(parts[0]) < len(short)
+
+
+def test_barcodes_of_neighbouring_regions_are_compared_where_they_overlap() -> None:
+    random = np.random.default_rng(0)
+    gene = "".join(random.choice(list("ACGT"), 900))
+    query, relative = gene[:500], gene[200:860]
+    changed = relative[:100] + ("A" if relative[100] != "A" else "C") + relative[101:]
+    assert align_pair(query, changed) == align_pair(changed, query) == (299, 300)
+    others = ["".join(random.choice(list("ACGT"), 600)) for _ in range(40)]
+    assert best_of(query, [*others, changed], 5)[0] == (40, 299, 300)
+
+
 @settings(max_examples=150, deadline=None)
 @given(DNA, st.lists(DNA, min_size=1, max_size=8), st.integers(1, 4))
 def test_the_best_by_edit_distance_are_aligned(query: str, candidates: list[str], most: int) -> None:
     found = best_of(query, candidates, most)
-    shares = sorted((shared(query, candidate), place) for place, candidate in enumerate(candidates))
+    whole = {candidate: shared(query, candidate) for candidate in candidates}
+    worst = sorted(whole.values())[most - 1] if most < len(whole) else None
+    overlaps = {} if worst is None else {candidate: side_by_side(query, candidate, worst) for candidate in whole}
+    best = {c: min(share, shared(*parts) if (parts := overlaps.get(c)) else share) for c, share in whole.items()}
+    shares = sorted((best[candidate], place) for place, candidate in enumerate(candidates))
     assert sorted(place for place, *_ in found) == sorted(place for _, place in shares[:most])
     distances = [(columns - matches + 0.5) / (columns + 1) for _, matches, columns in found]
     assert distances == sorted(distances)

@@ -50,8 +50,44 @@ class Aligned:
 def align_pair(one: str, other: str) -> tuple[int, int]:
     """Matches, and columns that compare two bases or a base and a gap, of the best semi-global alignment.
 
-    The shorter sequence is laid into the longer one at the least edit distance; what sticks out at either end of
-    either is not counted. N agrees with any base, and its columns are left out: they say nothing (pairwise deletion).
+    The shorter sequence is laid into the longer one, or over one of its ends where that is nearer; what sticks out at
+    either end of either is not counted. N agrees with any base, and its columns are left out: they say nothing
+    (pairwise deletion).
+    """
+    found = lay_in(one, other)
+    matches, columns = found
+    parts = side_by_side(one, other, (columns - matches) / max(columns, 1))
+    return found if parts is None else min(found, lay_in(*parts), key=lambda of: distance(*of))
+
+
+def side_by_side(one: str, other: str, share: float) -> tuple[str, str] | None:
+    """The parts of two sequences that face each other where the shorter one sticks out over an end of the longer one.
+
+    They are found by a half of the shorter one that lies in the longer one with at most `share` edits a base; so they
+    overlap by a half of it at least. None where there is no such half, or nothing sticks out.
+    """
+    import edlib
+
+    short, long = sorted((one, other), key=len)
+    middle, same = len(short) // 2, _equalities(short, long)
+    for first, half in ((0, short[:middle]), (middle, short[middle:])):
+        if not half:
+            continue
+        bound = int(share * len(half))
+        found = edlib.align(half, long, mode="HW", task="locations", k=bound, additionalEqualities=same)
+        if found["editDistance"] < 0:
+            continue
+        facing = (found["locations"][0][0] or 0) - first
+        parts = short[max(0, -facing) : len(long) - facing], long[max(0, facing) : len(short) + facing]
+        if len(parts[0]) < len(short):
+            return parts
+    return None
+
+
+def lay_in(one: str, other: str) -> tuple[int, int]:
+    """Matches and columns, as `align_pair` counts them, of the shorter sequence within the longer one.
+
+    The alignment is one of least edit distance; the shorter one's gaps at its own ends are not counted.
     """
     import edlib
 
@@ -90,32 +126,34 @@ def _equalities(one: str, other: str) -> list[tuple[str, str]] | None:
 def best_of(query: str, candidates: Sequence[str], most: int) -> list[tuple[int, int, int]]:
     """The best candidates by `distance`: their places, matches and columns.
 
-    First all are compared by edit distance a known base of the shorter sequence (what sticks out at both ends counts
-    there), each only as far as it can still be among the `most` best; these are then aligned in full. Among equals
-    the candidate that came first, which is the nearer one by vector, stays first.
+    First all are compared by edit distance a known base of the shorter sequence, each only as far as it can still be
+    among the `most` best; then by that of the parts that face each other, for those that stick out. The best of these
+    are aligned in full. Among equals the candidate that came first, which is the nearer one by vector, stays first.
     """
+    shares: dict[str, float] = {}
+    best: list[float] = []
+    for candidate in dict.fromkeys(candidates):
+        shares[candidate] = _edits(query, candidate, best[most - 1] if len(best) >= most else None)
+        best = sorted([*best, shares[candidate]])[:most]
+    if len(best) == most < len(shares):
+        for candidate in shares:
+            if parts := side_by_side(query, candidate, best[-1]):
+                shares[candidate] = min(shares[candidate], _edits(*parts, best[-1]))
+    order = sorted((shares[candidate], place) for place, candidate in enumerate(candidates))[:most]
+    full = [(place, *align_pair(query, candidates[place])) for share, place in order if share < float("inf")]
+    return sorted(full, key=lambda one: (distance(one[1], one[2]), one[0]))
+
+
+def _edits(one: str, other: str, most: float | None) -> float:
+    """Edits a known base of the shorter sequence to lay it in the longer one; inf where they are more than `most`."""
     import edlib
 
-    kept: list[tuple[float, int]] = []
-    seen: dict[str, float] = {}
-    unknown = query.count("N")
-    for place, candidate in enumerate(candidates):
-        share = seen.get(candidate)
-        if share is None:
-            short, long = sorted((query, candidate), key=len)
-            known = max(len(short) - unknown - candidate.count("N"), 1)
-            bound = int(kept[most - 1][0] * known) if len(kept) >= most else -1
-            same = _equalities(short, long)
-            found = edlib.align(short, long, mode="HW", task="distance", k=bound, additionalEqualities=same)
-            edits = found["editDistance"]
-            share = float("inf") if edits < 0 else edits / known
-            seen[candidate] = share
-        if len(kept) < most or (share, place) < kept[most - 1]:
-            kept.append((share, place))
-            kept.sort()
-            del kept[most:]
-    full = [(place, *align_pair(query, candidates[place])) for share, place in kept if share != float("inf")]
-    return sorted(full, key=lambda one: (distance(one[1], one[2]), one[0]))
+    short, long = sorted((one, other), key=len)
+    known = max(len(short) - short.count("N") - long.count("N"), 1)
+    bound = -1 if most is None or most == float("inf") else int(most * known)
+    same = _equalities(short, long)
+    edits = edlib.align(short, long, mode="HW", task="distance", k=bound, additionalEqualities=same)["editDistance"]
+    return float("inf") if edits < 0 else edits / known
 
 
 Worker = ProcessPoolExecutor | None
