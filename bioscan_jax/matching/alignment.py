@@ -50,14 +50,15 @@ class Aligned:
 def align_pair(one: str, other: str) -> tuple[int, int]:
     """Matches, and columns that compare two bases or a base and a gap, of the best semi-global alignment.
 
-    The shorter sequence is laid into the longer one, or over one of its ends where that is nearer; what sticks out at
-    either end of either is not counted. N agrees with any base, and its columns are left out: they say nothing
+    The shorter sequence is laid into the longer one, or over one of its ends where that halves the distance at least
+    (the nearer of two is too near by chance); what sticks out at either end of either is not counted. N agrees with any base, and its columns are left out: they say nothing
     (pairwise deletion).
     """
     found = lay_in(one, other)
     matches, columns = found
-    parts = side_by_side(one, other, (columns - matches) / max(columns, 1))
-    return found if parts is None else min(found, lay_in(*parts), key=lambda of: distance(*of))
+    parts = side_by_side(one, other, (columns - matches) / max(columns, 1) / 2)
+    over = None if parts is None else lay_in(*parts)
+    return found if over is None or 2 * distance(*over) > distance(*found) else over
 
 
 def side_by_side(one: str, other: str, share: float) -> tuple[str, str] | None:
@@ -127,8 +128,8 @@ def best_of(query: str, candidates: Sequence[str], most: int) -> list[tuple[int,
     """The best candidates by `distance`: their places, matches and columns.
 
     First all are compared by edit distance a known base of the shorter sequence, each only as far as it can still be
-    among the `most` best; then by that of the parts that face each other, for those that stick out. The best of these
-    are aligned in full. Among equals the candidate that came first, which is the nearer one by vector, stays first.
+    among the `most` best; then by that of the parts that face each other, where that halves it. The best of these are
+    aligned in full. Among equals the candidate that came first, which is the nearer one by vector, stays first.
     """
     shares: dict[str, float] = {}
     best: list[float] = []
@@ -137,8 +138,10 @@ def best_of(query: str, candidates: Sequence[str], most: int) -> list[tuple[int,
         best = sorted([*best, shares[candidate]])[:most]
     if len(best) == most < len(shares):
         for candidate in shares:
-            if parts := side_by_side(query, candidate, best[-1]):
-                shares[candidate] = min(shares[candidate], _edits(*parts, best[-1]))
+            enough = min(shares[candidate], best[-1]) / 2
+            if parts := side_by_side(query, candidate, enough):
+                over = _edits(*parts, enough)
+                shares[candidate] = over if over <= enough else shares[candidate]
     order = sorted((shares[candidate], place) for place, candidate in enumerate(candidates))[:most]
     full = [(place, *align_pair(query, candidates[place])) for share, place in order if share < float("inf")]
     return sorted(full, key=lambda one: (distance(one[1], one[2]), one[0]))
