@@ -76,7 +76,10 @@ def test_the_vote_changes_and_the_names_stay_a_path(world: World, tmp_path: Path
         settings = config.Identify(k=5, heads=heads, processes=1)
         identify(reference, query, str(output), settings, progress=False)
         answers[name] = pq.read_table(output)
-    assert not answers["plain"].select(list(RANKS)).equals(answers["heads"].select(list(RANKS)))
+    # The nearest reference's species has nearly all of the references' half; the head's half goes elsewhere.
+    plain, pooled = (answers[name]["species_confidence"].to_numpy() for name in ("plain", "heads"))
+    assert np.median(plain) > 0.9
+    assert np.mean(pooled < plain - 0.3) > 0.5
     lineages = {
         row["species"]: tuple(row[rank] for rank in RANKS)
         for table in (world.queries, str(Path(world.queries).with_name("reference.parquet")))
