@@ -1,10 +1,9 @@
 """SQL over a vector table: DuckDB plans and joins, Lance reads only the columns and rows that it is asked for."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.lock import open_dataset, table_path
+from bioscan_jax.output import output_path, written_whole
 from bioscan_jax.tables import existing
 
 if TYPE_CHECKING:
@@ -94,22 +94,12 @@ def write(sql: str, uri: str, table: str, output: str) -> int:
     Raises:
         InputError: As for `query`; or the file cannot be written.
     """
-    path = Path(output).expanduser()
-    if path.suffix not in (".csv", ".parquet"):
+    form = Path(output).suffix
+    if form not in (".csv", ".parquet"):
         raise InputError(f"--output {output}: pass FILE.csv or FILE.parquet")
-    if not path.parent.is_dir():
-        raise InputError(f"--output {output}: there is no directory {path.parent}; make it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with reading(sql, uri, table) as reader:
-            rows = _write_csv(reader, partial) if path.suffix == ".csv" else _write_parquet(reader, partial)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written ({error}); free space or pass another") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-    return rows
+    output_path(output)
+    with written_whole(output) as path, reading(sql, uri, table) as reader:
+        return _write_csv(reader, path) if form == ".csv" else _write_parquet(reader, path)
 
 
 def as_text(reader: pa.RecordBatchReader, most_rows: int) -> str:

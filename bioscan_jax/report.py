@@ -1,13 +1,12 @@
 """A vector table as one HTML file to look at and pass on: maps, taxa, how right its identifications are, its origin."""
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import output_path, written_whole
 from bioscan_jax.reporting.answers import read_identified, read_truth
 from bioscan_jax.reporting.gather import gather, has_all
 from bioscan_jax.reporting.measure import figures
@@ -67,7 +66,9 @@ def report(
     Raises:
         InputError: There is no such table, it has no rows, a file cannot be read or written, or a setting is wrong.
     """
-    path = _checked(output)
+    if Path(output).suffix not in (".html", ".htm"):
+        raise InputError(f"--output {output}: pass FILE.html")
+    path = output_path(output)
     if rows < 1:
         raise InputError(f"--rows {rows}: pass how many rows the maps may show, such as {SHOWN_ROWS}")
     if not 0 <= seed < 2**31:
@@ -82,15 +83,8 @@ def report(
     points = project(gathered.rows.vectors, projection, seed)
     made = f"Made by bioscan_jax {metadata.version('bioscan_jax')} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     page = render(gathered, points, answers, found, made).encode()
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(output) as partial:
         partial.write_bytes(page)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written ({error}); free space or pass another") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
     drawn: list[str] = []
     if pictures is not None:
         from bioscan_jax.reporting.pictures import draw
@@ -103,14 +97,3 @@ def report(
             raise InputError(f"--pictures {pictures}: cannot be written ({error}); pass another directory") from error
     left_out = tuple(gathered.notes.values())
     return Reported(str(path), len(page), gathered.total, len(gathered.rows), tuple(drawn), left_out)
-
-
-def _checked(output: str) -> Path:
-    path = Path(output).expanduser()
-    if path.suffix not in (".html", ".htm"):
-        raise InputError(f"--output {output}: pass FILE.html")
-    if not path.parent.is_dir():
-        raise InputError(f"--output {output}: there is no directory {path.parent}; make it first")
-    if path.is_dir():
-        raise InputError(f"--output {output}: that is a directory; pass FILE.html")
-    return path

@@ -1,13 +1,12 @@
 """Answers as files: Parquet, TSV, and the tab output of SINTAX that tools of the field read."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
 
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import output_path, written_whole
 from bioscan_jax.taxonomy import RANKS
 
 Format = Literal["parquet", "tsv", "sintax"]
@@ -34,13 +33,12 @@ def output_format(output: str, wanted: Format | None) -> Format:
     Raises:
         InputError: The name says nothing, or the directory is not there.
     """
-    path = Path(output).expanduser()
     ends: dict[str, Format] = {".parquet": "parquet", ".tsv": "tsv", ".sintax": "sintax"}
-    if wanted is None and path.suffix not in ends:
+    suffix = Path(output).suffix
+    if wanted is None and suffix not in ends:
         raise InputError(f"--output {output}: pass FILE.parquet, FILE.tsv or FILE.sintax, or --format")
-    if not path.parent.is_dir():
-        raise InputError(f"--output {output}: there is no directory {path.parent}; make it first")
-    return wanted or ends[path.suffix]
+    output_path(output)
+    return wanted or ends[suffix]
 
 
 def write(answers: pa.Table, output: str, form: Format, *, calibrated: bool = False) -> None:
@@ -55,23 +53,15 @@ def write(answers: pa.Table, output: str, form: Format, *, calibrated: bool = Fa
     Raises:
         InputError: It cannot be written.
     """
-    path = Path(output).expanduser()
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(output) as path:
         if form == "parquet":
             import pyarrow.parquet as pq
 
-            pq.write_table(answers, partial, compression="zstd")
+            pq.write_table(answers, path, compression="zstd")
         elif form == "tsv":
-            partial.write_text(as_tsv(answers), encoding="utf-8")
+            path.write_text(as_tsv(answers), encoding="utf-8")
         else:
-            partial.write_text(as_sintax(answers, calibrated=calibrated), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written ({error}); free space or pass another") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+            path.write_text(as_sintax(answers, calibrated=calibrated), encoding="utf-8")
 
 
 def as_tsv(table: pa.Table) -> str:
