@@ -51,8 +51,8 @@ def align_pair(one: str, other: str) -> tuple[int, int]:
     """Matches, and columns that compare two bases or a base and a gap, of the best semi-global alignment.
 
     The shorter sequence is laid into the longer one, or over one of its ends where that halves the distance at least
-    (the nearer of two is too near by chance); what sticks out at either end of either is not counted. N agrees with any base, and its columns are left out: they say nothing
-    (pairwise deletion).
+    (the nearer of two is too near by chance); what sticks out at either end of either is not counted. N agrees with
+    any base, and its columns are left out: they say nothing (pairwise deletion).
     """
     found = lay_in(one, other)
     matches, columns = found
