@@ -18,6 +18,12 @@ from bioscan_jax.pooling import Pooling, pool
 from bioscan_jax.schemas import TokenBatch
 from bioscan_jax.sharding import Layout
 
+CACHED_TOKENS = 512
+"""Tokens that a layer takes at a time in float32 on one CPU device, so that what is between its products stays cached.
+
+On 2 cores with 2 MiB of L2, of batches of 72 x 112 tokens: v2-50M 1.16 times the rate of whole batches, v1-500M 1.0.
+"""
+
 
 def make_embed_step(
     model: NucleotideTransformer, layout: Layout, embed: config.Embed
@@ -35,12 +41,20 @@ def make_embed_step(
     if layout.mesh.devices.flat[0].platform == "cpu":
         state = kept_narrow(state)
     pad = model.config.pad_token_id
+    in_cache = layout.is_host and model.word_embeddings.dtype == jnp.float32
 
     def embed_step(state: nnx.State, ids: Int[Array, "b s"]) -> Float[Array, "b d"]:
-        hidden = nnx.merge(graph, state).hidden_state(ids, layer=embed.layer, layout=layout)
+        rows = cached_rows(*ids.shape) if in_cache else None
+        hidden = nnx.merge(graph, state).hidden_state(ids, layer=embed.layer, layout=layout, rows=rows)
         return pool(layout.on_batch(hidden), ids, embed.pooling, pad)
 
     return jax.jit(embed_step, out_shardings=layout.batched(2)), state
+
+
+def cached_rows(rows: int, tokens: int) -> int:
+    """The most rows within `CACHED_TOKENS`, at least one, of which a batch is a multiple."""
+    most = max(1, CACHED_TOKENS // tokens)
+    return max(some for some in range(1, min(rows, most) + 1) if rows % some == 0)
 
 
 def kept_narrow(state: nnx.State) -> nnx.State:

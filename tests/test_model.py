@@ -135,6 +135,21 @@ def test_a_layer_is_that_hidden_state(tiny, layer):
     assert relative(embed_on(values, transformer, ids, config.Mesh(data=1), layer=layer), expected) < BOUND
 
 
+def test_a_layer_may_take_some_rows_at_a_time(tiny):
+    """The same states; two rows of the six at a time are three turns."""
+    transformer, values = tiny
+    ids = jnp.asarray(rows(transformer, (30, 2, 17, 9, 30, 5)))
+    graph, state = nnx.split(abstract_model(transformer, jnp.float32, lm_head=False))
+    state = nnx.from_flat_state([(p, v.replace(values[p])) for p, v in nnx.to_flat_state(state)])
+
+    def states(at_once):
+        return lambda state: nnx.merge(graph, state).hidden_state(ids, rows=at_once)
+
+    assert "length=3" in str(jax.make_jaxpr(states(2))(state))
+    assert "length=3" not in str(jax.make_jaxpr(states(None))(state))
+    assert relative(states(2)(state), states(None)(state)) < BOUND
+
+
 def test_the_step_is_traced_once_a_shape():
     transformer = PRESETS["tiny-v2"]
     chex.clear_trace_counter()

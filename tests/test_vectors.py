@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bioscan_jax import config
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.model.weights import random_model
 from bioscan_jax.pooling import pool
 from bioscan_jax.sharding import make_layout
-from bioscan_jax.vectors import CompiledSteps, make_embed_step
+from bioscan_jax.vectors import CACHED_TOKENS, CompiledSteps, cached_rows, make_embed_step
 
 DEEP = dataclasses.replace(PRESETS["tiny-v1"], num_hidden_layers=12, hidden_size=128, intermediate_size=512)
 
@@ -35,3 +37,21 @@ def test_bfloat16_layers_are_not_widened_all_at_once_on_cpu(mesh):
     before = {s.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(model) for s in leaf.addressable_shards}
     after = {s.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards}
     assert after <= before  # nothing was copied
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_one_cpu_device_takes_a_layer_in_parts_that_stay_in_its_cache(data):
+    """24 rows of 64 tokens are three parts of 512 tokens; the vectors are those of the model itself."""
+    layout = make_layout(config.Mesh(data=data))
+    model = random_model(dataclasses.replace(PRESETS["tiny-v2"], initializer_range=0.15), jnp.float32, layout, seed=0)
+    ids = np.random.default_rng(0).integers(6, 4000, (24, 64)).astype(np.int32)
+    step, state = make_embed_step(model, layout, config.Embed())
+    assert ("length=3" in str(step.trace(state, ids).jaxpr)) == (data == 1)
+    plain = np.asarray(pool(model.hidden_state(jnp.asarray(ids)), jnp.asarray(ids), "mean", 1))
+    assert np.abs(CompiledSteps(model, layout, config.Embed())(ids) - plain).max() < 1e-5 * np.abs(plain).max()
+
+
+@given(st.integers(1, 300), st.integers(1, 2048))
+def test_rows_at_a_time_are_the_most_that_fit_and_divide(rows, tokens):
+    fitting = [some for some in range(1, rows + 1) if rows % some == 0 and some * tokens <= CACHED_TOKENS]
+    assert cached_rows(rows, tokens) == max(fitting, default=1)

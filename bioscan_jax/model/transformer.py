@@ -99,6 +99,7 @@ class NucleotideTransformer(nnx.Module):
         layout: Layout | None = None,
         keys: RowKeys | None = None,
         remat: bool = False,
+        rows: int | None = None,
     ) -> Float[Array, "b s d"]:
         """The states after one layer.
 
@@ -109,12 +110,13 @@ class NucleotideTransformer(nnx.Module):
             layout: Where parameters and activations live; None for a single device.
             keys: Of the adapters' dropout; None for none.
             remat: Keep only each layer's input for the backward pass and compute the rest again.
+            rows: A layer takes so many at a time, of which the batch is a multiple; None for all at once.
 
         Raises:
             InputError: `layer` is out of range.
         """
         depth = self.config.resolve_layer(layer)
-        x, _ = self._run(ids, depth, layout, lambda x: None, keys, remat)
+        x, _ = self._run(ids, depth, layout, lambda x: None, keys, remat, rows)
         return self.normalise(x, layout) if depth == self.config.num_hidden_layers else x
 
     def hidden_states(self, ids: Int[Array, "b s"]) -> Float[Array, "layers_plus_1 b s d"]:
@@ -157,6 +159,7 @@ class NucleotideTransformer(nnx.Module):
         keep: Callable,
         keys: RowKeys | None = None,
         remat: bool = False,
+        rows: int | None = None,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "kept b s d"] | None]:
         mask = ids != self.config.pad_token_id
         rotary = None
@@ -177,12 +180,23 @@ class NucleotideTransformer(nnx.Module):
             state = jax.tree.map(_as_bfloat16, state)
             if layout is not None:
                 x, state = layout.on_batch(x), layout.gather(state)
-            x = nnx.merge(graph, state)(x, mask, rotary, layer_keys, attend)
+            whole = nnx.merge(graph, state)
+            x = _by_rows(
+                rows or len(x), lambda x, mask, keys: whole(x, mask, rotary, keys, attend), x, mask, layer_keys
+            )
             return x, keep(x)
 
         with jax.default_matmul_precision(self.matmul_precision):
             body = jax.checkpoint(step) if remat else jax.checkpoint(step, policy=_kept, prevent_cse=False)
             return jax.lax.scan(body, self.embed_tokens(ids, layout), (stack, of_layers))
+
+
+def _by_rows(rows: int, function: Callable[..., Array], x: Array, *others: Array | None) -> Array:
+    """A function of the rows of a batch, so many of them at a time."""
+    if rows == len(x):
+        return function(x, *others)
+    parts = jax.tree.map(lambda array: array.reshape(-1, rows, *array.shape[1:]), (x, *others))
+    return jax.lax.map(lambda part: function(*part), parts).reshape(x.shape)
 
 
 def _as_bfloat16(array: Array) -> Array:
