@@ -58,6 +58,11 @@ class Layout:
         """An array of this rank whose first axis is worked in turn, the second being the batch."""
         return NamedSharding(self.mesh, P(None, "data", *(None,) * (rank - 2)))
 
+    @property
+    def is_host(self) -> bool:
+        """Whether it is one CPU device, whose memory is the host's."""
+        return self.mesh.devices.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+
     def replicated(self) -> NamedSharding:
         """The same array on every device."""
         return NamedSharding(self.mesh, P())

@@ -3,9 +3,8 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.model.attention import choose, site
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.model.converted import Provenance, is_converted, read_provenance, restore
-from bioscan_jax.model.origin import resolve
+from bioscan_jax.model.origin import Origin, resolve
 from bioscan_jax.model.peft import Adapter, read_adapter
 from bioscan_jax.model.readers import sha256_of, weight_files
 from bioscan_jax.model.transformer import NucleotideTransformer
@@ -36,9 +35,19 @@ class LoadedModel:
     config: TransformerConfig
     vocabulary: Vocabulary
     layout: Layout
-    provenance: Provenance
+    described: Callable[[], Provenance]
+    """See `provenance`."""
     adapter: Adapter | None = None
     """What is around its layers, if anything."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the weights are; waits until their files have been hashed, which goes on behind the loading.
+
+        Raises:
+            OSError: A file could not be read again.
+        """
+        return self.described()
 
 
 def read_vocabulary(directory: Path, transformer: TransformerConfig) -> Vocabulary:
@@ -97,7 +106,7 @@ def load(
     directory = Path(os.path.expanduser(wanted.adapter))
     adapter = read_adapter(directory, loaded.model, layout, base=loaded.provenance)
     provenance = dataclasses.replace(loaded.provenance, adapter=wanted.adapter, adapter_sha256=adapter.sha256)
-    return dataclasses.replace(loaded, provenance=provenance, adapter=adapter)
+    return dataclasses.replace(loaded, described=lambda: provenance, adapter=adapter)
 
 
 def _load_base(wanted: config.Model, layout: Layout, lm_head: bool, on_bytes: Callable[[int], object]) -> LoadedModel:
@@ -108,30 +117,32 @@ def _load_base(wanted: config.Model, layout: Layout, lm_head: bool, on_bytes: Ca
     transformer = read_config(origin.directory)
     _check_attention(wanted, transformer, dtype, layout)
     vocabulary = read_vocabulary(origin.directory, transformer)
+    described = _behind(lambda: _describe(origin, dtype)).result
     if is_converted(origin.directory):
         model = restore(origin.directory, transformer, dtype, layout, lm_head=lm_head)
-        provenance = dataclasses.replace(read_provenance(origin.directory), dtype=jax.numpy.dtype(dtype).name)
     else:
-        with _beside(lambda: sha256_of(weight_files(origin.directory))) as digest:
-            model = load_model(origin.directory, transformer, dtype, layout, lm_head=lm_head, on_bytes=on_bytes)
-        provenance = Provenance(
-            model=origin.name,
-            revision=origin.revision,
-            weights_sha256=digest.result(),
-            license=origin.license,
-            dtype=jax.numpy.dtype(dtype).name,
-        )
-    return LoadedModel(model=model, config=transformer, vocabulary=vocabulary, layout=layout, provenance=provenance)
+        model = load_model(origin.directory, transformer, dtype, layout, lm_head=lm_head, on_bytes=on_bytes)
+    return LoadedModel(model=model, config=transformer, vocabulary=vocabulary, layout=layout, described=described)
 
 
-@contextmanager
-def _beside(task: Callable[[], str]) -> Iterator[Future[str]]:
-    """Runs a task in a thread; a failure of the body does not wait for it."""
-    pool = ThreadPoolExecutor(1, "beside")
-    try:
-        yield pool.submit(task)
-    finally:
-        pool.shutdown(wait=False)
+def _describe(origin: Origin, dtype: DTypeLike) -> Provenance:
+    if is_converted(origin.directory):
+        return dataclasses.replace(read_provenance(origin.directory), dtype=jax.numpy.dtype(dtype).name)
+    return Provenance(
+        model=origin.name,
+        revision=origin.revision,
+        weights_sha256=sha256_of(weight_files(origin.directory)),
+        license=origin.license,
+        dtype=jax.numpy.dtype(dtype).name,
+    )
+
+
+def _behind(task: Callable[[], Provenance]) -> Future[Provenance]:
+    """Runs a task in a thread of its own."""
+    pool = ThreadPoolExecutor(1, "behind")
+    future = pool.submit(task)
+    pool.shutdown(wait=False)
+    return future
 
 
 def _check_attention(wanted: config.Model, transformer: TransformerConfig, dtype: DTypeLike, layout: Layout) -> None:
@@ -152,7 +163,7 @@ def _random(wanted: config.Model, dtype: DTypeLike, layout: Layout, lm_head: boo
         config=transformer,
         vocabulary=Vocabulary.published("v2" if transformer.gated else "v1"),
         layout=layout,
-        provenance=Provenance(
+        described=lambda: Provenance(
             model=f"{wanted.checkpoint} (seeded random weights, seed {wanted.seed}: not trained)",
             revision=None,
             weights_sha256=hashlib.sha256(identity.encode()).hexdigest(),

@@ -1,7 +1,9 @@
 """Published parameter names, and the strict, slice-by-slice way from their files onto the mesh."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +20,10 @@ from bioscan_jax.model.readers import StoredTensor, list_tensors, read_rows
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.sharding import Layout, parameter_axes, stored_shardings
 
-CHUNK_BYTES = 4 << 20
-"""A tensor is read, turned and cast in pieces of this size."""
+CHUNK_BYTES = 1 << 20
+"""A tensor is read, turned and cast in pieces of this size, which stay in a core's cache."""
+READERS = 4
+"""Layers that are read at once where they need no memory of their own."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ def load_model(
 ) -> NucleotideTransformer:
     """Reads a Hugging Face checkpoint onto the mesh.
 
-    Host memory holds one tensor of one layer in `dtype` and a chunk of its file, whatever the model's size.
+    Host memory holds one tensor of one layer in `dtype` and a chunk of its file, whatever the model's size; where the
+    one device is the host itself, the parameters and chunks alone.
 
     Args:
         directory: Holds safetensors or PyTorch files; see `readers.list_tensors`.
@@ -147,6 +152,8 @@ def load_model(
         stored = [tensors[name] for name in row.names(config.num_hidden_layers)]
         if path[0] != "layers":
             array = _place(_read(stored[0], shape, row.transposed, dtype, on_bytes), sharding)
+        elif layout.is_host:
+            array = _place(_read_layers(stored, shape, row.transposed, dtype, on_bytes), sharding)
         else:
             axes = parameter_axes(path, variable)[1:]
             pieces = (_place(_read(t, shape[1:], row.transposed, dtype, on_bytes), layout.stored(axes)) for t in stored)
@@ -174,7 +181,39 @@ def _check_names(directory: Path, config: TransformerConfig, tensors: dict[str, 
 def _read(
     tensor: StoredTensor, shape: tuple[int, ...], transposed: bool, dtype: DTypeLike, on_bytes: Callable[[int], object]
 ) -> np.ndarray:
-    """One tensor as a host array of our shape and dtype, filled in chunks of its rows."""
+    """One tensor as a host array of our shape and dtype."""
+    target = _aligned(shape, jnp.dtype(dtype))
+    for size in _fill(target, tensor, transposed):
+        on_bytes(size)
+    return target
+
+
+def _read_layers(
+    tensors: list[StoredTensor],
+    shape: tuple[int, ...],
+    transposed: bool,
+    dtype: DTypeLike,
+    on_bytes: Callable[[int], object],
+) -> np.ndarray:
+    """One tensor a layer as one host array, several layers at a time."""
+    target = _aligned(shape, jnp.dtype(dtype))
+
+    def fill(layer: int) -> int:
+        return sum(_fill(target[layer], tensors[layer], transposed))
+
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), "weights") as pool:
+        for size in pool.map(fill, range(len(tensors))):
+            on_bytes(size)
+    return target
+
+
+def _fill(target: np.ndarray, tensor: StoredTensor, transposed: bool) -> Iterator[int]:
+    """Reads a tensor into an array of our shape, in chunks of its rows, and tells the bytes of each.
+
+    Raises:
+        InputError: It has another shape, or no floating-point numbers.
+    """
+    shape = target.shape
     published = (math.prod(shape[1:]), shape[0]) if transposed else shape
     if tensor.shape != published:
         raise InputError(
@@ -182,15 +221,13 @@ def _read(
         )
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise InputError(f"{tensor.file}: {tensor.name} is {tensor.dtype}, not floating point")
-    target = _aligned(published[::-1] if transposed else published, jnp.dtype(dtype))
-    view = target.T if transposed else target
+    view = target.reshape(published[::-1]).T if transposed else target
     row_bytes = math.prod(published[1:]) * tensor.dtype.itemsize
     step = max(1, CHUNK_BYTES // max(row_bytes, 1))
     for start in range(0, published[0], step):
         rows = slice(start, min(start + step, published[0]))
         view[rows] = read_rows(tensor, rows)
-        on_bytes((rows.stop - rows.start) * row_bytes)
-    return target.reshape(shape)
+        yield (rows.stop - rows.start) * row_bytes
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
