@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
 from bioscan_jax.config import Data
-from bioscan_jax.data import fasta, files
-from bioscan_jax.data.files import Files, Layout, Origin, Part
+from bioscan_jax.data import fasta, files, footers
+from bioscan_jax.data.files import Files
+from bioscan_jax.data.footers import Layout, Origin, Part
 from bioscan_jax.errors import InputError
 
 # Pieces of 8k, 16k and 32k barcodes decode equally fast; the middle one keeps memory small and seeks short.
@@ -271,18 +272,18 @@ def open_source(
         origins = [
             Origin(found.url(path), **origin) for path, origin in zip(found.paths, fasta.origins(target), strict=True)
         ]
-        data = replace(data, sequence_column="dna_sequence", id_column=files.ID)
+        data = replace(data, sequence_column="dna_sequence", id_column=footers.ID)
         found = Files("parquet", (str(target),))
-        parts = files.read_footers(found)
+        parts = footers.read_footers(found)
     else:
-        parts = files.read_footers(found)
+        parts = footers.read_footers(found)
         origins = [part.origin for part in parts]
     if not any(part.origin.rows for part in parts):
         raise InputError(f"{data.path} has no rows (files looked at: {len(parts)}); pass files with sequences")
-    layout = files.block_layout(files.common_schema(parts), data, parts[0].origin.url)
+    layout = footers.block_layout(footers.common_schema(parts), data, parts[0].origin.url)
     if columns is not None:
         layout = _projected(layout, columns, parts[0].origin.url)
-    for name in files.RESERVED:
+    for name in footers.RESERVED:
         if name in layout.schema.names:
             raise InputError(
                 f"{parts[0].origin.url} has a column {name!r}, which the vector table needs for itself; rename it"
@@ -302,7 +303,7 @@ def check_unique_ids(source: ParquetBlocks) -> None:
     hashes = np.empty(source.rows, np.uint64)
     for i in range(len(ids)):
         block = ids[i]
-        hashes[block.first_row : block.first_row + block.table.num_rows] = _hash_text(block.table.column(files.ID))
+        hashes[block.first_row : block.first_row + block.table.num_rows] = _hash_text(block.table.column(footers.ID))
     hashes.sort()
     again = hashes[1:] == hashes[:-1]
     repeats = int(np.count_nonzero(again))
@@ -316,7 +317,7 @@ def _confirm_unique(ids: ParquetBlocks, suspects: UInt64[np.ndarray, " suspects"
     rows: dict[str, int] = {}
     for i in range(len(ids)):
         block = ids[i]
-        column = block.table.column(files.ID)
+        column = block.table.column(footers.ID)
         for offset in np.flatnonzero(np.isin(_hash_text(column), suspects)).tolist():
             row, value = block.first_row + offset, column[offset].as_py()
             if value in rows:
@@ -367,7 +368,7 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
         return column
     if pa.types.is_null(column.type):
         return pa.chunked_array([pa.nulls(len(column), kind)])
-    return column.cast(files.plain_type(column.type)).cast(kind)
+    return column.cast(footers.plain_type(column.type)).cast(kind)
 
 
 def _labels(names: Sequence[str]) -> tuple[str, ...]:
