@@ -10,7 +10,6 @@ from flax import nnx
 from bioscan_jax import config
 from bioscan_jax.checkpoint import restore_params
 from bioscan_jax.errors import InputError
-from bioscan_jax.finetune import LABEL_SPACE_FILE, RUN_FILE
 from bioscan_jax.labels import LabelSpace
 from bioscan_jax.model.classifier import Classifier, flat, make_classifier
 from bioscan_jax.model.head_files import Heads, taxon_tree
@@ -18,6 +17,7 @@ from bioscan_jax.model.load import RANDOM, LoadedModel, load
 from bioscan_jax.model.origin import resolve
 from bioscan_jax.model.peft import write_adapter
 from bioscan_jax.model.publish import write_merged
+from bioscan_jax.runs import LABEL_SPACE_FILE, RUN_FILE
 from bioscan_jax.sharding import make_layout, start_devices
 from bioscan_jax.train.step import take_apart
 

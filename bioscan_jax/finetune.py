@@ -1,7 +1,6 @@
 """Fine-tuning: labelled barcodes in, adapters and heads (or a whole model) in a run's directory out."""
 
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,22 +24,20 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.hosts import failing_together, gather_bytes
 from bioscan_jax.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.labels import LabelSpace
-from bioscan_jax.lock import differences, local_directory, storage_errors, writer_lock
+from bioscan_jax.lock import local_directory, storage_errors, writer_lock
 from bioscan_jax.model.classifier import Arrays, flat, make_classifier
 from bioscan_jax.model.head_files import taxon_tree
 from bioscan_jax.model.load import LoadedModel, load
 from bioscan_jax.model.lora import resolve_targets
+from bioscan_jax.runs import claim, decided_by
 from bioscan_jax.sharding import Layout, compute_dtype, make_layout, start_devices
-from bioscan_jax.summary import peak_device_bytes, peak_host_bytes, versions
+from bioscan_jax.summary import peak_device_bytes, peak_host_bytes
 from bioscan_jax.taxonomy import RANKS
 from bioscan_jax.tracking import draw_curves, open_tracking
 from bioscan_jax.train.evaluate import Evaluation
 from bioscan_jax.train.loop import Course, Evaluate, Log, State, run
 from bioscan_jax.train.step import Learner, init_optimizer, take_apart
 
-RUN_FILE = "run.json"
-"""In a run's directory: what decides it, and what made it."""
-LABEL_SPACE_FILE = "label_space.json"
 _FLAG = "--train.output_dir"
 _SHOWN_CONFLICTS = 5
 
@@ -148,16 +145,16 @@ def finetune(
         layout = make_layout(mesh)
         loaded = _load(model, train, layout, progress)
         examples = _prepare(source, data, loss, train, loaded, scratch, progress)
-        facts = _facts(source, data, loaded, lora, loss, train, examples.space)
+        facts = decided_by(source, data, loaded, lora, loss, train, examples.space)
         learner = _learner(loaded, lora, loss, train, examples.space)
         batches = TrainingBatches(examples, train, loaded.vocabulary, _max_tokens(data, loaded))
         if first:
             with storage_errors(str(directory), flag=_FLAG):
-                _claim(directory, facts, model, loaded, examples.space)
+                claim(directory, facts, model, loaded, examples.space)
         gather_bytes(b"")  # the others wait until the directory is process 0's
         checkpoints = held.enter_context(open_checkpoints(directory, keep=checkpoint.keep))
         before = checkpoints.latest()
-        at = before or Progress(config=facts, rng=_rng(train), label_space=_sha256(examples.space))
+        at = before or Progress(config=facts, rng=_rng(train), label_space=facts["label_space_sha256"])
         if at.finished is None:
             params = flat(learner.trainable)
             state = State(params, init_optimizer(learner, len(batches), params))
@@ -256,71 +253,6 @@ def _prepare(
         )
 
 
-def _facts(
-    source: ParquetBlocks,
-    data: config.Examples,
-    loaded: LoadedModel,
-    lora: config.LoRA,
-    loss: config.Loss,
-    train: config.Train,
-    space: LabelSpace | None,
-) -> dict[str, Any]:
-    """All that decides the parameters; devices, logging and how a batch is worked do not."""
-    not_deciding = {"output_dir", "batch_tokens", "remat", "log_every"}
-    facts = {
-        "input": source.fingerprint,
-        "data": {name: value for name, value in vars(data).items() if name != "path"},
-        "model": {
-            "name": loaded.provenance.model,
-            "weights_sha256": loaded.provenance.weights_sha256,
-            "dtype": loaded.provenance.dtype,
-            "float32_products": loaded.model.float32_products,
-            "vocabulary_sha256": loaded.vocabulary.sha256,
-            "config": dataclasses.asdict(loaded.config),
-        },
-        "lora": vars(lora) if train.mode == "lora" else None,
-        "loss": vars(loss),
-        "train": {name: value for name, value in vars(train).items() if name not in not_deciding},
-        "label_space_sha256": _sha256(space),
-    }
-    return json.loads(json.dumps(facts))
-
-
-def _claim(
-    directory: Path, facts: dict[str, Any], model: config.Model, loaded: LoadedModel, space: LabelSpace | None
-) -> None:
-    """Makes the directory this run's, or checks that it is.
-
-    Raises:
-        InputError: It is another run's.
-    """
-    path = directory / RUN_FILE
-    try:
-        found = json.loads(path.read_text())["decided_by"]
-    except FileNotFoundError:
-        found = None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); pass another --train.output_dir") from error
-    if found is not None:
-        changed = differences(found, facts)
-        if changed:
-            raise InputError(
-                f"{directory} is the run of another configuration: {changed}; pass these again, or another --train.output_dir"
-            )
-        return
-    if space is not None:
-        space.save(directory / LABEL_SPACE_FILE)
-    record = {
-        "decided_by": facts,
-        "model": {"checkpoint": model.checkpoint, "revision": model.revision, "seed": model.seed},
-        "provenance": dataclasses.asdict(loaded.provenance),
-        "versions": versions(),
-    }
-    temporary = directory / f".{RUN_FILE}.part"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(path)
-
-
 def _learner(
     loaded: LoadedModel, lora: config.LoRA, loss: config.Loss, train: config.Train, space: LabelSpace | None
 ) -> Learner:
@@ -345,10 +277,6 @@ def _check_rng(before: Progress, train: config.Train) -> None:
         raise InputError(
             f"{train.output_dir}: this version of JAX draws otherwise; go on with the one that began the run"
         )
-
-
-def _sha256(space: LabelSpace | None) -> str | None:
-    return None if space is None else space.sha256
 
 
 def _log(
