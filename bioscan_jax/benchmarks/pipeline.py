@@ -70,8 +70,9 @@ def pipeline(
 ) -> Figures:
     """Measure the pipeline around a model that costs nothing, its vectors 2,560 wide as those of the 2.5B models.
 
-    Reads, cleans, tokenises, batches, gathers and commits float32 vectors. Each run is a process of its own; its rate
-    counts the wall time from the first block read to the last one committed, compiling left out.
+    Reads, cleans, tokenises, batches, gathers and commits float32 vectors. Each run is a process of its own, begun when
+    the disk has taken what was written before; its rate counts the wall time from the first block read to the last one
+    committed, compiling left out.
 
     Args:
         data: Barcodes to take; simulated ones of 658 bp if absent.
@@ -132,6 +133,7 @@ def _run(
 ) -> dict[str, Any]:
     data = settings | {"path": f"{directory}/{source}"}
     wanted = dataclasses.asdict(embed or config.Embed())
+    os.sync()
     return in_a_process(f"{_HERE}:run_once", data=data, sink=f"{directory}/{sink}", embed=wanted, stop_at=stop_at)
 
 
