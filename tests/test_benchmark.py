@@ -207,8 +207,10 @@ def test_embedding_against_pytorch(tmp_path: Path) -> None:
     assert found["padded_torch_measured_on_rows"] == 2
     for ratio, ours, theirs in (
         ("ratio_to_sorted", "ours", "sorted_torch"),
+        ("ratio_to_tuned", "ours", "tuned_torch"),
         ("ratio_to_padded_with_compiling", "ours_with_compiling", "padded_torch"),
         ("deduplicated_ratio_to_sorted", "deduplicated_ours", "deduplicated_sorted_torch"),
+        ("deduplicated_ratio_to_tuned", "deduplicated_ours", "deduplicated_tuned_torch"),
     ):
         expected = found[f"{ours}_rows_per_second"] / found[f"{theirs}_rows_per_second"]
         assert found[ratio] == pytest.approx(expected, rel=2e-3)

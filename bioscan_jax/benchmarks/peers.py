@@ -95,7 +95,7 @@ def embed_rows(
     checkpoint: str,
     path: str,
     sink: str,
-    how: Literal["padded", "sorted"],
+    how: Literal["padded", "sorted", "tuned"],
     rows: int,
     batch_rows: int,
     batch_tokens: int,
@@ -107,11 +107,11 @@ def embed_rows(
         path: Parquet with sequence_id and dna_sequence, cleaned.
         sink: The table.
         how: `padded` pads each row to the model's longest, batch after batch in the order of the file; `sorted` goes
-            by length, pads to the longest of a batch, and fills a budget of tokens: of four up to the largest, the one
-            that is fastest here, found before the clock starts.
+            by length, pads to the longest of a batch, and fills a budget of tokens; `tuned` does so with the one of
+            four budgets that is fastest here, found before the clock starts.
         rows: So many, from the first on.
         batch_rows: Of a padded batch.
-        batch_tokens: Of a sorted one at most.
+        batch_tokens: Of a sorted one; of a tuned one at most.
     """
     import lance
     import torch
@@ -160,7 +160,7 @@ def embed_rows(
         return min(taken)
 
     vectors(padded([[3, 4, 5]], 16))
-    if how == "sorted":
+    if how == "tuned":
         batch_tokens = min((max(2, batch_tokens // part) for part in (1, 2, 4, 8)), key=seconds_of)
     start = time.perf_counter()
     table = pq.read_table(path).slice(0, rows)
