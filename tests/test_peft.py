@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -411,13 +412,13 @@ def test_the_plan_of_a_table_has_the_adapter(tmp_path):
                 config=golden_config("v2"),
                 vocabulary=Vocabulary.published("v2"),
                 layout=make_layout(ONE),
-                provenance=provenance,
+                described=partial(dataclasses.replace, BASE, **changes),
             ),
             data,
             Embed(),
             Sink(uri=str(tmp_path / "db")),
         )
-        for provenance in (BASE, dataclasses.replace(BASE, **adapter))
+        for changes in ({}, adapter)
     ]
     without, with_adapter = (job.plan.facts["model"] for job in jobs)
     assert with_adapter == without | {"adapter_sha256": "c" * 64}
