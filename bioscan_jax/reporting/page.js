@@ -76,7 +76,7 @@ function placePoints() {
   };
 }
 
-// The most frequent class of some rows; unknown only where nothing else is
+// The most frequent name of some rows; unknown only where nothing else is
 function mode(list, codes) {
   const counts = new Uint32Array(TOP + 2);
   for (const row of list) counts[codes[row]]++;

@@ -119,7 +119,7 @@ def places(gathered: Gathered) -> str:
     if not placed:
         return f"<section id=places class=places>{title}{_note(gathered.notes['places'])}</section>"
     told = f"{placed:,} of {len(gathered.rows):,} rows have a latitude and a longitude. Large points hold more rows; a "
-    told += "point has the colour of its most frequent class."
+    told += "point has the colour of its most frequent name."
     body = _map("Map of the places", _fields(gathered, None), first_field(gathered))
     return f"<section id=places class=places>{title}<p>{told}</p>{body}</section>"
 
