@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bioscan_jax.errors import InputError
 
@@ -112,6 +115,21 @@ def in_a_process(function: str, **arguments: Any) -> Any:
     if done.returncode:
         raise RuntimeError(f"{function} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def rest(memory: int) -> None:
+    """Lets the disk take what was written, and touches so many bytes in a process that ends.
+
+    The first touch of a page is dear on a virtual machine whose host has to back it: seconds a GiB where later ones
+    take a tenth of one. What is measured next finds them touched.
+    """
+    os.sync()
+    in_a_process("bioscan_jax.benchmarks.figures:touch", memory=memory)
+
+
+def touch(memory: int) -> None:
+    """Writes to each page of so many bytes."""
+    np.empty(memory, np.uint8)[::4096] = 1
 
 
 def rounded(value: float) -> float | int:

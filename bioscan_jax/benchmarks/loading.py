@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from bioscan_jax import config
 from bioscan_jax.benchmarks.checkpoints import write_random
-from bioscan_jax.benchmarks.figures import Figures, at_least, in_a_process, require, rounded
+from bioscan_jax.benchmarks.figures import Figures, at_least, in_a_process, require, rest, rounded
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.model.load import load as load_model
@@ -61,7 +60,7 @@ def load(gib: float = 0.5, form: Literal["safetensors", "bin"] = "bin", seed: in
         runs: dict[str, list[dict[str, float]]] = {"ours": [], "ours_local": [], "transformers": []}
         for _ in range(repeats):
             for name, of in runs.items():
-                in_a_process(f"{_HERE}:touch", bytes=2 * size)
+                rest(2 * size)
                 at = local if name == "ours_local" else checkpoint
                 of.append(in_a_process(f"{_HERE}:load_{name.removesuffix('_local')}", directory=str(at)))
     found: Figures = {"file": file.name, "gib": rounded(size / 2**30), "layers": layers, "repeats": repeats}
@@ -98,11 +97,6 @@ def _as_in_the_hub_cache(checkpoint: Path) -> Path:
     file.rename(blob)
     file.symlink_to(Path("..") / "blobs" / blob.name)
     return file
-
-
-def touch(bytes: int) -> None:
-    """Has the machine's host back so much memory."""
-    np.empty(bytes, np.uint8)[::4096] = 1
 
 
 def load_ours(directory: str) -> dict[str, float]:
