@@ -49,7 +49,7 @@ def embed(
         repeats: Times that each is run.
         batch_tokens: Token budget of a batch of ours, and the largest of theirs.
         padded_rows: Rows that the old workflow is measured on, as one batch.
-        deduplicated: Also measure ours and `sorted` on the distinct rows alone.
+        deduplicated: Also measure ours, `sorted` and `tuned` on the distinct rows alone.
 
     Raises:
         InputError: A number is too small, a preset unknown, PyTorch not installed, or there is nothing to embed.
@@ -73,25 +73,24 @@ def embed(
             path = str(at / f"{prefix}rows.parquet")
             write_repeated(sequences, len(sequences), Path(path))
             ours: list[dict[str, float]] = []
-            seconds: dict[str, list[float]] = {"padded": [], "sorted": [], "tuned": []}
+            counts = {"sorted": len(sequences), "tuned": len(sequences)}
+            if not prefix:
+                counts["padded"] = min(padded_rows, len(sequences))
+            seconds: dict[str, list[float]] = {how: [] for how in counts}
             for number in range(repeats):
                 sink = str(at / f"{prefix}{number}")
                 ours.append(in_a_process(_OURS, path=path, sink=sink, **common))
                 peer = common | {"path": path, "batch_rows": padded_rows}
-                for how in ("sorted", "tuned"):
-                    at_how = f"{sink}/{how}.lance"
-                    taken = in_a_process(_PEERS, sink=at_how, how=how, rows=len(sequences), **peer)
-                    seconds[how].append(taken["seconds"])
-                    check_same_vectors(f"{sink}/sequences.lance", at_how)
-                found[f"{prefix}tuned_torch_batch_tokens"] = int(taken["batch_tokens"])
-                if not prefix:
-                    few = min(padded_rows, len(sequences))
-                    taken = in_a_process(_PEERS, sink=f"{sink}/padded.lance", how="padded", rows=few, **peer)
-                    seconds["padded"].append(taken["seconds"] * len(sequences) / few)
-                    check_same_vectors(f"{sink}/sequences.lance", f"{sink}/padded.lance")
+                for how, count in counts.items():
+                    rival = f"{sink}/{how}.lance"
+                    taken = in_a_process(_PEERS, sink=rival, how=how, rows=count, **peer)
+                    seconds[how].append(taken["seconds"] * len(sequences) / count)
+                    check_same_vectors(f"{sink}/sequences.lance", rival)
+                    if how == "tuned":
+                        found[f"{prefix}tuned_torch_batch_tokens"] = int(taken["batch_tokens"])
             found |= _compared(prefix, len(sequences), ours, seconds)
             if not prefix:
-                found["padded_torch_measured_on_rows"] = min(padded_rows, len(sequences))
+                found["padded_torch_measured_on_rows"] = counts["padded"]
     return found | {
         "torch_version": metadata.version("torch"),
         "transformers_version": metadata.version("transformers"),
@@ -103,14 +102,13 @@ def _compared(prefix: str, rows: int, ours: list[dict[str, float]], seconds: dic
     cold = [run["seconds"] + run["compile"] for run in ours]
     found: Figures = {f"{prefix}rows": rows, f"{prefix}sequences_computed": int(ours[0]["distinct"])}
     found[f"{prefix}computed_over_real_tokens"] = rounded(ours[0]["padding"])
-    times = {"ours": warm, "ours_with_compiling": cold} | {f"{k}_torch": v for k, v in seconds.items() if v}
+    times = {"ours": warm, "ours_with_compiling": cold} | {f"{k}_torch": v for k, v in seconds.items()}
     for name, taken in times.items():
         found[f"{prefix}{name}_rows_per_second"] = rounded(rows / statistics.median(taken))
     for name, taken in seconds.items():
-        if taken:
-            for kind, mine in (("", warm), ("_with_compiling", cold)):
-                ratios = [theirs / one for theirs, one in zip(taken, mine, strict=True)]
-                found[f"{prefix}ratio_to_{name}{kind}"] = rounded(statistics.median(ratios))
+        for kind, mine in (("", warm), ("_with_compiling", cold)):
+            ratios = [theirs / one for theirs, one in zip(taken, mine, strict=True)]
+            found[f"{prefix}ratio_to_{name}{kind}"] = rounded(statistics.median(ratios))
     return found
 
 

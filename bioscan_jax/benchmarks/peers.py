@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bioscan_jax.benchmarks.figures import median_seconds
 from bioscan_jax.model.config import TransformerConfig, read_config
 
 if TYPE_CHECKING:
@@ -149,19 +151,15 @@ def embed_rows(
             yield chosen, width
             first += len(chosen)
 
-    def seconds_of(tokens: int) -> float:
-        """Seconds a token of batches of so many."""
-        ids = np.full((max(1, tokens // _TIMED_WIDTH), _TIMED_WIDTH), 3, np.int64)
-        taken = []
-        for _ in range(2):
-            start = time.perf_counter()
-            vectors(ids)
-            taken.append((time.perf_counter() - start) / ids.size)
-        return min(taken)
-
     vectors(padded([[3, 4, 5]], 16))
     if how == "tuned":
-        batch_tokens = min((max(2, batch_tokens // part) for part in (1, 2, 4, 8)), key=seconds_of)
+        budgets = {str(part): max(2, batch_tokens // part) for part in (1, 2, 4, 8)}
+        given = {
+            part: np.full((max(1, budget // _TIMED_WIDTH), _TIMED_WIDTH), 3, np.int64)
+            for part, budget in budgets.items()
+        }
+        taken = median_seconds({part: partial(vectors, ids) for part, ids in given.items()}, 2)
+        batch_tokens = budgets[min(taken, key=lambda part: taken[part] / given[part].size)]
     start = time.perf_counter()
     table = pq.read_table(path).slice(0, rows)
     encoded = tokenizer(table["dna_sequence"].to_pylist())["input_ids"]
