@@ -134,26 +134,25 @@ def best_of(query: str, candidates: Sequence[str], most: int) -> list[tuple[int,
     shares: dict[str, float] = {}
     best: list[float] = []
     for candidate in dict.fromkeys(candidates):
-        shares[candidate] = _edits(query, candidate, best[most - 1] if len(best) >= most else None)
+        shares[candidate] = _edits(query, candidate, best[-1] if len(best) == most else float("inf"))
         best = sorted([*best, shares[candidate]])[:most]
     if len(best) == most < len(shares):
         for candidate in shares:
             enough = min(shares[candidate], best[-1]) / 2
             if parts := side_by_side(query, candidate, enough):
-                over = _edits(*parts, enough)
-                shares[candidate] = over if over <= enough else shares[candidate]
+                shares[candidate] = min(shares[candidate], _edits(*parts, enough))
     order = sorted((shares[candidate], place) for place, candidate in enumerate(candidates))[:most]
     full = [(place, *align_pair(query, candidates[place])) for share, place in order if share < float("inf")]
     return sorted(full, key=lambda one: (distance(one[1], one[2]), one[0]))
 
 
-def _edits(one: str, other: str, most: float | None) -> float:
+def _edits(one: str, other: str, most: float) -> float:
     """Edits a known base of the shorter sequence to lay it in the longer one; inf where they are more than `most`."""
     import edlib
 
     short, long = sorted((one, other), key=len)
     known = max(len(short) - short.count("N") - long.count("N"), 1)
-    bound = -1 if most is None or most == float("inf") else int(most * known)
+    bound = -1 if most == float("inf") else int(most * known)
     same = _equalities(short, long)
     edits = edlib.align(short, long, mode="HW", task="distance", k=bound, additionalEqualities=same)["editDistance"]
     return float("inf") if edits < 0 else edits / known
