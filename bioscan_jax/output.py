@@ -27,9 +27,9 @@ def written_whole(output: str) -> Iterator[Path]:
     """A path beside it to write to, which takes its place at the end and is gone after a failure.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: As for `output_path`; or it cannot be written.
     """
-    path = Path(output).expanduser()
+    path = output_path(output)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield partial

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.lock import open_dataset, table_path
-from bioscan_jax.output import output_path, written_whole
+from bioscan_jax.output import written_whole
 from bioscan_jax.tables import existing
 
 if TYPE_CHECKING:
@@ -97,7 +97,6 @@ def write(sql: str, uri: str, table: str, output: str) -> int:
     form = Path(output).suffix
     if form not in (".csv", ".parquet"):
         raise InputError(f"--output {output}: pass FILE.csv or FILE.parquet")
-    output_path(output)
     with written_whole(output) as path, reading(sql, uri, table) as reader:
         return _write_csv(reader, path) if form == ".csv" else _write_parquet(reader, path)
 

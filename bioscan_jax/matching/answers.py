@@ -31,7 +31,7 @@ def output_format(output: str, wanted: Format | None) -> Format:
     """The format of a file: what is asked for, or what its name ends in.
 
     Raises:
-        InputError: The name says nothing, or the directory is not there.
+        InputError: The name says nothing, or as for `output_path`.
     """
     ends: dict[str, Format] = {".parquet": "parquet", ".tsv": "tsv", ".sintax": "sintax"}
     suffix = Path(output).suffix
