@@ -1,6 +1,8 @@
 """DNA barcodes to vectors with the Nucleotide Transformer, in JAX."""
 
-from bioscan_jax.calibrate import CalibrationSummary, calibrate
+from bioscan_jax.barcodes.cleaning import clean
+from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
+from bioscan_jax.checkpoints.load import LoadedModel, load
 from bioscan_jax.config import (
     Calibrate,
     Checkpoint,
@@ -19,19 +21,17 @@ from bioscan_jax.config import (
     Tracking,
     Train,
 )
-from bioscan_jax.embed import embed
+from bioscan_jax.devices.interrupt import Interrupted
+from bioscan_jax.devices.sharding import Layout, make_layout
+from bioscan_jax.embedding.run import embed
+from bioscan_jax.embedding.summary import RunSummary
 from bioscan_jax.errors import InputError
-from bioscan_jax.finetune import TrainingSummary, finetune
-from bioscan_jax.identify import IdentifySummary, identify
-from bioscan_jax.interrupt import Interrupted
+from bioscan_jax.matching.calibrate import CalibrationSummary, calibrate
+from bioscan_jax.matching.identify import IdentifySummary, identify
+from bioscan_jax.matching.search import Table, open_table
 from bioscan_jax.model.config import PRESETS, TransformerConfig
-from bioscan_jax.model.load import LoadedModel, load
 from bioscan_jax.model.transformer import NucleotideTransformer
-from bioscan_jax.search import Table, open_table
-from bioscan_jax.sequences import clean
-from bioscan_jax.sharding import Layout, make_layout
-from bioscan_jax.summary import RunSummary
-from bioscan_jax.tokenizer import Vocabulary, encode
+from bioscan_jax.training.run import TrainingSummary, finetune
 
 __all__ = [
     "PRESETS",

@@ -12,7 +12,7 @@ def main(uri: str, metadata: str, table: str = "sequences", overwrite: bool = Fa
         table: Name of the vector table.
         overwrite: Replace values that differ from the file's; otherwise they are an error.
     """
-    from bioscan_jax.annotate import annotate
+    from bioscan_jax.table.annotate import annotate
 
     print(annotate(uri, metadata, table, overwrite=overwrite))
 

@@ -9,8 +9,8 @@ from command import run
 
 def main() -> None:
     """Run the benchmark that the first argument names, print what it found, keep it as JSON and picture if asked to."""
-    from bioscan_jax.benchmarks import BENCHMARKS
-    from bioscan_jax.benchmarks.figures import describe, write_json, write_picture
+    from benchmarks import BENCHMARKS
+    from benchmarks.figures import describe, write_json, write_picture
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("name", nargs="?", default="")

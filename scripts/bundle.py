@@ -20,7 +20,7 @@ def verify(source: str | None = None, target: str | None = None) -> None:
         source: The bundle: directory, fsspec URL or rclone:REMOTE:PATH.
         target: The same, as export was given it.
     """
-    from bioscan_jax.carry.manifest import verify as find_faults
+    from bioscan_jax.bundles.manifest import verify as find_faults
     from bioscan_jax.errors import InputError
 
     if (source is None) == (target is None):
@@ -59,7 +59,7 @@ def main() -> None:
     mode = sys.argv.pop(1)
     sys.argv[0] += f" {mode}"  # as --help shall call it
     if mode == "export":
-        from bioscan_jax.carry.bundle import export
+        from bioscan_jax.bundles.bundle import export
 
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--with", action="append", dest="beside", default=[], metavar="PATH")
@@ -67,7 +67,7 @@ def main() -> None:
         sys.argv += [f"--beside={json.dumps(known.beside)}"] if known.beside else []
         run(printed(export))
     elif mode == "import":
-        from bioscan_jax.carry.merge import import_bundle
+        from bioscan_jax.bundles.merge import import_bundle
 
         run(printed(import_bundle))
     else:

@@ -47,7 +47,7 @@ def main(
         model: Where the table's model is now, if not where the table says.
         mesh: Which devices.
     """
-    from bioscan_jax.calibrate import calibrate
+    from bioscan_jax.matching.calibrate import calibrate
 
     settings = config.Identify(
         k=k,

@@ -15,9 +15,9 @@ def main(model: config.Model, output: str, mesh: config.Mesh = config.Mesh()) ->
         output: Directory to make.
         mesh: Which devices hold the weights meanwhile.
     """
-    from bioscan_jax.model.converted import save
-    from bioscan_jax.model.load import load
-    from bioscan_jax.sharding import make_layout, start_devices
+    from bioscan_jax.checkpoints.converted import save
+    from bioscan_jax.checkpoints.load import load
+    from bioscan_jax.devices.sharding import make_layout, start_devices
 
     start_devices(mesh)
     loaded = load(model, make_layout(mesh), lm_head=True)

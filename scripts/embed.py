@@ -27,9 +27,9 @@ def main(
     """
     import jax
 
-    from bioscan_jax.embed import embed as run_embed
-    from bioscan_jax.search import describe_neighbours
-    from bioscan_jax.simulate import write_simulated
+    from bioscan_jax.barcodes.simulate import write_simulated
+    from bioscan_jax.embedding.run import embed as run_embed
+    from bioscan_jax.matching.search import describe_neighbours
 
     if simulate is not None:
         write_simulated(data.path, **vars(simulate))

@@ -25,7 +25,7 @@ def main(
         checkpoint: Where the base weights are now, if they have moved.
         mesh: Which devices hold the weights meanwhile.
     """
-    from bioscan_jax.export import export
+    from bioscan_jax.training.export import export
 
     print(export(run, output, format=format, which=which, checkpoint=checkpoint, mesh=mesh))
 

@@ -31,8 +31,8 @@ def main(
     """
     import jax
 
-    from bioscan_jax.finetune import finetune
-    from bioscan_jax.simulate import write_simulated
+    from bioscan_jax.barcodes.simulate import write_simulated
+    from bioscan_jax.training.run import finetune
 
     if simulate is not None:
         write_simulated(data.path, **vars(simulate))

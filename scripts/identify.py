@@ -53,7 +53,7 @@ def main(
         model: Where the table's model is now, if not where the table says.
         mesh: Which devices.
     """
-    from bioscan_jax.identify import identify
+    from bioscan_jax.matching.identify import identify
 
     settings = config.Identify(
         k=k,

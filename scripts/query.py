@@ -23,7 +23,7 @@ def main(
         show: Rows to print.
         explain: Run the query and print how: DuckDB's plan and what Lance was asked for.
     """
-    from bioscan_jax import query
+    from bioscan_jax.table import query
 
     if explain:
         print(query.explain(sql, uri, table))

@@ -29,7 +29,7 @@ def main(
         projection: How vectors become points: PaCMAP, or the first two principal components.
         seed: Of the draw and of the map.
     """
-    from bioscan_jax.report import report
+    from bioscan_jax.reports.run import report
 
     told = report(
         uri,

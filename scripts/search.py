@@ -29,8 +29,8 @@ def main(
         model: Where the table's model is now, if not where the table says.
         mesh: Which devices.
     """
-    from bioscan_jax.query import as_text
-    from bioscan_jax.search import open_table, short_columns
+    from bioscan_jax.matching.search import open_table, short_columns
+    from bioscan_jax.table.query import as_text
 
     table = open_table(reference.uri, reference.table, model=model, mesh=mesh)
     found = table.search(sequence, k, filter=filter, columns=columns or short_columns(table), search=search)

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bioscan_jax.barcodes.simulate import write_simulated
+from bioscan_jax.barcodes.tokenizer import Vocabulary
+from bioscan_jax.checkpoints.keys import abstract_model, published_names
 from bioscan_jax.model.config import PRESETS
-from bioscan_jax.model.weights import abstract_model, published_names
-from bioscan_jax.simulate import write_simulated
-from bioscan_jax.tokenizer import Vocabulary
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PRESET = "nt-v1-2.5b"

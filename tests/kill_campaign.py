@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bioscan_jax.simulate import simulate
+from bioscan_jax.barcodes.simulate import simulate
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "embed.py"
 BLOCK_ROWS = 128

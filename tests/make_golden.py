@@ -8,14 +8,13 @@ Needs the `parity` extra. The plain test run reads the files, so that it compare
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
+from support.places import GOLDEN
 
+from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.model.config import PRESETS, TransformerConfig
-from bioscan_jax.tokenizer import Vocabulary
 
-GOLDEN = Path(__file__).parent / "golden"
 SEQUENCES = ("ACGTACGTTGCAACGTACNNACGTACGATTTGCATGCAAA", "ACGTAC", "TTGANCA", "GATTACAGATTACAGATTACAGATTACAGG", "A")
 LOGIT_STEP = 64
 
@@ -48,8 +47,8 @@ def reference_outputs(model, ids: np.ndarray, pad: int) -> dict[str, np.ndarray]
 
 
 def main() -> None:
-    import golden_tokenizer
-    from reference import save_checkpoint, torch_model
+    from support import golden_tokenizer
+    from support.reference import save_checkpoint, torch_model
     from transformers import EsmTokenizer
 
     shutil.rmtree(GOLDEN, ignore_errors=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from bioscan_jax.schemas import TokenBatch, TokenRows
+from bioscan_jax.barcodes.schemas import TokenBatch, TokenRows
 
 WIDTH_STEP = 8
 """Widths are multiples of a TPU's eight sublanes."""

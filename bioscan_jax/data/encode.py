@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from bioscan_jax.data.source import Block
-from bioscan_jax.data.views import Views, cut_views
-from bioscan_jax.schemas import REJECTS
-from bioscan_jax.sequences import CleaningCounts, clean
-from bioscan_jax.tokenizer import Vocabulary
+from bioscan_jax.barcodes.cleaning import CleaningCounts, clean
+from bioscan_jax.barcodes.schemas import REJECTS
+from bioscan_jax.barcodes.tokenizer import Vocabulary
+from bioscan_jax.barcodes.views import Views, cut_views
+from bioscan_jax.data.parquet import Block
 
 TOO_LONG = "too_long"
 """Reject reason under `overlong: error`; the others are `sequences.clean`'s."""

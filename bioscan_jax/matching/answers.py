@@ -5,9 +5,9 @@ from typing import Literal
 
 import pyarrow as pa
 
+from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
 from bioscan_jax.output import output_path, written_whole
-from bioscan_jax.taxonomy import RANKS
 
 Format = Literal["parquet", "tsv", "sintax"]
 

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int32
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.vote import Votes
-from bioscan_jax.taxonomy import RANKS
 
 FORMAT = "bioscan_jax calibration 1"
 _STEP = 0.02

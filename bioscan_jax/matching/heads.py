@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32
 
+from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.checkpoints.head_files import Heads, read_heads
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.queries import Embedder
 from bioscan_jax.matching.reference import Taxa, numbered
 from bioscan_jax.matching.vote import HeadVotes
-from bioscan_jax.model.head_files import Heads, read_heads
-from bioscan_jax.taxonomy import RANKS
 
 _MOST_TAXA = 8
 """The most probable taxa of each rank that get a voice."""

@@ -10,18 +10,18 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import clean
+from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads
+from bioscan_jax.checkpoints.readers import sha256_of
 from bioscan_jax.data.encode import EncodedBlock
-from bioscan_jax.data.source import ParquetBlocks
+from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.matching.alignment import Worker, align
 from bioscan_jax.matching.heads import head_votes, open_heads
 from bioscan_jax.matching.neighbours import by_index, exact, nearest, search_kind
 from bioscan_jax.matching.queries import Embedder, embed_blocks, make_embedder
 from bioscan_jax.matching.reference import Reference, Taxa, open_reference
 from bioscan_jax.matching.vote import NEAREST_COSINE_DISTANCE, HeadVotes, Votes, vote
-from bioscan_jax.model.head_files import HEADS_FILE, Heads
-from bioscan_jax.model.readers import sha256_of
-from bioscan_jax.sequences import clean
-from bioscan_jax.taxonomy import LINEAGE_COLUMN, RANKS, read_lineages
 
 _SAME_COSINE = 1e-6
 """Cosines this near are the same: float32, summed in another order."""

@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int64
 from bioscan_jax import config
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.reference import Reference
-from bioscan_jax.tables import vector_index
+from bioscan_jax.table.reading import vector_index
 
 EXACT_ROWS = 50_000
 """Up to so many rows comparing with all of them is as fast as an index."""

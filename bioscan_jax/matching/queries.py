@@ -13,15 +13,15 @@ import pyarrow as pa
 from jaxtyping import Float32
 
 from bioscan_jax import config
-from bioscan_jax.columns import check_values
+from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load
 from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes, choose_widths, make_batches
 from bioscan_jax.data.encode import EncodedBlock, Encoding, encode_block
-from bioscan_jax.data.source import Block, ParquetBlocks, open_source
+from bioscan_jax.data.parquet import Block, ParquetBlocks, open_source
+from bioscan_jax.devices.sharding import make_layout, start_devices
+from bioscan_jax.embedding.encoder import CompiledSteps, collect, sequence_vectors
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.reference import Reference
-from bioscan_jax.model.load import RANDOM, LoadedModel, load
-from bioscan_jax.sharding import make_layout, start_devices
-from bioscan_jax.vectors import CompiledSteps, collect, sequence_vectors
+from bioscan_jax.table.columns import check_values
 
 _RANDOM = re.compile(rf"({RANDOM}\S+) \(seeded random weights, seed (\d+): not trained\)")
 _BATCH_TOKENS = 16384

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int32
 
-from bioscan_jax.taxonomy import RANKS
+from bioscan_jax.barcodes.lineage import RANKS
 
 POWER = 32.0
 """Used until `scripts/calibrate.py` has fitted one: a tenth more distance, a twentieth of the weight."""

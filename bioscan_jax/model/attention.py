@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from bioscan_jax.devices.sharding import Layout
 from bioscan_jax.errors import InputError
-from bioscan_jax.sharding import Layout
 
 Kind: TypeAlias = Literal["dense", "splash", "cudnn", "interpreted"]
 """How it is computed; interpreted is splash on any device, step by step, to be compared with dense."""

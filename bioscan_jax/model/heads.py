@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.devices.sharding import Axes, Layout
 from bioscan_jax.model.tree import TaxonTree
-from bioscan_jax.sharding import Axes, Layout
-from bioscan_jax.taxonomy import RANKS
 
 HeadKind = Literal["independent", "marginal"]
 CLASS_MULTIPLE = 128

@@ -13,9 +13,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
+from bioscan_jax.devices.sharding import Axes
 from bioscan_jax.model.attention import Attend, dense
 from bioscan_jax.model.config import TransformerConfig
-from bioscan_jax.sharding import Axes
 
 RowKeys: TypeAlias = Key[Array, " b"]
 """One random key a row of the batch: what is drawn for a row depends on nothing else in its batch."""

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32
 
-from bioscan_jax.data.metadata import METADATA_BOUNDS
+from bioscan_jax.barcodes.metadata import METADATA_BOUNDS
+from bioscan_jax.devices.sharding import Layout
 from bioscan_jax.model.heads import CLASS_MULTIPLE, Dense, HeadKind, RankLogits, make_head
 from bioscan_jax.model.tree import TaxonTree
-from bioscan_jax.sharding import Layout
 
 
 def metadata_features(metadata: Float32[Array, "b 3"]) -> Float32[Array, "b 6"]:

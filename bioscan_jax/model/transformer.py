@@ -10,10 +10,10 @@ from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from bioscan_jax.devices.sharding import Layout
 from bioscan_jax.model.attention import Choice, attend_by, choose, site
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.layers import Layer, LayerNorm, Linear, RowKeys, rotary_tables, split_rows
-from bioscan_jax.sharding import Layout
 
 TRAINED_MASK_FRACTION = 0.15 * 0.8
 """Share of tokens that were masked in training; `token_dropout` rescales by it (ESM, Rives et al. 2021)."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from bioscan_jax.taxonomy import RANKS
+from bioscan_jax.barcodes.lineage import RANKS
 
 
 class _Level(NamedTuple):

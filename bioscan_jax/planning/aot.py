@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from bioscan_jax import config
-from bioscan_jax.chips import Slice
 from bioscan_jax.data.batching import BatchShape
+from bioscan_jax.devices.chips import Slice
+from bioscan_jax.devices.sharding import Layout, make_layout
 from bioscan_jax.errors import InputError
 from bioscan_jax.planning import hlo
 from bioscan_jax.planning.flops import dots
 from bioscan_jax.planning.programs import Program, argument_bytes
-from bioscan_jax.sharding import Layout, make_layout
 
 INSTALL = "pip install 'jax[tpu]==0.10.2' (the extra `aot` of bioscan_jax); no TPU is needed"
 _SECONDS_AT_MOST = 1200

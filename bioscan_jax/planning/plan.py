@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Literal
 
 from bioscan_jax import config
-from bioscan_jax.chips import Chip, Slice, find_slice
+from bioscan_jax.checkpoints.load import RANDOM
 from bioscan_jax.data.batching import BatchShape, batch_shapes
+from bioscan_jax.devices.chips import Chip, Slice, find_slice
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.attention import Site, choose
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
-from bioscan_jax.model.load import RANDOM
 from bioscan_jax.planning.aot import INSTALL, TooLarge, Traced, has_compiler, trace_and_compile
 from bioscan_jax.planning.fit import largest_rows
 from bioscan_jax.planning.planned import Plan, roofline
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, Program
 from bioscan_jax.planning.workload import Workload, embedding_workload, training_workload
-from bioscan_jax.train.step import parts_of
+from bioscan_jax.training.step import parts_of
 
 Params = Literal["replicated", "fsdp"]
 _GIB = 2**30

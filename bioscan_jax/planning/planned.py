@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bioscan_jax import config
-from bioscan_jax.chips import Chip, Slice
 from bioscan_jax.data.batching import BatchShape
+from bioscan_jax.devices.chips import Chip, Slice
 from bioscan_jax.planning.aot import Compiled, TooLarge, Traced
 from bioscan_jax.planning.programs import Program
 from bioscan_jax.planning.workload import Workload

@@ -9,16 +9,16 @@ import numpy as np
 from flax import nnx
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.tokenizer import Vocabulary
+from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.data.batching import BatchShape
+from bioscan_jax.devices.sharding import Layout, stored_shardings
+from bioscan_jax.embedding.encoder import make_embed_step
 from bioscan_jax.model.attention import Choice
 from bioscan_jax.model.classifier import abstract_classifier
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.tree import TaxonTree
-from bioscan_jax.model.weights import abstract_model
-from bioscan_jax.sharding import Layout, stored_shardings
-from bioscan_jax.tokenizer import Vocabulary
-from bioscan_jax.train.step import abstract_arguments, make_train_step, parts_of, take_apart
-from bioscan_jax.vectors import make_embed_step
+from bioscan_jax.training.step import abstract_arguments, make_train_step, parts_of, take_apart
 
 SPECIES_PER_TAXON = (24_000, 6_000, 2_000, 400, 80, 5, 1)
 """Of the regular tree that stands for labels not read yet, kingdom to species; each is a multiple of the next."""
@@ -29,7 +29,7 @@ _STEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedProgram:
-    """`bioscan_jax.vectors.make_embed_step`."""
+    """`bioscan_jax.embedding.encoder.make_embed_step`."""
 
     name: ClassVar[str] = "embed"
     by_host: ClassVar[bool] = True
@@ -52,7 +52,7 @@ class EmbedProgram:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneProgram:
-    """`bioscan_jax.train.step.make_train_step`."""
+    """`bioscan_jax.training.step.make_train_step`."""
 
     name: ClassVar[str] = "finetune"
     by_host: ClassVar[bool] = False

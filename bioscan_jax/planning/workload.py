@@ -9,15 +9,15 @@ import numpy as np
 from jaxtyping import Int
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import clean
+from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, choose_widths, make_batches
 from bioscan_jax.data.encode import Encoding
-from bioscan_jax.data.source import ParquetBlocks, open_source
-from bioscan_jax.data.training import epoch_order
+from bioscan_jax.data.parquet import ParquetBlocks, open_source
+from bioscan_jax.embedding.job import SAMPLED_ROWS, sample_blocks
 from bioscan_jax.errors import InputError
-from bioscan_jax.job import SAMPLED_ROWS, sample_blocks
 from bioscan_jax.model.config import TransformerConfig
-from bioscan_jax.sequences import clean
-from bioscan_jax.tokenizer import Vocabulary, encode
+from bioscan_jax.training.batches import epoch_order
 
 
 @dataclass(frozen=True, kw_only=True)

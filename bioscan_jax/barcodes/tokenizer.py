@@ -1,0 +1,191 @@
+"""DNA to Nucleotide Transformer token ids: the same ids as the published tokenizer, whole Arrow arrays at a time."""
+
+import hashlib
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int32, Int64, UInt8
+
+from bioscan_jax.barcodes.cleaning import row_blocks, string_bytes, unclean_character
+from bioscan_jax.barcodes.schemas import TokenRows
+from bioscan_jax.errors import InputError
+
+_SPECIAL = ("<unk>", "<pad>", "<mask>", "<cls>")
+_LETTERS = "ACGTN"
+# Bits 1 and 2 of an ASCII letter number the bases: A 0, C 1, T 2, G 3 (and N 3, but no 6-mer has an N).
+_CODED = "ACTG"
+_SIXMERS = tuple("".join(bases) for bases in itertools.product(_CODED, repeat=6))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a checkpoint in the order of their ids."""
+
+    tokens: tuple[str, ...] = field(repr=False)
+    source: str = field(compare=False)
+    """File the tokens were read from, for messages."""
+
+    def __post_init__(self) -> None:
+        repeated = [token for token, times in Counter(self.tokens).items() if times > 1]
+        if repeated:
+            raise InputError(f"{self.source} has the token {repeated[0]!r} twice; use the checkpoint's own vocab.txt")
+        for token in (*_SPECIAL, *_LETTERS, *_SIXMERS):
+            if token not in self._ids:
+                raise InputError(f"{self.source} lacks the token {token!r}; use the vocab.txt of a 6-mer checkpoint")
+        for token in self._ids.keys() - {*_LETTERS, *_SIXMERS}:
+            if not token.strip(_LETTERS):
+                raise InputError(
+                    f"{self.source} has the token {token!r}, which is neither one letter nor a 6-mer of A, C, G, T; "
+                    "use the vocab.txt of a 6-mer checkpoint"
+                )
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str]) -> "Vocabulary":
+        """Reads a checkpoint's vocab.txt: one token a line, the line number is the id.
+
+        Raises:
+            InputError: The file cannot be read, or lacks, repeats or adds a token that matters.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the vocabulary {path}: {error}") from error
+        return cls(tuple(line.strip() for line in lines), str(path))
+
+    @classmethod
+    def published(cls, family: Literal["v1", "v2"]) -> "Vocabulary":
+        """Makes the vocabulary published with a model family, for checkpoints that come without one.
+
+        Source: vocab.txt of InstaDeepAI/nucleotide-transformer-2.5b-multi-species (v1) and
+        InstaDeepAI/nucleotide-transformer-v2-500m-multi-species (v2).
+        """
+        sixmers = ("".join(bases) for bases in itertools.product("ATCG", repeat=6))
+        ends = ("<eos>", "<bos>")
+        before, after = {"v1": ((), ends), "v2": (ends, ())}[family]
+        return cls((*_SPECIAL, *before, *sixmers, *"ATCGN", *after), f"published {family} vocabulary")
+
+    def text(self) -> str:
+        """The content of a vocab.txt, without a line end after the last token, as published."""
+        return "\n".join(self.tokens)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hexadecimal digest of `text`."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate(self.tokens)}
+
+    @property
+    def cls_id(self) -> int:
+        """Id put before each sequence."""
+        return self._ids["<cls>"]
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills a row of a batch."""
+        return self._ids["<pad>"]
+
+    @property
+    def mask_id(self) -> int:
+        """Id of a token to be predicted."""
+        return self._ids["<mask>"]
+
+    @property
+    def unk_id(self) -> int:
+        """Id of what is not in the vocabulary; `encode` never gives it."""
+        return self._ids["<unk>"]
+
+    @cached_property
+    def letter_ids(self) -> Int32[np.ndarray, "256"]:
+        """Id of each single letter by its ASCII code; -1 for all but A, C, G, T and N."""
+        ids = np.full(256, -1, np.int32)
+        for letter in _LETTERS:
+            ids[ord(letter)] = self._ids[letter]
+        return ids
+
+    @cached_property
+    def sixmer_ids(self) -> Int32[np.ndarray, "4096"]:
+        """Id of each 6-mer by its number in base 4, most significant first, A 0, C 1, T 2, G 3."""
+        return np.array([self._ids[sixmer] for sixmer in _SIXMERS], np.int32)
+
+
+def encode(sequences: pa.LargeStringArray, vocabulary: Vocabulary) -> TokenRows:
+    """Turns cleaned sequences into token ids.
+
+    The ids are those of `transformers.EsmTokenizer(vocab_file, eos_token=None)`: CLS, then for each stretch between
+    Ns 6-mers from its left end and the rest as single letters, each N a token of its own.
+
+    Args:
+        sequences: Strings of A, C, G, T and N, as `sequences.clean` gives them.
+        vocabulary: The checkpoint's own.
+
+    Raises:
+        InputError: A row is null or has another character.
+    """
+    if sequences.null_count:
+        row = int(np.flatnonzero(sequences.is_null().to_numpy(zero_copy_only=False))[0])
+        raise InputError(f"encode got a null at row {row}; pass the strings through sequences.clean first")
+    text, offsets = string_bytes(sequences)
+    ids, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
+    for first, last in row_blocks(offsets):
+        begin, end = offsets[first], offsets[last]
+        block = text[begin:end]
+        not_base = np.flatnonzero((block != 65) & (block != 67) & (block != 71) & (block != 84))
+        foreign = not_base[block[not_base] != ord("N")]
+        if len(foreign):
+            raise unclean_character(sequences, int(begin + foreign[0]), "encode")
+        block_ids, block_lengths = _encode_block(block, offsets[first : last + 1] - begin, not_base, vocabulary)
+        ids.append(block_ids)
+        lengths.append(block_lengths)
+    return TokenRows(np.concatenate(ids), np.cumsum(np.concatenate(lengths)))
+
+
+def _encode_block(
+    text: UInt8[np.ndarray, " bytes"],
+    offsets: Int64[np.ndarray, " rows_plus_1"],
+    n_positions: Int64[np.ndarray, " unknown_bases"],
+    vocabulary: Vocabulary,
+) -> tuple[Int32[np.ndarray, " tokens"], Int64[np.ndarray, " rows"]]:
+    """Ids of all rows one after another, and the tokens of each row."""
+    # A run is a stretch without N together with the token before it: CLS for the first run of a row, else N.
+    row_starts = offsets[:-1]
+    runs = len(row_starts) + len(n_positions)
+    row_runs = np.arange(len(row_starts)) + np.searchsorted(n_positions, row_starts)
+    after_n = np.ones(runs, bool)
+    after_n[row_runs] = False
+    starts = np.empty(runs, np.int64)
+    starts[row_runs] = row_starts
+    starts[after_n] = n_positions + 1
+    ends = np.append(starts[1:], len(text))
+    ends[:-1] -= after_n[1:]
+    sixmers, rest = np.divmod(ends - starts, 6)
+    tokens = 1 + sixmers + rest
+    heads = np.cumsum(tokens) - tokens
+
+    # The number of the 6-mer at each position, shifted by the 6 places that a run's head stands before its start;
+    # single letters read up to 25 places past the end of their run, and are put right below.
+    bases = np.zeros(6 + len(text) + 25, np.uint8)
+    bases[6 : 6 + len(text)] = (text >> 1) & 3
+    trimers = (bases[:-2] << 4) | (bases[1:-1] << 2) | bases[2:]
+    positions = np.repeat(starts - 6 * heads, tokens)
+    positions += np.arange(0, 6 * len(positions), 6)
+    numbers = trimers.take(positions).astype(np.uint16) << 6
+    positions += 3
+    numbers |= trimers.take(positions)
+    ids = vocabulary.sixmer_ids.take(numbers)
+
+    for letter in range(5):
+        long_enough = rest > letter
+        at = (heads + 1 + sixmers)[long_enough] + letter
+        ids[at] = vocabulary.letter_ids[text[(ends - rest)[long_enough] + letter]]
+    ids[heads] = np.where(after_n, vocabulary.letter_ids[ord("N")], np.int32(vocabulary.cls_id))
+    return ids, np.diff(np.append(heads[row_runs], len(ids)))

@@ -1,0 +1,231 @@
+"""What a bundle holds: each file with its size and sha256, and where its names may lead."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from bioscan_jax.bundles.location import Directory, Location, locate
+from bioscan_jax.errors import InputError
+
+FORMAT = "bioscan_jax bundle 1"
+MANIFEST = "manifest.json"
+JOURNAL = "unfinished.json"
+"""A manifest of what has been written so far."""
+MOST_BYTES = (4 << 30) - 2
+"""FAT32 has no larger files."""
+_MOST_MANIFEST_BYTES = 64 << 20
+"""A line of a few hundred bytes for each file."""
+_HEAD = {
+    **dict.fromkeys(("table", "chosen", "schema", "index"), str),
+    **dict.fromkeys(("rows", "seed", "estimate", "part_rows", "rejects"), int),
+    **dict.fromkeys(("filter", "rejects_schema", "run", "calibration"), str | None),
+    **dict.fromkeys(("metadata", "rejects_metadata"), dict),
+    "candidates": list,
+}
+"""What the head must have, and of which type."""
+_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+_LEFT_BY_SYSTEMS = re.compile(r"(^|.*/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$")
+"""What Windows, macOS and desktops put beside files."""
+Kind = Literal["vectors", "rejects", "quantiser", "run", "calibration", "beside"]
+
+
+class OtherFormat(InputError):
+    """A manifest that is whole, and of something else or of another version."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a bundle."""
+
+    path: str
+    """Relative, with `/`."""
+    bytes: int
+    sha256: str
+    kind: Kind
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle."""
+
+    head: dict[str, Any]
+    """What was asked for, and what is needed to read the files."""
+    files: tuple[Entry, ...]
+
+    def to_json(self) -> str:
+        """With a digest of itself, so that a damaged manifest is noticed."""
+        body = {"format": FORMAT, "head": self.head, "files": [asdict(entry) for entry in self.files]}
+        return json.dumps(body | {"sha256": _digest(body)}, indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str | bytes, where: str) -> "Manifest":
+        """Reads a manifest.
+
+        Raises:
+            InputError: It is damaged, of another format, or names a file outside the bundle.
+        """
+        try:
+            body = json.loads(text)
+            digest = body.pop("sha256")
+            if digest != _digest(body):
+                raise ValueError("its own sha256 is wrong")
+            if (given := body["format"]) != FORMAT:
+                newer = isinstance(given, str) and given.rsplit(" ", 1)[0] == FORMAT.rsplit(" ", 1)[0]
+                mend = "it is of another version of bioscan_jax: import it with that one" if newer else "check the path"
+                raise OtherFormat(f"{where} has the format {given!r:.60}, not {FORMAT!r}; {mend}")
+            if not isinstance(body["head"], dict) or not all(map(_is_entry, body["files"])):
+                raise ValueError("its files are not described as they should be")
+            if lacking := _HEAD.keys() - body["head"].keys():
+                raise ValueError(f"its head lacks {', '.join(sorted(lacking))}")
+            if wrong := [name for name, kind in _HEAD.items() if not isinstance(body["head"][name], kind)]:
+                raise ValueError(f"its head has a {wrong[0]} of another type")
+            found = Manifest(body["head"], tuple(Entry(**entry) for entry in body["files"]))
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{where} is damaged ({' '.join(str(error).split())[:200]}); copy the bundle again"
+            ) from error
+        for entry in found.files:
+            check_path(entry.path, where)
+        return found
+
+
+def _is_entry(entry: Any) -> bool:
+    kinds = {"path": str, "bytes": int, "sha256": str, "kind": str, "rows": int}
+    known = isinstance(entry, dict) and entry.keys() == kinds.keys() and entry["kind"] in get_args(Kind)
+    return known and all(isinstance(entry[name], kind) for name, kind in kinds.items())
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_path(path: str, where: str) -> None:
+    """Refuses a path that leads out of its directory or that Windows could not have.
+
+    Raises:
+        InputError: It is absolute, has `..`, a drive letter, a reserved name, a forbidden character, or an end in a
+            dot or space.
+    """
+    if not isinstance(path, str) or not path:
+        raise InputError(f"{where} names {path!r}, which is no path; do not trust it")
+    if path.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", path) or ".." in re.split(r"[/\\]", path):
+        raise InputError(f"{where} names {path!r}, which leads out of the directory; do not trust it")
+    for name in path.split("/"):
+        if not name or name == "." or _RESERVED.fullmatch(name) or _FORBIDDEN.search(name) or name[-1] in ". ":
+            raise InputError(f"{where} names {path!r}, which Windows refuses ({name!r}); rename it")
+    if len(path) > 200:
+        raise InputError(f"{where} names {path!r}, {len(path)} characters; Windows has no room for more than 200")
+
+
+def check_distinct(paths: Iterable[str], where: str) -> None:
+    """Refuses two names that are one where case does not count."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        if path.casefold() in seen:
+            raise InputError(f"{where}: {seen[path.casefold()]!r} and {path!r} are one file on a stick; rename one")
+        seen[path.casefold()] = path
+
+
+def sha256_of(file: Path) -> str:
+    """Digest of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_manifest(location: Location, name: str = MANIFEST) -> Manifest | None:
+    """The manifest of a bundle, or None if there is none.
+
+    Raises:
+        InputError: It is damaged, or names a file outside the bundle.
+    """
+    sizes = location.sizes()
+    if name not in sizes:
+        return None
+    where = f"{location.name}/{name}"
+    if (size := sizes[name]) is None:
+        raise InputError(f"{where} is a link; do not trust it")
+    if size > _MOST_MANIFEST_BYTES:
+        raise InputError(f"{where} has {size:,} bytes, more than a manifest ever has; copy the bundle again")
+    with location.scratch() as scratch:
+        return Manifest.from_json(location.fetch(name, scratch).read_bytes(), where)
+
+
+def complete_manifest(location: Location) -> Manifest:
+    """The manifest of a whole bundle.
+
+    Raises:
+        InputError: There is none, it is damaged, or the export was not finished.
+    """
+    found = read_manifest(location)
+    if found is None:
+        if JOURNAL in location.sizes():
+            raise InputError(f"{location.name} is an unfinished export; run that export again, it goes on")
+        raise InputError(f"{location.name} has no {MANIFEST}, so it is no bundle; check the path")
+    return found
+
+
+def faults(location: Location, manifest: Manifest, *, contents: bool = True) -> list[str]:
+    """What is wrong with a bundle, one line for each file.
+
+    Args:
+        location: Where it is.
+        manifest: What it should hold.
+        contents: Also compare the sha256 of each file, which reads all of them.
+    """
+    sizes = location.sizes()
+    lines = []
+    with location.scratch() as scratch:
+        for entry in manifest.files:
+            if fault := _fault(location, entry, sizes, scratch, contents):
+                lines.append(f"{entry.path}: {fault}")
+    known = {entry.path for entry in manifest.files} | {MANIFEST, JOURNAL}
+    extra = [path for path in sizes if path not in known and not _LEFT_BY_SYSTEMS.fullmatch(path)]
+    return [*lines, *(f"{path}: extra, not in the manifest" for path in sorted(extra))]
+
+
+def verify(place: str, flag: str = "source") -> tuple[int, list[str]]:
+    """Compares a bundle with its manifest.
+
+    Args:
+        place: Directory, fsspec URL or rclone:REMOTE:PATH.
+        flag: What gave it, for messages.
+
+    Returns:
+        How many files the manifest names, and a line for each that is damaged, missing or extra.
+
+    Raises:
+        InputError: There is no whole manifest.
+    """
+    location = locate(place, flag)
+    if isinstance(location, Directory) and not location.root.is_dir():
+        raise InputError(f"--{flag} {place}: there is no such directory; is the disk mounted?")
+    manifest = complete_manifest(location)
+    return len(manifest.files), faults(location, manifest)
+
+
+def _fault(location: Location, entry: Entry, sizes: dict, scratch: Path, contents: bool) -> str | None:
+    parents = [entry.path.rsplit("/", up)[0] for up in range(1, entry.path.count("/") + 1)]
+    if any(parent in sizes for parent in parents):
+        return "its directory is a link or a file"
+    if entry.path not in sizes:
+        return "missing"
+    if (size := sizes[entry.path]) is None:
+        return "a link or no plain file"
+    if size != entry.bytes:
+        return f"damaged, {size:,} bytes instead of {entry.bytes:,}"
+    if contents and sha256_of(location.fetch(entry.path, scratch)) != entry.sha256:
+        return "damaged, its sha256 is wrong"
+    return None
+
+
+def is_left_by_systems(path: str) -> bool:
+    """Whether an operating system puts such a file beside others."""
+    return _LEFT_BY_SYSTEMS.fullmatch(path) is not None

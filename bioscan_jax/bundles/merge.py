@@ -1,0 +1,317 @@
+"""A bundle back into a LanceDB table: rows that are not there yet, by sequence_id, in the bundle's order."""
+
+import base64
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bioscan_jax.bundles.location import Directory, Location, locate
+from bioscan_jax.bundles.manifest import Entry, Manifest, complete_manifest, faults, sha256_of
+from bioscan_jax.bundles.parts import codes_of
+from bioscan_jax.bundles.quantise import PRECISIONS, Quantiser
+from bioscan_jax.errors import InputError
+from bioscan_jax.table.index import build_indexes
+from bioscan_jax.table.lock import open_dataset, storage_errors, table_path, writer_lock
+from bioscan_jax.table.reading import check_finished, check_name, metadata, vector_index
+
+if TYPE_CHECKING:
+    import lance
+
+ID = "sequence_id"
+MADE_BY = ("weights_sha256", "adapter_sha256", "dtype", "pooling", "layer", "strand", "phases", "max_tokens")
+"""What two tables must have in common for their vectors to be compared."""
+_QUOTE = "'"
+_MOST_BYTES_PER_FILE = 3 << 30
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did."""
+
+    path: str
+    inserted: int
+    there: int
+    """Rows of the bundle that the table had; they stay as they are."""
+    rejects: int
+    """Rejects inserted."""
+    indexes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line."""
+        rows = f"{self.inserted:,} rows and {self.rejects:,} rejects inserted, {self.there:,} rows were there"
+        return f"{self.path}: {rows}; index {'; '.join(self.indexes) or 'none'}"
+
+
+def import_bundle(source: str, target: str, table: str | None = None) -> Imported:
+    """Merges a bundle into a table, which is made if there is none.
+
+    Each part is one commit, and rows that are there already are passed over: an import that was killed, or is done
+    again, ends with the same table. A table that is made from an unfiltered float32 bundle equals the exported one.
+
+    Args:
+        source: Directory, fsspec URL or rclone:REMOTE:PATH of the bundle.
+        target: Database directory or URL.
+        table: Name of the table; the exported one's if absent.
+
+    Raises:
+        InputError: The bundle is damaged or unfinished, its vectors were made by something else than the table's, a
+            row that is there has another sequence, another process writes the table, or the storage failed.
+    """
+    location = locate(source, "source")
+    if isinstance(location, Directory) and not location.root.is_dir():
+        raise InputError(f"--source {source}: there is no such directory; is the disk mounted?")
+    manifest = complete_manifest(location)
+    name: str = manifest.head["table"] if table is None else table
+    check_name(name)
+    # A remote's files are compared when they are fetched
+    if wrong := faults(location, manifest, contents=isinstance(location, Directory)):
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise InputError(f"{location.name}: {wrong[0]}{more}; run verify and copy the bundle again")
+    _check_head(location.name, manifest)
+    path = table_path(target, name)
+    with ExitStack() as held:
+        held.enter_context(writer_lock(target, name))
+        scratch = held.enter_context(location.scratch())
+        read = _Reader(location, manifest, scratch)
+        found = open_dataset(path)
+        if found is not None:
+            _check_origin(path, found, manifest)
+            if metadata(found).get("plan") != manifest.head["metadata"].get("plan"):
+                check_finished(target, name, found)
+        _place_beside(read, target, name)
+        with storage_errors(path):
+            dataset = found if found is not None else _made(path, read.schema(found))
+            dataset = _with_columns(dataset, read.schema(found))
+            kind = vector_index(dataset)
+            kind = manifest.head["index"] if kind == "none" else kind
+            inserted = there = 0
+            for entry in read.entries("vectors"):
+                new, old = _absent(path, dataset, read.vectors(entry, dataset.schema), manifest)
+                dataset = _append(dataset, new)
+                inserted, there = inserted + new.num_rows, there + old
+            rejects = _merge_rejects(read, table_path(target, f"{name}_rejects"))
+            indexes, _ = build_indexes(dataset, kind)
+        if dataset.count_rows() == manifest.head["rows"]:  # a calibration is of the very rows
+            _place(read, target, {entry: f"{name}.calibration.json" for entry in read.entries("calibration")})
+    return Imported(path, inserted, there, rejects, indexes)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The files of a bundle, each compared with its sha256 before it is used."""
+
+    location: Location
+    manifest: Manifest
+    scratch: Path
+
+    def entries(self, kind: str) -> list[Entry]:
+        return sorted((entry for entry in self.manifest.files if entry.kind == kind), key=lambda entry: entry.path)
+
+    def file(self, entry: Entry) -> Path:
+        file = self.location.fetch(entry.path, self.scratch)
+        if not isinstance(self.location, Directory) and sha256_of(file) != entry.sha256:
+            raise InputError(f"{self.location.name}: {entry.path}: damaged, its sha256 is wrong; copy the bundle again")
+        return file
+
+    def table(self, entry: Entry) -> pa.Table:
+        try:
+            return pq.ParquetFile(self.file(entry)).read()
+        except (pa.ArrowException, OSError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.location.name}: {entry.path} cannot be read ({text}); export it again") from error
+
+    def schema(self, found: "lance.LanceDataset | None") -> pa.Schema:
+        """Columns that the bundle gives; its metadata says what became of the vectors."""
+        head = self.manifest.head
+        schema = _schema(head["schema"])
+        place = schema.get_field_index("vector")
+        item = pa.float16() if head["chosen"] == "float16" else pa.float32()
+        if found is not None:
+            item = found.schema.field("vector").type.value_type
+        old = schema.field("vector")
+        schema = schema.set(place, old.with_type(pa.list_(pa.field("item", item), old.type.list_size)))
+        exact = schema.field("vector").type.value_type == old.type.value_type and head["chosen"] not in ("int8", "pq")
+        if exact and head["filter"] is None:
+            return schema.with_metadata(head["metadata"])
+        taken = json.dumps({"precision": head["chosen"], "filter": head["filter"]})
+        return schema.with_metadata(head["metadata"] | {"bundle": taken})
+
+    @cached_property
+    def quantiser(self) -> Quantiser:
+        chosen = self.manifest.head["chosen"]
+        files = self.entries("quantiser")
+        return Quantiser.load(chosen, self.file(files[0])) if files else Quantiser(chosen)
+
+    def vectors(self, entry: Entry, schema: pa.Schema) -> pa.Table:
+        """A part's rows in the columns and types of the table."""
+        part = self.table(entry)
+        wanted = schema.field("vector").type
+        if part.schema.field("vector").type != wanted:
+            values = [self.quantiser.decode(codes_of(chunk)) for chunk in part["vector"].chunks]
+            flat = pa.array(np.concatenate(values).ravel().astype(wanted.value_type.to_pandas_dtype()))
+            column = pa.FixedSizeListArray.from_arrays(flat, type=wanted)
+            part = part.set_column(part.schema.get_field_index("vector"), "vector", column)
+        columns = [
+            part[f.name].cast(f.type) if f.name in part.column_names else pa.nulls(part.num_rows, f.type)
+            for f in schema
+        ]
+        return pa.table(columns, schema=schema)
+
+
+def _check_head(name: str, manifest: Manifest) -> None:
+    """Makes sure that a table can be made of what the head says, before anything is written.
+
+    Raises:
+        InputError: It cannot.
+    """
+    head = manifest.head
+    rows = {kind: sum(e.rows for e in manifest.files if e.kind == kind) for kind in ("vectors", "rejects")}
+    try:
+        schema = _schema(head["schema"])
+        facts = [*head["metadata"].values(), *head["rejects_metadata"].values()]
+        sound = {
+            "schema": ID in schema.names and pa.types.is_fixed_size_list(schema.field("vector").type),
+            "rejects_schema": head["rejects_schema"] is None or ID in _schema(head["rejects_schema"]).names,
+            "chosen": head["chosen"] in PRECISIONS,
+            "index": head["index"] in ("none", "ivf_sq", "ivf_pq"),
+            "rows": head["rows"] == rows["vectors"] > 0,
+            "rejects": head["rejects"] == rows["rejects"],
+            "metadata": all(isinstance(fact, str) for fact in facts),
+        }
+    except (ValueError, OSError, KeyError, pa.ArrowException):
+        sound = {"schema": False}
+    if wrong := [key for key, fine in sound.items() if not fine]:
+        raise InputError(f"{name}: the manifest's {wrong[0]} is none that an export writes; export the table again")
+
+
+def _schema(text: str) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+
+
+def _check_origin(path: str, found: "lance.LanceDataset", manifest: Manifest) -> None:
+    """Raises InputError unless the table's vectors can be compared with the bundle's."""
+    there, given = metadata(found), manifest.head["metadata"]
+    if "weights_sha256" not in there:
+        raise InputError(f"{path} does not say what made its vectors; pass another --table")
+    if differing := [key for key in MADE_BY if there.get(key) != given.get(key)]:
+        key = differing[0]
+        change = f"{key} {given.get(key)!r} in the bundle, {there.get(key)!r} in the table"
+        raise InputError(f"{path} was made by something else ({change}); pass another --table")
+    schema = _schema(manifest.head["schema"])
+    for f in schema:
+        if f.name in found.schema.names and f.name != "vector" and found.schema.field(f.name).type != f.type:
+            types = f"{f.type} in the bundle, {found.schema.field(f.name).type} in the table"
+            raise InputError(f"{path}: column {f.name!r} is {types}; pass another --table")
+    if needed := [f.name for f in found.schema if not f.nullable and f.name not in schema.names]:
+        raise InputError(
+            f"{path}: column {needed[0]!r} must not be null, and the bundle has none; pass another --table"
+        )
+    if schema.field("vector").type.list_size != found.schema.field("vector").type.list_size:
+        raise InputError(f"{path} has vectors of another length; pass another --table")
+
+
+def _made(path: str, schema: pa.Schema) -> "lance.LanceDataset":
+    import lance
+
+    return lance.write_dataset(schema.empty_table(), path, mode="create")
+
+
+def _with_columns(dataset: "lance.LanceDataset", schema: pa.Schema) -> "lance.LanceDataset":
+    """The table with the columns that only the bundle has, null in the rows that are there."""
+    new = [f.with_nullable(True) for f in schema if f.name not in dataset.schema.names]
+    if new:
+        dataset.add_columns(pa.schema(new))
+        dataset.checkout_latest()
+    return dataset
+
+
+def _absent(path: str, dataset: "lance.LanceDataset", part: pa.Table, manifest: Manifest) -> tuple[pa.Table, int]:
+    """The rows whose sequence_id is not in the table, and the number of the others, which must be the same ones.
+
+    Lance's merge_insert would do it in one step, but puts the rows it inserts in another order.
+    """
+    ids = part[ID].combine_chunks()
+    if len(ids.unique()) != len(ids):
+        raise InputError(f"the bundle has a sequence_id twice, so it cannot be merged into {path}; export it again")
+    column = json.loads(manifest.head["metadata"].get("plan_facts", "{}")).get("data", {}).get("sequence_column")
+    compared = [column] if column in part.column_names and column in dataset.schema.names else []
+    there = dataset.to_table(columns=[ID, *compared], filter=_one_of(ids))
+    place = pc.call_function("index_in", [ids], pc.SetLookupOptions(there[ID].combine_chunks()))
+    for name in compared:
+        same = pc.call_function("equal", [part[name], there[name].take(place)]).fill_null(True).to_numpy()
+        if not same.all():
+            first = ids[int(np.argmin(same))].as_py()
+            counted = f"{int((~same).sum()):,} rows, the first {first!r}, have another {name} in the table"
+            raise InputError(f"{path}: {counted}; ids must name the same thing in both: pass another --table")
+    return part.filter(place.is_null()), len(ids) - place.null_count
+
+
+def _one_of(ids: pa.Array | pa.ChunkedArray) -> str:
+    """A condition on sequence_id, as text: Lance takes no Arrow expression where a column is a duration."""
+    texts = [_QUOTE + value.replace(_QUOTE, _QUOTE * 2) + _QUOTE for value in ids.to_pylist()]
+    return f"{ID} IN ({', '.join(texts)})"
+
+
+def _append(dataset: "lance.LanceDataset", rows: pa.Table) -> "lance.LanceDataset":
+    import lance
+
+    if not rows.num_rows:
+        return dataset
+    return lance.write_dataset(rows, dataset, mode="append", max_bytes_per_file=_MOST_BYTES_PER_FILE)
+
+
+def _merge_rejects(read: _Reader, path: str) -> int:
+    """Inserts the rejects that are not there, by id and row."""
+    if read.manifest.head["rejects_schema"] is None:
+        return 0
+    schema = _schema(read.manifest.head["rejects_schema"]).with_metadata(read.manifest.head["rejects_metadata"])
+    found = open_dataset(path)
+    dataset = found if found is not None else _made(path, schema)
+    inserted = 0
+    for entry in read.entries("rejects"):
+        part = read.table(entry).cast(schema)
+        there = dataset.to_table(columns=[ID, "source_row"], filter=_one_of(part[ID]))
+        known = set(zip(there[ID].to_pylist(), there["source_row"].to_pylist(), strict=True))
+        pairs = zip(part[ID].to_pylist(), part["source_row"].to_pylist(), strict=True)
+        new = part.filter(pa.array([pair not in known for pair in pairs], pa.bool_()))
+        dataset, inserted = _append(dataset, new), inserted + new.num_rows
+    return inserted
+
+
+def _place_beside(read: _Reader, target: str, table: str) -> None:
+    """Puts the run's record and what was taken along beside the table."""
+    sizes = {entry: f"{table}.run.json" for entry in read.entries("run")}
+    for entry in read.entries("beside"):
+        name = entry.path.removeprefix("beside/")
+        if name.split("/")[0].endswith(".lance") or name.startswith("."):
+            raise InputError(f"{read.location.name}: {entry.path} would lie where tables do; do not trust it")
+        sizes[entry] = name
+    _place(read, target, sizes)
+
+
+def _place(read: _Reader, target: str, names: dict[Entry, str]) -> None:
+    """Puts files beside the table; nothing that is there is replaced."""
+    goal, sizes = locate(target, "target"), dict(names)
+    there = goal.sizes() if sizes else {}
+    with goal.scratch() as scratch:
+        for entry, name in list(sizes.items()):
+            if name in there:
+                same = there[name] == entry.bytes and sha256_of(goal.fetch(name, scratch)) == entry.sha256
+                if not same and entry.kind == "beside":
+                    raise InputError(f"{goal.name}/{name} is there and differs from the bundle's; move it away first")
+                del sizes[entry]
+    if not sizes:
+        return
+    with goal.staging() as staging:
+        for entry, name in sizes.items():
+            draft = staging / "draft"
+            draft.write_bytes(read.file(entry).read_bytes())
+            goal.put(draft, name)

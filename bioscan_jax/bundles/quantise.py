@@ -1,0 +1,208 @@
+"""Vectors in fewer bytes, and what that costs in nearest neighbours."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Shaped
+
+from bioscan_jax.errors import InputError
+from bioscan_jax.table.index import sub_vectors
+
+Precision = Literal["float32", "float16", "int8", "pq"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8", "pq")
+"""From the most exact to the smallest."""
+NEIGHBOURS = 10
+_CENTROIDS = 256
+_TRAINING_ROWS = 8192
+_KMEANS_ITERATIONS = 10
+
+Blocks = Callable[[], Iterator[Float32[np.ndarray, "rows hidden"]]]
+"""Reads all vectors again, in the same order, some rows at a time."""
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """How vectors become codes and codes vectors.
+
+    int8 maps each dimension linearly from its smallest to its largest value to 0..255; pq replaces each piece of
+    `codebook.shape[2]` dimensions by the number of the nearest of 256 centroids (Jegou et al. 2011).
+    """
+
+    precision: Precision
+    low: Float32[np.ndarray, " hidden"] | None = None
+    step: Float32[np.ndarray, " hidden"] | None = None
+    codebook: Float32[np.ndarray, "pieces centroids width"] | None = None
+
+    def encode(self, vectors: Float32[np.ndarray, "rows hidden"]) -> Shaped[np.ndarray, "rows codes"]:
+        """Codes of vectors: float32, float16 or uint8.
+
+        Raises:
+            InputError: A value is too large for float16.
+        """
+        if self.precision == "float32":
+            return vectors
+        if self.precision == "float16":
+            with np.errstate(over="ignore"):
+                codes = vectors.astype(np.float16)
+            if (np.isinf(codes) & np.isfinite(vectors)).any():
+                raise InputError(
+                    f"a vector has {np.abs(vectors).max():.6g}, too large for float16; pass another --precision"
+                )
+            return codes
+        if self.low is not None and self.step is not None:
+            scaled = (vectors - self.low) / np.where(self.step > 0, self.step, 1)
+            return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        assert self.codebook is not None
+        pieces, _, width = self.codebook.shape
+        codes = np.empty((len(vectors), pieces), np.uint8)
+        half_norms = (self.codebook**2).sum(2) / 2
+        for piece, centroids in enumerate(self.codebook):
+            part = vectors[:, piece * width : (piece + 1) * width]
+            codes[:, piece] = np.argmax(part @ centroids.T - half_norms[piece], axis=1)
+        return codes
+
+    def decode(self, codes: Shaped[np.ndarray, "rows codes"]) -> Float32[np.ndarray, "rows hidden"]:
+        """Vectors of codes."""
+        if self.low is not None and self.step is not None:
+            return self.low + codes.astype(np.float32) * self.step
+        if self.codebook is not None:
+            picked = self.codebook[np.arange(len(self.codebook)), codes]
+            return picked.reshape(len(codes), -1)
+        return codes.astype(np.float32, copy=False)
+
+    def save(self, file: Path) -> None:
+        """Keeps what int8 and pq need to decode, as safetensors."""
+        from safetensors.numpy import save_file
+
+        arrays = {"low": self.low, "step": self.step, "codebook": self.codebook}
+        save_file({name: array for name, array in arrays.items() if array is not None}, file)
+
+    @staticmethod
+    def load(precision: Precision, file: Path) -> "Quantiser":
+        """Reads what `save` kept."""
+        from safetensors.numpy import load_file
+
+        return Quantiser(precision, **load_file(file))
+
+
+def bytes_per_vector(precision: Precision, hidden_size: int) -> int:
+    """Bytes of one vector's codes."""
+    if precision == "pq":
+        return sub_vectors(hidden_size)
+    return hidden_size * {"float32": 4, "float16": 2, "int8": 1}[precision]
+
+
+def fit(precisions: Sequence[Precision], blocks: Blocks, rows: int, seed: int) -> dict[Precision, Quantiser]:
+    """Fits quantisers in one pass over all vectors.
+
+    Args:
+        precisions: Which; pq is left out where there are fewer vectors than centroids, float16 where it overflows.
+        blocks: Reads the vectors.
+        rows: How many there are.
+        seed: Of the vectors that pq is trained on, and of its k-means.
+    """
+    rng = np.random.default_rng(seed)
+    sampled = np.sort(rng.choice(rows, min(rows, _TRAINING_ROWS), replace=False))
+    low = high = None
+    training, start = [], 0
+    for block in blocks():
+        low = block.min(0) if low is None else np.minimum(low, block.min(0))
+        high = block.max(0) if high is None else np.maximum(high, block.max(0))
+        inside = sampled[(sampled >= start) & (sampled < start + len(block))] - start
+        training.append(block[inside])
+        start += len(block)
+    assert low is not None
+    assert high is not None
+    found: dict[Precision, Quantiser] = {}
+    for precision in precisions:
+        if precision == "float16" and max(-low.min(), high.max()) > np.finfo(np.float16).max:
+            continue
+        if precision == "int8":
+            step = ((high.astype(np.float64) - low) / 255).astype(np.float32)
+            found[precision] = Quantiser(precision, low=low, step=step)
+        elif precision == "pq":
+            if rows >= _CENTROIDS:
+                found[precision] = Quantiser(precision, codebook=_codebook(np.concatenate(training), rng))
+        else:
+            found[precision] = Quantiser(precision)
+    return found
+
+
+def _codebook(
+    training: Float32[np.ndarray, "rows hidden"], rng: np.random.Generator
+) -> Float32[np.ndarray, "pieces centroids width"]:
+    from scipy.cluster.vq import kmeans2
+
+    pieces = sub_vectors(training.shape[1])
+    books = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty", UserWarning)
+        for part in np.split(training, pieces, axis=1):
+            centroids, _ = kmeans2(part, _CENTROIDS, _KMEANS_ITERATIONS, minit="points", rng=rng)
+            books.append(centroids)
+    return np.stack(books).astype(np.float32)
+
+
+def recall(
+    quantisers: dict[Precision, Quantiser], blocks: Blocks, rows: int, *, queries: int, most_rows: int, seed: int
+) -> dict[Precision, float]:
+    """Recall@10 of an exact cosine search in decoded vectors, against the same search in the original ones.
+
+    The queries are original vectors of the table; a query's own row does not count. A neighbour counts as found when
+    it is as similar as the true tenth one, so that equal sequences may stand for one another.
+
+    Args:
+        quantisers: What is compared.
+        blocks: Reads the vectors.
+        rows: How many there are.
+        queries: Rows to ask with, drawn from those searched.
+        most_rows: Rows to search in, drawn from all.
+        seed: Of both draws.
+
+    Returns:
+        The mean share of the ten nearest that are found, by precision.
+    """
+    rng = np.random.default_rng(seed)
+    searched = np.sort(rng.choice(rows, min(rows, most_rows), replace=False))
+    asked = np.sort(rng.choice(searched, min(len(searched), queries), replace=False))
+    k = min(NEIGHBOURS, len(searched) - 1)
+    if k < 1:
+        return dict.fromkeys(quantisers, 1.0)
+    questions = np.concatenate([block[places] for places, block, _ in _picked(blocks, asked)])
+    unit = _normalised(questions)
+    best_true = np.full((len(asked), k), -np.inf)
+    best = {name: (np.full((len(asked), k), -np.inf), np.full((len(asked), k), -np.inf)) for name in quantisers}
+    for places, block, positions in _picked(blocks, searched):
+        vectors = block[places]
+        own = asked[:, None] == positions[None, :]
+        true = np.where(own, -np.inf, unit @ _normalised(vectors).T)
+        best_true = -np.partition(-np.concatenate([best_true, true], 1), k - 1, axis=1)[:, :k]
+        for name, quantiser in quantisers.items():
+            near = np.where(own, -np.inf, unit @ _normalised(quantiser.decode(quantiser.encode(vectors))).T)
+            all_near = np.concatenate([best[name][0], near], 1)
+            all_true = np.concatenate([best[name][1], true], 1)
+            order = np.argsort(-all_near, axis=1, kind="stable")[:, :k]
+            best[name] = np.take_along_axis(all_near, order, 1), np.take_along_axis(all_true, order, 1)
+    tenth = best_true.min(1, keepdims=True) - 1e-12
+    return {name: float((best[name][1] >= tenth).mean()) for name in quantisers}
+
+
+def _normalised(vectors: Float32[np.ndarray, "rows hidden"]) -> Float[np.ndarray, "rows hidden"]:
+    wide = vectors.astype(np.float64)
+    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def _picked(
+    blocks: Blocks, wanted: Int[np.ndarray, " picked"]
+) -> Iterator[tuple[Int[np.ndarray, " here"], Float32[np.ndarray, "rows hidden"], Int[np.ndarray, " here"]]]:
+    """Of each block that holds wanted rows: their places in it, the block, their positions in all."""
+    start = 0
+    for block in blocks():
+        positions = wanted[(wanted >= start) & (wanted < start + len(block))]
+        if len(positions):
+            yield positions - start, block, positions
+        start += len(block)

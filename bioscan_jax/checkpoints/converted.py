@@ -1,0 +1,156 @@
+"""Flax weights kept as an orbax checkpoint: converted once, read shard by shard at every later start."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from bioscan_jax.barcodes.tokenizer import Vocabulary
+from bioscan_jax.checkpoints.keys import abstract_model
+from bioscan_jax.devices.sharding import Layout, stored_shardings
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.model.transformer import NucleotideTransformer
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import v1 as ocp
+
+PROVENANCE_FILE = "bioscan_jax.json"
+FORMAT = 1
+CHUNK_BYTES = 64 << 20
+"""A stored array is cut into pieces of at most this size, each compressed by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What made the vectors; goes into every table."""
+
+    model: str
+    """As the user named it."""
+    revision: str | None
+    weights_sha256: str
+    """Of the published files; a converted copy keeps it."""
+    license: str | None
+    """Of the weights."""
+    dtype: str
+    """Of the parameters in use."""
+    adapter: str | None = None
+    """Directory of the adapter in use, as the user named it."""
+    adapter_sha256: str | None = None
+    """Of what the adapter does to the numbers: its weights and their scaling."""
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether the directory holds what `save` writes."""
+    return (directory / PROVENANCE_FILE).is_file()
+
+
+def read_provenance(directory: Path) -> Provenance:
+    """Where converted weights came from.
+
+    Raises:
+        InputError: The file is damaged or of another format.
+    """
+    path = directory / PROVENANCE_FILE
+    try:
+        raw = json.loads(path.read_text())
+        if raw.pop("format") != FORMAT:
+            raise InputError(f"{path}: made by another version of bioscan_jax; convert the weights again")
+        return Provenance(**raw)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: damaged ({error}); convert the weights again") from None
+
+
+def save(
+    directory: Path,
+    model: NucleotideTransformer,
+    config: TransformerConfig,
+    vocabulary: Vocabulary,
+    provenance: Provenance,
+) -> None:
+    """Writes a directory that `--model.checkpoint` takes; the provenance file comes last and marks it whole.
+
+    Raises:
+        InputError: The model has an adapter, the directory is there already, or it cannot be written.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    if provenance.adapter is not None:
+        raise InputError(
+            f"--model.adapter {provenance.adapter!r} cannot be converted; convert the checkpoint alone and pass the "
+            "adapter where the vectors are made"
+        )
+    if directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory}: not empty; choose another --output or remove it")
+    trunk, head = _split(nnx.state(model))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        trees = {"trunk": trunk} | ({"lm_head": head} if head else {})
+        with _bounded_memory(trees, max(array.dtype.itemsize for array in trunk.values())):
+            ocp.save_checkpointables(str(directory.absolute() / "weights"), trees)
+        (directory / "config.json").write_text(config.to_json())
+        (directory / "vocab.txt").write_text(vocabulary.text())
+        facts = dataclasses.asdict(provenance).items()
+        record = {"format": FORMAT} | {k: v for k, v in facts if not k.startswith("adapter")}
+        (directory / PROVENANCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written ({error}); free space or choose another --output") from None
+
+
+def restore(
+    directory: Path, config: TransformerConfig, dtype: DTypeLike, layout: Layout, *, lm_head: bool
+) -> NucleotideTransformer:
+    """Reads converted weights, each device its own shard.
+
+    Raises:
+        InputError: The checkpoint is damaged, or is not of this architecture.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    stored = read_provenance(directory).dtype
+    graph, state = nnx.split(abstract_model(config, dtype, lm_head=lm_head))
+    shardings = stored_shardings(state, layout)
+
+    def abstract(path: tuple, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(variable.get_value().shape, dtype, sharding=shardings[path])
+
+    wanted = nnx.from_flat_state(
+        [(path, variable.replace(abstract(path, variable))) for path, variable in nnx.to_flat_state(state)]
+    )
+    trunk, head = _split(wanted)
+    try:
+        trees = {"trunk": trunk} | ({"lm_head": head} if head else {})
+        with _bounded_memory(trees, max(jax.numpy.dtype(d).itemsize for d in (dtype, stored))):
+            parts = ocp.load_checkpointables(str(directory.absolute() / "weights"), trees)
+    except (OSError, ValueError, KeyError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise InputError(f"{directory}: the converted weights cannot be read ({line}); convert them again") from None
+    values = parts["trunk"] | parts.get("lm_head", {})
+    return nnx.merge(
+        graph, nnx.from_flat_state([(p, v.replace(values[".".join(map(str, p))])) for p, v in nnx.to_flat_state(state)])
+    )
+
+
+def _bounded_memory(trees: dict, itemsize: int) -> "ocp.Context":
+    """One large array at a time, in small pieces: what is on its way adds little to the weights in memory."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    largest = max(leaf.size for leaf in jax.tree.leaves(trees)) * itemsize + (1 << 20)
+    context.memory.read_concurrent_bytes = context.memory.write_concurrent_bytes = largest
+    return context
+
+
+def _split(state: nnx.State) -> tuple[dict, dict]:
+    """Arrays by dotted path: the trunk's, the language-model head's."""
+    flat = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    trunk = {name: value for name, value in flat.items() if not name.startswith("lm_head.")}
+    return trunk, {name: value for name, value in flat.items() if name not in trunk}

@@ -1,0 +1,266 @@
+"""Published parameter names, and the strict, slice-by-slice way from their files onto the mesh."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from bioscan_jax.checkpoints.readers import StoredTensor, list_tensors, read_rows
+from bioscan_jax.devices.sharding import Layout, parameter_axes, stored_shardings
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.model.transformer import NucleotideTransformer
+
+CHUNK_BYTES = 1 << 20
+"""A tensor is read, turned and cast in pieces of this size, which stay in a core's cache."""
+READERS = 4
+"""Layers that are read at once where they need no memory of their own."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where one parameter of ours is in a Hugging Face checkpoint."""
+
+    path: tuple
+    name: str
+    """With `{}` for the layer where the parameter is stacked."""
+
+    @property
+    def transposed(self) -> bool:
+        """PyTorch keeps [out, in]; a kernel is [in, out...]."""
+        return self.path[-1] == "kernel"
+
+    def names(self, layers: int) -> list[str]:
+        """The checkpoint's names, one a layer if stacked."""
+        return [self.name.format(i) for i in range(layers)] if "{}" in self.name else [self.name]
+
+
+def _linear(path: str, name: str, bias: bool = True) -> list[Published]:
+    parts = tuple(path.split("."))
+    rows = [Published((*parts, "kernel"), f"{name}.weight")]
+    return rows + [Published((*parts, "bias"), f"{name}.bias")] * bias
+
+
+def _norm(path: str, name: str) -> list[Published]:
+    parts = tuple(path.split("."))
+    return [Published((*parts, "scale"), f"{name}.weight"), Published((*parts, "bias"), f"{name}.bias")]
+
+
+def published_names(config: TransformerConfig, *, lm_head: bool) -> list[Published]:
+    """The key table of a model: each of its parameters, once."""
+    layer = "esm.encoder.layer.{}"
+    rows = [Published(("word_embeddings",), "esm.embeddings.word_embeddings.weight")]
+    if config.position_embedding_type == "absolute":
+        rows.append(Published(("position_embeddings",), "esm.embeddings.position_embeddings.weight"))
+    rows += _norm("layers.attention_norm", f"{layer}.attention.LayerNorm")
+    for part in ("query", "key", "value"):
+        rows += _linear(f"layers.attention.{part}", f"{layer}.attention.self.{part}")
+    rows += _linear("layers.attention.output", f"{layer}.attention.output.dense")
+    rows += _norm("layers.feed_forward_norm", f"{layer}.LayerNorm")
+    rows += _linear("layers.feed_forward.up", f"{layer}.intermediate.dense", config.feed_forward_bias)
+    rows += _linear("layers.feed_forward.down", f"{layer}.output.dense", config.feed_forward_bias)
+    rows += _norm("final_norm", "esm.encoder.emb_layer_norm_after")
+    if lm_head:
+        rows += _linear("lm_head.dense", "lm_head.dense")
+        rows += _norm("lm_head.norm", "lm_head.layer_norm")
+        rows += [
+            Published(("lm_head", "decoder", "kernel"), "lm_head.decoder.weight"),
+            Published(("lm_head", "decoder", "bias"), "lm_head.bias"),
+        ]
+    return rows
+
+
+def unused_names(config: TransformerConfig) -> set[str]:
+    """Names that published checkpoints carry and the forward pass does not read."""
+    names = {
+        "esm.embeddings.position_ids",
+        "esm.contact_head.regression.weight",
+        "esm.contact_head.regression.bias",
+        "lm_head.decoder.bias",
+    }
+    if config.position_embedding_type == "rotary":
+        names.add("esm.embeddings.position_embeddings.weight")
+        names.add("esm.rotary_embeddings.inv_freq")
+        for i in range(config.num_hidden_layers):
+            names.add(f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq")
+    return names
+
+
+def abstract_model(config: TransformerConfig, dtype: DTypeLike, *, lm_head: bool) -> NucleotideTransformer:
+    """The model with shapes in place of arrays; allocates nothing."""
+    return nnx.eval_shape(lambda: NucleotideTransformer(config, rngs=nnx.Rngs(0), dtype=dtype, lm_head=lm_head))
+
+
+def random_model(
+    config: TransformerConfig, dtype: DTypeLike, layout: Layout, *, seed: int, lm_head: bool = False
+) -> NucleotideTransformer:
+    """Seeded random parameters, made where they live."""
+    graph, state = nnx.split(abstract_model(config, dtype, lm_head=lm_head))
+    shardings = stored_shardings(state, layout)
+
+    def init() -> nnx.State:
+        return nnx.state(NucleotideTransformer(config, rngs=nnx.Rngs(seed), dtype=dtype, lm_head=lm_head))
+
+    placed = nnx.from_flat_state([(path, v.replace(shardings[path])) for path, v in nnx.to_flat_state(state)])
+    return nnx.merge(graph, jax.jit(init, out_shardings=placed)())
+
+
+def load_model(
+    directory: Path,
+    config: TransformerConfig,
+    dtype: DTypeLike,
+    layout: Layout,
+    *,
+    lm_head: bool = False,
+    on_bytes: Callable[[int], object] = lambda n: None,
+) -> NucleotideTransformer:
+    """Reads a Hugging Face checkpoint onto the mesh.
+
+    Host memory holds one tensor of one layer in `dtype` and a chunk of its file, whatever the model's size; where the
+    one device is the host itself, the parameters and chunks alone.
+
+    Args:
+        directory: Holds safetensors or PyTorch files; see `readers.list_tensors`.
+        config: The architecture the files must match.
+        dtype: Of the parameters on the devices.
+        layout: Where they live.
+        lm_head: Also load the masked-language-model head.
+        on_bytes: Called with the number of file bytes just read.
+
+    Raises:
+        InputError: A tensor is missing, unexpected, or has another shape.
+    """
+    graph, state = nnx.split(abstract_model(config, dtype, lm_head=lm_head))
+    tensors = list_tensors(directory)
+    table = {row.path: row for row in published_names(config, lm_head=lm_head)}
+    shapes = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
+    assert table.keys() == shapes.keys(), table.keys() ^ shapes.keys()
+    _check_names(directory, config, tensors)
+    shardings = stored_shardings(state, layout)
+    loaded = []
+    for path, variable in nnx.to_flat_state(state):
+        row, shape, sharding = table[path], shapes[path], shardings[path]
+        stored = [tensors[name] for name in row.names(config.num_hidden_layers)]
+        if path[0] != "layers":
+            array = _place(_read(stored[0], shape, row.transposed, dtype, on_bytes), sharding)
+        elif layout.is_host:
+            array = _place(_read_layers(stored, shape, row.transposed, dtype, on_bytes), sharding)
+        else:
+            axes = parameter_axes(path, variable)[1:]
+            pieces = (_place(_read(t, shape[1:], row.transposed, dtype, on_bytes), layout.stored(axes)) for t in stored)
+            array = _stack(pieces, shape, dtype, sharding)
+        loaded.append((path, variable.replace(array)))
+    return nnx.merge(graph, nnx.from_flat_state(loaded))
+
+
+def _check_names(directory: Path, config: TransformerConfig, tensors: dict[str, StoredTensor]) -> None:
+    every = [name for row in published_names(config, lm_head=True) for name in row.names(config.num_hidden_layers)]
+    missing = [name for name in every if name not in tensors]
+    if missing:
+        raise InputError(
+            f"{directory}: {len(missing)} tensor(s) missing, first {missing[0]!r}; "
+            "the weights do not belong to this config.json, or the download is incomplete"
+        )
+    unexpected = sorted(tensors.keys() - set(every) - unused_names(config))
+    if unexpected:
+        raise InputError(
+            f"{directory}: {len(unexpected)} unexpected tensor(s), first {unexpected[0]!r}; "
+            "the weights do not belong to this config.json"
+        )
+
+
+def _read(
+    tensor: StoredTensor, shape: tuple[int, ...], transposed: bool, dtype: DTypeLike, on_bytes: Callable[[int], object]
+) -> np.ndarray:
+    """One tensor as a host array of our shape and dtype."""
+    target = _aligned(shape, jnp.dtype(dtype))
+    for size in _fill(target, tensor, transposed):
+        on_bytes(size)
+    return target
+
+
+def _read_layers(
+    tensors: list[StoredTensor],
+    shape: tuple[int, ...],
+    transposed: bool,
+    dtype: DTypeLike,
+    on_bytes: Callable[[int], object],
+) -> np.ndarray:
+    """One tensor a layer as one host array, several layers at a time."""
+    target = _aligned(shape, jnp.dtype(dtype))
+
+    def fill(layer: int) -> int:
+        return sum(_fill(target[layer], tensors[layer], transposed))
+
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), "weights") as pool:
+        for size in pool.map(fill, range(len(tensors))):
+            on_bytes(size)
+    return target
+
+
+def _fill(target: np.ndarray, tensor: StoredTensor, transposed: bool) -> Iterator[int]:
+    """Reads a tensor into an array of our shape, in chunks of its rows, and tells the bytes of each.
+
+    Raises:
+        InputError: It has another shape, or no floating-point numbers.
+    """
+    shape = target.shape
+    published = (math.prod(shape[1:]), shape[0]) if transposed else shape
+    if tensor.shape != published:
+        raise InputError(
+            f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, config.json asks for {list(published)}"
+        )
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise InputError(f"{tensor.file}: {tensor.name} is {tensor.dtype}, not floating point")
+    view = target.reshape(published[::-1]).T if transposed else target
+    row_bytes = math.prod(published[1:]) * tensor.dtype.itemsize
+    step = max(1, CHUNK_BYTES // max(row_bytes, 1))
+    for start in range(0, published[0], step):
+        rows = slice(start, min(start + step, published[0]))
+        view[rows] = read_rows(tensor, rows)
+        yield (rows.stop - rows.start) * row_bytes
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX's CPU device takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _stack(
+    pieces: Iterator[jax.Array], shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    """Writes the layers one by one into an array that is already where it belongs.
+
+    Waits for each, and lets go of it before the next is read, so that no two are in host memory.
+    """
+    whole = _zeros(shape, jnp.dtype(dtype), sharding)
+    for i, piece in enumerate(pieces):
+        whole = jax.block_until_ready(_write(whole, piece, np.int32(i), sharding))
+        del piece
+    return whole
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _write(whole: jax.Array, piece: jax.Array, i: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(whole, piece, i, 0), sharding)

@@ -1,0 +1,190 @@
+"""Where a checkpoint comes from: a local directory, or a pinned commit of a Hugging Face repository."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from bioscan_jax.checkpoints.readers import FORMATS, weight_files
+from bioscan_jax.errors import InputError
+
+_BESIDE_WEIGHTS = ("config.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "README.md")
+_NEEDED = ("config.json", "vocab.txt")
+_HUB_TIMEOUT_SECONDS = 30
+_LICENSES = {"InstaDeepAI/nucleotide-transformer": "cc-by-nc-sa-4.0"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint on this machine's disk, and what to record of where it came from."""
+
+    directory: Path
+    """Holds config.json and the weights."""
+    name: str
+    """The directory or hub id as it was asked for."""
+    revision: str | None
+    """Commit of the hub repository; None for a local directory."""
+    license: str | None
+    """Licence of the weights as their model card names it; None if nothing says."""
+
+
+def resolve(checkpoint: str, revision: str | None) -> Origin:
+    """Finds a checkpoint, downloading it into the Hugging Face cache if it is not there.
+
+    A commit that is whole in the cache is used without asking the network. Otherwise the weights are fetched in
+    one format only, the first of `readers.FORMATS` that the repository has. The variables of huggingface_hub
+    (HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT) hold.
+
+    Args:
+        checkpoint: A directory with config.json, or a hub id OWNER/NAME.
+        revision: The full commit of a hub id; None for a directory.
+
+    Raises:
+        InputError: It is neither; the hub id has no full commit; or it can be had neither from the cache nor
+            from the hub, with the reason and the mend.
+    """
+    directory = Path(os.path.expanduser(checkpoint))
+    if checkpoint and directory.is_dir():
+        return _from_directory(directory, checkpoint, revision)
+    if directory.is_file():
+        raise InputError(f"--model.checkpoint {checkpoint!r} is a file; pass the directory it is in")
+    if checkpoint.startswith((".", "~", os.sep)) or checkpoint.count(os.sep) > 1:
+        raise InputError(f"--model.checkpoint {checkpoint!r}: there is no such directory; check the path")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", checkpoint, re.ASCII) or re.search(r"--|\.\.|[.-]$|\.git$", checkpoint):
+        raise InputError(f"--model.checkpoint {checkpoint!r} is neither a directory nor a hub id such as OWNER/NAME")
+    commits = f"https://huggingface.co/{checkpoint}/commits/main"
+    if revision is None:
+        raise InputError(
+            f"--model.checkpoint {checkpoint!r} is a hub id and needs its commit, so that the run can be repeated; "
+            f"pass --model.revision COMMIT, 40 hex digits from {commits}"
+        )
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        raise InputError(f"--model.revision {revision!r} can move; pass a full commit, 40 hex digits from {commits}")
+    directory = _from_hub(checkpoint, revision)
+    return Origin(directory, checkpoint, revision, _license(directory, checkpoint))
+
+
+def _from_directory(directory: Path, checkpoint: str, revision: str | None) -> Origin:
+    if revision is not None:
+        raise InputError(
+            f"--model.revision {revision!r} is for a hub id, but --model.checkpoint {checkpoint!r} is a directory "
+            "here; leave one of them out"
+        )
+    if not (directory / "config.json").is_file():
+        there = ", ".join(sorted(path.name for path in directory.iterdir())[:20])
+        raise InputError(
+            f"--model.checkpoint {checkpoint!r} has no config.json, only {there or 'nothing'}; "
+            "pass the directory that holds config.json and the weights"
+        )
+    return Origin(directory, checkpoint, None, _license(directory, checkpoint))
+
+
+def _from_hub(name: str, commit: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # The hub's own test of wholeness cannot know that one format of the weights is enough.
+        cached = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[_NEEDED[0]]))
+        missing = _missing(cached)
+    except LocalEntryNotFoundError:
+        missing = "it has never been downloaded"
+    else:
+        if missing is None:
+            return cached
+    directory = _download(name, commit, missing)
+    missing = _missing(directory)
+    if missing is not None:
+        raise InputError(f"{name} at {commit} is not a checkpoint this library can read: {missing}")
+    return directory
+
+
+def _missing(directory: Path) -> str | None:
+    for name in _NEEDED:
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+    try:
+        weight_files(directory)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _download(name: str, commit: str, missing: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    # httpx's base class, imported from here because huggingface_hub 2 moved from httpx to httpx2.
+    from huggingface_hub.errors import HTTPError as TransportError  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        siblings = HfApi().model_info(name, revision=commit, timeout=_HUB_TIMEOUT_SECONDS).siblings or []
+        patterns = [*_BESIDE_WEIGHTS, *_weight_patterns(name, commit, [file.rfilename for file in siblings])]
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} is gated; accept its terms at https://huggingface.co/{name}, then run `hf auth login` or set "
+            "HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"the hub has no model {name}, or it is private; check --model.checkpoint, or run `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(
+            f"{name} has no commit {commit}; pass --model.revision from https://huggingface.co/{name}/commits/main"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        _raise_unreachable(name, commit, missing, "HF_HUB_OFFLINE is set", error)
+    except LocalEntryNotFoundError as error:
+        _raise_unreachable(name, commit, missing, "the connection broke", error)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise InputError(
+                f"the hub refused the token for {name} ({error.response.status_code}); run `hf auth login` "
+                "or mend HF_TOKEN"
+            ) from error
+        _raise_unreachable(name, commit, missing, f"it answered {error.response.status_code}", error)
+    except TransportError as error:
+        _raise_unreachable(name, commit, missing, " ".join(f"{type(error).__name__} {error}".split()), error)
+    except OSError as error:
+        raise InputError(
+            f"{name} cannot be stored: {error.strerror} {error.filename or ''}; set HF_HUB_CACHE to a directory "
+            "with room"
+        ) from error
+
+
+def _raise_unreachable(name: str, commit: str, missing: str, reason: str, error: Exception) -> NoReturn:
+    raise InputError(
+        f"{name} at {commit} is not in the local cache ({missing}) and the hub cannot be used ({reason}); where it "
+        f"can, run `hf download {name} --revision {commit} --local-dir DIR` and pass --model.checkpoint DIR"
+    ) from error
+
+
+def _weight_patterns(name: str, commit: str, files: list[str]) -> list[str]:
+    for entry in FORMATS:
+        if entry in files:
+            stem, suffix = entry.removesuffix(".index.json").rsplit(".", 1)
+            return [entry, f"{stem}-?????-of-?????.{suffix}"] if entry.endswith(".json") else [entry]
+    raise InputError(f"{name} at {commit} has no weights this library reads ({', '.join(FORMATS)})")
+
+
+def _license(directory: Path, name: str) -> str | None:
+    readme = directory / "README.md"
+    if readme.is_file():
+        card = re.match(r"\s*---\s*\n(.*?)\n---", readme.read_text("utf-8-sig", "replace"), re.DOTALL)
+        for key in ("license_name", "license"):
+            value = re.search(
+                rf"^{key}:(?:[ \t]*|[ \t]*\n[ \t]*-[ \t]*)[\['\"]*([\w.+-]+)", card[1] if card else "", re.M
+            )
+            if value:
+                return value[1]
+    return next((text for prefix, text in _LICENSES.items() if name.startswith(prefix)), None)

@@ -1,0 +1,289 @@
+"""Adapters as files in PEFT's format: ours for PyTorch, PyTorch's for us.
+
+The tensors are named as PEFT names them around `EsmForMaskedLM`. PEFT has no task type for masked-language models;
+FEATURE_EXTRACTION leaves the call of the model as it is, and vectors are what these adapters are for. The targets are
+given as a pattern that begins at `esm.`: names alone would also fit `EsmModel`, where PEFT would find no tensor of ours
+and go on, with a warning, with an adapter that does nothing. As a pattern it refuses.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bioscan_jax import config
+from bioscan_jax.checkpoints.converted import Provenance
+from bioscan_jax.checkpoints.facts import read_facts, write_facts
+from bioscan_jax.checkpoints.head_files import Heads, put, write_heads
+from bioscan_jax.checkpoints.keys import published_names
+from bioscan_jax.checkpoints.readers import StoredTensor, list_file, read_rows, sha256_of
+from bioscan_jax.checkpoints.writers import PendingTensor, whole_directory, write_file
+from bioscan_jax.devices.sharding import Layout, stored_shardings
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.model.lora import TARGETS, LoRALinear, add_adapters, resolve_targets
+from bioscan_jax.model.transformer import NucleotideTransformer
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""File the tensors are in, most preferred first."""
+
+_PREFIX = "base_model.model."
+# Keys of adapter_config.json that say nothing about the numbers of a plain LoRA adapter.
+_IRRELEVANT = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "lora_dropout"),
+        *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
+        *("ensure_weight_tying", "layers_pattern"),
+    }
+)
+# Ways to start that leave the base's weights as they are; the others change them.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What is known of an adapter that was read."""
+
+    lora: config.LoRA
+    """Its shape; alpha is what gives its scaling as alpha / rank."""
+    sha256: str
+    """Of what it does to the numbers: the file of its tensors and its scaling."""
+    facts: dict[str, Any] | None
+    """Of `bioscan_jax_export.json`; None for an adapter made elsewhere."""
+
+
+def write_adapter(
+    directory: Path,
+    trunk: NucleotideTransformer,
+    lora: config.LoRA,
+    *,
+    provenance: Provenance,
+    heads: Heads | None = None,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Writes the adapters of a model as PEFT does, with its heads, label space, facts and a model card.
+
+    Args:
+        directory: Is made, whole or not at all.
+        trunk: Its arrays must be addressable from this process.
+        lora: What its adapters were made with.
+        provenance: Of the trunk's weights.
+        heads: What was trained on its vectors.
+        facts: Anything else worth keeping in `bioscan_jax_export.json`; plain JSON values.
+
+    Raises:
+        InputError: The directory is not empty, or cannot be written.
+        ValueError: The adapters are not those of `lora`, or the heads do not fit their label space.
+    """
+    stems = _stems(trunk.config)
+    names = [re.escape(stems[name].rpartition("{}.")[2]) for name in resolve_targets(lora.targets)]
+    parsed = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": provenance.model,
+        "revision": provenance.revision,
+        "target_modules": rf"esm\.encoder\.layer\.\d+\.({'|'.join(names)})",
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    with whole_directory(directory) as temporary:
+        (temporary / CONFIG_FILE).write_text(json.dumps(parsed, indent=2, sort_keys=True) + "\n")
+        write_file(temporary / WEIGHTS_FILES[0], list(_tensors(trunk, lora)))
+        if heads is not None:
+            write_heads(temporary, heads)
+        write_facts(temporary, "adapter", provenance, facts, heads=heads)
+
+
+def read_adapter(directory: Path, model: NucleotideTransformer, layout: Layout, *, base: Provenance) -> Adapter:
+    """Puts stored adapters around the layers of a model, in place.
+
+    Reads what `write_adapter` wrote, and plain LoRA adapters that PEFT made of `EsmForMaskedLM` or `EsmModel`. Those do
+    not say which weights they were made with; then only shapes, and the names of hub ids, can tell that it is others.
+
+    Args:
+        directory: Holds `adapter_config.json` and the tensors.
+        model: On its mesh, without adapters.
+        layout: Where its arrays live.
+        base: Of the model's weights.
+
+    Raises:
+        InputError: A file is missing or damaged, the adapter is of another model, or it is more than plain LoRA.
+    """
+    parsed = _read_config(directory)
+    facts = read_facts(directory)
+    _check_base(directory, parsed, facts, base)
+    file = _weights_file(directory)
+    made_for = facts["base"]["model"] if facts else parsed.get("base_model_name_or_path")
+    where = f"{directory}, an adapter of {made_for or 'a model that it does not name'}"
+    stored = _by_place(file, model.config, f"{where}:", base.model)
+    rank, alpha = parsed["r"], parsed["lora_alpha"]
+    # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root.
+    scaling = alpha / math.sqrt(rank) if parsed.get("use_rslora") else alpha / rank
+    lora = config.LoRA(
+        rank=rank,
+        alpha=scaling * rank if parsed.get("use_rslora") else float(alpha),
+        dropout=float(parsed["lora_dropout"]),
+        targets=resolve_targets([name for name, _, _ in stored]),
+    )
+    add_adapters(model, lora, nnx.Rngs(0))
+    shardings = stored_shardings(nnx.state(model, nnx.LoRAParam), layout)
+    for name in lora.targets:
+        layer = _layer(model, name)
+        layer.scaling = scaling
+        for matrix in ("a", "b"):
+            variable = getattr(layer, matrix)
+            layers, *shape = variable.get_value().shape
+            values = np.empty((layers, *shape), np.float32)
+            for i in range(layers):
+                values[i] = _read(stored[name, matrix, i], tuple(shape), f"{where}:", base.model)
+            place = ("layers", *TARGETS[name], matrix)
+            setattr(layer, matrix, variable.replace(put(values, shardings[place])))
+    digest = hashlib.sha256(f"{sha256_of([file])} scaling {scaling!r}".encode()).hexdigest()
+    return Adapter(lora=lora, sha256=digest, facts=facts)
+
+
+def _stems(transformer: TransformerConfig) -> dict[str, str]:
+    """Published name of each layer that can be adapted, with `{}` for its number."""
+    table = {row.path: row.name for row in published_names(transformer, lm_head=False)}
+    return {name: table["layers", *place, "kernel"].removesuffix(".weight") for name, place in TARGETS.items()}
+
+
+def _layer(model: NucleotideTransformer, target: str) -> Any:
+    parent, attribute = TARGETS[target]
+    return getattr(getattr(model.layers, parent), attribute)
+
+
+def _tensors(trunk: NucleotideTransformer, lora: config.LoRA) -> Iterator[PendingTensor]:
+    stems, targets = _stems(trunk.config), resolve_targets(lora.targets)
+    for name in TARGETS:
+        layer = _layer(trunk, name)
+        if isinstance(layer, LoRALinear) != (name in targets):
+            raise ValueError(f"the adapters of the model are not those of {targets}: {name} differs")
+        if not isinstance(layer, LoRALinear):
+            continue
+        a, b = np.asarray(layer.a[...]), np.asarray(layer.b[...])
+        if a.shape[2] != lora.rank or not math.isclose(layer.scaling, lora.alpha / lora.rank, rel_tol=1e-9):
+            raise ValueError(f"the adapter of {name} has rank {a.shape[2]} and scaling {layer.scaling}, not {lora}")
+        for i in range(len(a)):
+            stem = f"{_PREFIX}{stems[name].format(i)}"
+            yield PendingTensor.of(f"{stem}.lora_A.weight", a[i].T)
+            yield PendingTensor.of(f"{stem}.lora_B.weight", b[i].reshape(lora.rank, -1).T)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Parses `adapter_config.json`, refusing all that is not plain LoRA."""
+    path = directory / CONFIG_FILE
+    if not directory.is_dir():
+        raise InputError(f"--model.adapter {str(directory)!r}: there is no such directory; check the path")
+    try:
+        parsed = json.loads(path.read_text())
+    except FileNotFoundError:
+        there = ", ".join(sorted(one.name for one in directory.iterdir())[:20]) or "nothing"
+        raise InputError(f"--model.adapter {str(directory)!r} has no {CONFIG_FILE}, only {there}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); export or download it again") from None
+    if not isinstance(parsed, dict):
+        raise InputError(f"{path}: not a JSON object")
+    if parsed.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type = {parsed.get('peft_type')!r} is not supported, only 'LORA'")
+    for key, least, most in (("r", 1, 1e9), ("lora_alpha", -1e9, 1e9), ("lora_dropout", 0.0, 0.999)):
+        value = parsed.setdefault(key, 0.0 if key == "lora_dropout" else None)
+        number = isinstance(value, int if key == "r" else int | float) and not isinstance(value, bool)
+        if not number or not least <= value <= most:
+            raise InputError(f"{path}: {key} = {value!r} is not a number of the right kind")
+    start = parsed.get("init_lora_weights", True)
+    if start not in _INITIALISATIONS:
+        raise InputError(
+            f"{path}: init_lora_weights = {start!r} may have changed the base's weights; convert the adapter to plain "
+            "LoRA in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for key, value in parsed.items():
+        if key in _IRRELEVANT or key in ("peft_type", "r", "lora_alpha", "init_lora_weights", "use_rslora"):
+            continue
+        if value not in (None, False, "", [], {}) and (key, value) != ("bias", "none"):
+            raise InputError(f"{path}: {key} = {value!r} is not supported, only plain LoRA of linear layers is")
+    return parsed
+
+
+def _check_base(directory: Path, parsed: dict[str, Any], facts: dict[str, Any] | None, base: Provenance) -> None:
+    """Refuses an adapter that says it is of other weights."""
+    if facts is not None:
+        made = facts["base"]
+        if made["weights_sha256"] != base.weights_sha256:
+            raise InputError(
+                f"{directory} is an adapter of {made['model']} (sha256 {made['weights_sha256'][:12]}), not of "
+                f"{base.model} (sha256 {base.weights_sha256[:12]}); pass the checkpoint it was made with"
+            )
+        return
+    named = parsed.get("base_model_name_or_path")
+    is_hub_id = isinstance(named, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named, re.ASCII)
+    if base.revision is not None and is_hub_id and named != base.model:
+        raise InputError(
+            f"{directory} is an adapter of {named}, not of {base.model}; pass the checkpoint it was made with"
+        )
+
+
+def _weights_file(directory: Path) -> Path:
+    for name in WEIGHTS_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    raise InputError(f"{directory} has no {' or '.join(WEIGHTS_FILES)}; export or download the adapter again")
+
+
+def _by_place(
+    file: Path, transformer: TransformerConfig, where: str, model: str
+) -> dict[tuple[str, str, int], StoredTensor]:
+    """The stored tensors by target, matrix (a or b) and layer; each adapted target has both for every layer."""
+    wanted = {}
+    for name, stem in _stems(transformer).items():
+        for i in range(transformer.num_hidden_layers):
+            for matrix in ("a", "b"):
+                wanted[f"{stem.format(i)}.lora_{matrix.upper()}.weight"] = (name, matrix, i)
+    found: dict[tuple[str, str, int], StoredTensor] = {}
+    for tensor in list_file(file):
+        bare = tensor.name.removeprefix(_PREFIX)
+        place = wanted.get(bare, wanted.get(f"esm.{bare}"))
+        if bare == tensor.name or place is None:
+            raise InputError(f"{where} unexpected tensor {tensor.name!r}; {model} has no such layer to adapt")
+        if place in found:
+            raise InputError(f"{where} {tensor.name!r} and {found[place].name!r} are the same")
+        found[place] = tensor
+    if not found:
+        raise InputError(f"{where} {file.name} holds no tensors; export or download it again")
+    adapted = {name for name, _, _ in found}
+    missing = [name for name, place in wanted.items() if place[0] in adapted and place not in found]
+    if missing:
+        raise InputError(
+            f"{where} {len(missing)} tensor(s) missing, first {_PREFIX + missing[0]!r}; it is damaged or not of {model}"
+        )
+    return found
+
+
+def _read(tensor: StoredTensor, shape: tuple[int, ...], where: str, model: str) -> np.ndarray:
+    """One matrix, from [out, in] to [in, out...]."""
+    published = (math.prod(shape[1:]), shape[0])
+    if tensor.shape != published:
+        raise InputError(
+            f"{where} {tensor.name} has shape {list(tensor.shape)}, {model} and r ask for {list(published)}"
+        )
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise InputError(f"{where} {tensor.name} is {tensor.dtype}, not floating point")
+    return read_rows(tensor).astype(np.float32).T.reshape(shape)

@@ -1,0 +1,1 @@
+"""Devices: the mesh and its sharding rules, processes, signals, what is known of chips."""

@@ -1,0 +1,170 @@
+"""The device mesh and the rules from logical axes to mesh axes: the only place that names mesh axes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bioscan_jax import config
+from bioscan_jax.devices.hosts import join
+from bioscan_jax.errors import InputError
+
+Axes = tuple[str | None, ...]
+"""Logical axes of an array, one a dimension: batch, layer, vocab, position, hidden, heads, mlp, taxa or None."""
+Tree = TypeVar("Tree")
+
+_TENSOR_PARALLEL = {"heads": "model", "mlp": "model"}
+_FULLY_SHARDED = {"hidden": "data"}
+_CLASSES = {"taxa": "data"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where arrays live on a mesh: batches over `data`, parameters by the rules above."""
+
+    mesh: jax.sharding.Mesh
+    params: Literal["replicated", "fsdp"] = "replicated"
+
+    @property
+    def data_devices(self) -> int:
+        """Devices along the batch."""
+        return self.mesh.shape["data"]
+
+    @property
+    def head_devices(self) -> int:
+        """Devices that split one layer's heads."""
+        return self.mesh.shape["model"]
+
+    def stored(self, axes: Axes) -> NamedSharding:
+        """Where a parameter with these logical axes is kept."""
+        rules = _TENSOR_PARALLEL | _CLASSES | (_FULLY_SHARDED if self.params == "fsdp" else {})
+        return self._sharding(axes, rules)
+
+    def gathered(self, axes: Axes) -> NamedSharding:
+        """How a parameter is laid out while it is used: never split over the batch's devices."""
+        return self._sharding(axes, _TENSOR_PARALLEL)
+
+    def batched(self, rank: int) -> NamedSharding:
+        """An array of this rank whose first axis is the batch."""
+        return NamedSharding(self.mesh, P("data", *(None,) * (rank - 1)))
+
+    def accumulated(self, rank: int) -> NamedSharding:
+        """An array of this rank whose first axis is worked in turn, the second being the batch."""
+        return NamedSharding(self.mesh, P(None, "data", *(None,) * (rank - 2)))
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it is one CPU device, whose memory is the host's."""
+        return self.mesh.devices.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+
+    def replicated(self) -> NamedSharding:
+        """The same array on every device."""
+        return NamedSharding(self.mesh, P())
+
+    def gather(self, tree: Tree) -> Tree:
+        """Constrains the parameters in `tree` (one layer's, inside the scan) to their layout in use."""
+
+        def constrain(variable: nnx.Variable) -> nnx.Variable:
+            axes = variable.get_metadata().get("logical_axes")
+            if axes is None:
+                return variable
+            return variable.replace(jax.lax.with_sharding_constraint(variable.get_value(), self.gathered(axes)))
+
+        return jax.tree.map(constrain, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    def on_batch(self, x: jax.Array) -> jax.Array:
+        """Constrains an activation to be split along its first axis alone."""
+        return jax.lax.with_sharding_constraint(x, self.batched(x.ndim))
+
+    def by_rows_and_heads(
+        self, function: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+    ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+        """Gives each device its own rows and heads, for kernels that the compiler cannot split.
+
+        Args:
+            function: Of three arrays whose first axes are rows and heads and one whose first axis is rows, to one like
+                the three. Rows and heads must be multiples of their devices.
+        """
+        heads, rows = P("data", "model"), P("data")
+        # Kernels do not say over which axes their results differ.
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
+
+    def _sharding(self, axes: Axes, rules: dict[str, str]) -> NamedSharding:
+        named = [rules.get(axis) if axis is not None else None for axis in axes]
+        used = [axis for axis in named if axis is not None]
+        if len(set(used)) != len(used):
+            raise InputError(f"logical axes {axes} put two dimensions on one mesh axis: {named}")
+        return NamedSharding(self.mesh, P(*named))
+
+
+def stored_shardings(state: nnx.State, layout: Layout) -> dict[tuple, NamedSharding]:
+    """The sharding of each parameter in an (abstract) state, by its path.
+
+    Raises:
+        InputError: A dimension is not divisible by the devices it is split over.
+    """
+
+    def of(path: tuple, variable: nnx.Variable) -> NamedSharding:
+        axes = parameter_axes(path, variable)
+        sharding = layout.stored(axes)
+        shape = variable.get_value().shape
+        for size, axis, name in zip(shape, axes, sharding.spec, strict=True):
+            if name is not None and size % layout.mesh.shape[name]:
+                flag = "mesh.model" if name == "model" else "mesh.data"
+                raise InputError(
+                    f"{'.'.join(map(str, path))}: {axis} {size} is not divisible by --{flag} {layout.mesh.shape[name]}"
+                )
+        return sharding
+
+    return {path: of(path, variable) for path, variable in nnx.to_flat_state(state)}
+
+
+def parameter_axes(path: Sequence, variable: nnx.Variable) -> Axes:
+    """Logical axes of a parameter; those of the stacked layers start with `layer`."""
+    axes = variable.get_metadata()["logical_axes"]
+    return ("layer", *axes) if "layers" in path else axes
+
+
+def make_layout(mesh: config.Mesh, *, local: bool = False) -> Layout:
+    """Lays the available devices out as the config asks.
+
+    Args:
+        mesh: The user's wishes.
+        local: Use this process's devices alone, for work that several processes do independently.
+
+    Raises:
+        InputError: More devices are asked for than there are.
+    """
+    devices = jax.local_devices() if local else jax.devices()
+    data = mesh.data if mesh.data != -1 else len(devices) // mesh.model
+    if data * mesh.model > len(devices) or data < 1:
+        raise InputError(
+            f"--mesh.data {mesh.data} x --mesh.model {mesh.model} needs more than the {len(devices)} "
+            f"{devices[0].platform} device(s) here; lower one of them"
+        )
+    chosen = np.array(devices[: data * mesh.model]).reshape(data, mesh.model)
+    return Layout(jax.sharding.Mesh(chosen, ("data", "model"), axis_types=(AxisType.Auto,) * 2), mesh.params)
+
+
+def start_devices(mesh: config.Mesh) -> None:
+    """Sets up what must precede the first use of a device: several processes, the compilation cache."""
+    if mesh.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(mesh.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if mesh.distributed:
+        join(mesh)
+
+
+def compute_dtype(wanted: Literal["auto", "bfloat16", "float32"]) -> jax.typing.DTypeLike:
+    """The dtype of parameters and matrix products: auto is float32 on CPU, bfloat16 elsewhere."""
+    if wanted == "auto":
+        return jax.numpy.float32 if jax.default_backend() == "cpu" else jax.numpy.bfloat16
+    return jax.numpy.dtype(wanted)

@@ -1,0 +1,1 @@
+"""Sequences to vectors, and a table of them."""

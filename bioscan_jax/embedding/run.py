@@ -1,0 +1,199 @@
+"""The main job: blocks of barcodes in, an exactly-once table of vectors out."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import jax
+from tqdm import tqdm
+
+from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import CleaningCounts
+from bioscan_jax.checkpoints.load import LoadedModel, load
+from bioscan_jax.data.encode import BlockCounts
+from bioscan_jax.data.parquet import check_unique_ids, open_source
+from bioscan_jax.devices.hosts import failing_together, gather_bytes
+from bioscan_jax.devices.interrupt import Interrupted, stop_on_signals
+from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
+from bioscan_jax.embedding.encoder import CompiledSteps
+from bioscan_jax.embedding.job import Job, prepare, scratch_directory
+from bioscan_jax.embedding.pipeline import Work, run_rounds
+from bioscan_jax.embedding.summary import Clock, RunSummary, peak_device_bytes, peak_host_bytes, versions
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.table.lock import drop_empty, storage_errors, table_exists, table_path, writer_lock
+from bioscan_jax.table.sink import VectorTable
+
+
+def embed(
+    model: config.Model,
+    data: config.Data,
+    sink: config.Sink,
+    embed: config.Embed | None = None,
+    mesh: config.Mesh | None = None,
+    *,
+    progress: bool = True,
+) -> RunSummary:
+    """Embeds every sequence of the input into a Lance table, once, going on where an earlier run stopped.
+
+    Args:
+        model: Which weights.
+        data: Which sequences.
+        sink: Which table.
+        embed: Pooling and batching.
+        mesh: Devices.
+        progress: Show bars on the terminal.
+
+    Raises:
+        InputError: Something the user can mend; nothing is half-written.
+        Interrupted: Ctrl-C or SIGTERM; the same call goes on.
+    """
+
+    def load_model(layout: Layout) -> LoadedModel:
+        return _load(model, layout, progress and jax.process_index() == 0)
+
+    return embed_with(load_model, CompiledSteps, data, sink, embed, mesh, progress=progress)
+
+
+@failing_together()
+def embed_with(
+    load_model: Callable[[Layout], LoadedModel],
+    make_steps: Callable[[NucleotideTransformer, Layout, config.Embed], CompiledSteps],
+    data: config.Data,
+    sink: config.Sink,
+    embed: config.Embed | None = None,
+    mesh: config.Mesh | None = None,
+    *,
+    progress: bool = True,
+) -> RunSummary:
+    """As `embed`, with a model that the caller loads and executables that the caller makes."""
+    embed, mesh = embed or config.Embed(), mesh or config.Mesh()
+    clock, begun = Clock(), time.perf_counter()
+    start_devices(mesh)
+    progress = progress and jax.process_index() == 0
+    with ExitStack() as held:
+        if jax.process_index() == 0:
+            held.enter_context(writer_lock(sink.uri, sink.table))
+        scratch = held.enter_context(scratch_directory(sink, owned=jax.process_index() == 0))
+        with clock.stage("open"):
+            source = open_source(data, scratch=scratch)
+        with clock.stage("load"):
+            loaded = load_model(make_layout(mesh, local=jax.process_count() > 1))
+        with clock.stage("open"):
+            job = prepare(source, loaded, data, embed, sink)
+            if not table_exists(sink.uri, sink.table):
+                check_unique_ids(source)
+        table = held.enter_context(_opened_table(job)) if jax.process_index() == 0 else None
+        first = json.loads(gather_bytes(json.dumps(table.next_block if table else None).encode())[0])
+        resumed = min(first * source.block_rows, source.rows)
+        stop = held.enter_context(stop_on_signals())
+        bar = held.enter_context(
+            tqdm(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress)
+        )
+        work = run_rounds(job, table, first, make_steps, stop, bar, clock)
+        bar.close()
+        if work.stopping and work.next_block < len(source):
+            raise Interrupted(
+                f"stopped with {work.next_block * source.block_rows:,} of {source.rows:,} rows safe in "
+                f"{table_path(sink.uri, sink.table)}; the same command goes on from there",
+                stop.signal_number,
+            )
+        index = None
+        if table is not None:
+            with clock.stage("index"):
+                finished = table.finish(sink.index)
+            index = "; ".join([*finished.indexes, *finished.notes])
+        # Also keeps the others here while process 0 builds an index: one that left would take it down.
+        work, vectors, rejects = _totals(work, table)
+        summary = _summary(job, work, vectors, rejects, resumed, index, clock, begun)
+        if table is not None and resumed < source.rows:
+            with storage_errors(sink.uri, source.rows):
+                _write_text(sink.uri, f"{sink.table}.run.json", summary.to_json())
+    return summary
+
+
+def _load(model: config.Model, layout: Layout, progress: bool) -> LoadedModel:
+    with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
+        return load(model, layout, on_bytes=bar.update)
+
+
+@contextmanager
+def _opened_table(job: Job) -> Iterator[VectorTable]:
+    """The table; if it is new and fails before its first commit it is not left behind, as its plan may be at fault."""
+    with VectorTable.open(
+        job.sink.uri,
+        job.sink.table,
+        schema=job.schema,
+        plan=job.plan,
+        provenance=job.provenance | {"library_version": versions()["bioscan_jax"]},
+        rows=job.source.rows,
+        block_rows=job.source.block_rows,
+        max_bytes_per_file=job.sink.max_bytes_per_file,
+        locked=True,
+    ) as table:
+        try:
+            yield table
+        except InputError:
+            with suppress(InputError):
+                drop_empty(job.sink.uri, job.sink.table)
+            raise
+
+
+def _totals(work: Work, table: VectorTable | None) -> tuple[Work, int, int]:
+    """What all processes did, and how many vectors and rejects process 0's tables hold."""
+    summed = ("tokens_real", "tokens_computed", "model_flops")
+    mine = {name: getattr(work, name) for name in summed} | {"counts": dataclasses.asdict(work.counts)}
+    mine["table"] = (table.vectors, table.rejects) if table is not None else None
+    every = [json.loads(payload) for payload in gather_bytes(json.dumps(mine).encode())]
+    counts = BlockCounts()
+    for one in every:
+        changes = CleaningCounts(**one["counts"].pop("changes"))
+        counts += BlockCounts(**one["counts"], changes=changes)
+    sums = {name: sum(one[name] for one in every) for name in summed}
+    return dataclasses.replace(work, counts=counts, **sums), *every[0]["table"]
+
+
+def _summary(
+    job: Job,
+    work: Work,
+    vectors: int,
+    rejects: int,
+    resumed: int,
+    index: str | None,
+    clock: Clock,
+    begun: float,
+) -> RunSummary:
+    total = time.perf_counter() - begun
+    devices = job.loaded.layout.mesh.devices
+    return RunSummary(
+        table=table_path(job.sink.uri, job.sink.table),
+        rows=job.source.rows,
+        vectors=vectors,
+        rejects=rejects,
+        resumed_at=resumed,
+        counts=work.counts,
+        tokens_real=work.tokens_real,
+        tokens_computed=work.tokens_computed,
+        model_flops=work.model_flops,
+        shapes=work.shapes,
+        seconds={"total": total, "load": 0.0, "compile": 0.0} | clock.seconds,
+        device_busy=work.flight.share,
+        waiting_for_input=clock.seconds.get("wait for input", 0.0) / (work.flight.wall or 1.0),
+        seconds_to_first_commit=None if work.first_commit is None else work.first_commit - begun,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(),
+        devices=f"{devices.size} x {devices.flat[0].device_kind}",
+        processes=jax.process_count(),
+        versions=versions(),
+        provenance=dataclasses.asdict(job.loaded.provenance),
+        index=index,
+    )
+
+
+def _write_text(uri: str, name: str, text: str) -> None:
+    import fsspec
+
+    filesystem, directory = fsspec.core.url_to_fs(uri)
+    filesystem.pipe_file(f"{directory.rstrip('/')}/{name}", text.encode())

@@ -1,0 +1,232 @@
+"""What a report tells of: the rows of a vector table, its taxa, its run, and what made it."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Float64, Int32, Int64
+
+from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.errors import InputError
+from bioscan_jax.table.lock import local_directory, open_dataset, storage_errors, table_path
+from bioscan_jax.table.reading import existing, metadata
+
+if TYPE_CHECKING:
+    import lance
+
+NUMBERS = ("depth", "latitude", "longitude")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows that the maps show, in the table's order."""
+
+    ids: tuple[str, ...]
+    vectors: Float32[np.ndarray, "rows hidden"]
+    names: Int32[np.ndarray, "rows ranks"]
+    """Index of each rank's name among the `Taxa`, -1 where unknown."""
+    depth: Float64[np.ndarray, " rows"]
+    """Metres below the surface; NaN where unknown, as below."""
+    latitude: Float64[np.ndarray, " rows"]
+    """Degrees; NaN for a row without a place on the globe."""
+    longitude: Float64[np.ndarray, " rows"]
+    markers: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Taxa:
+    """The names of one rank, the most frequent first, counted over the whole table."""
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def known(self) -> int:
+        """Rows with a name."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """All that the report tells of the table itself."""
+
+    uri: str
+    table: str
+    total: int
+    """Rows of the table; `rows` may be a sample of them."""
+    rejects: int
+    rows: Rows
+    taxa: tuple[Taxa, ...]
+    """One for each of RANKS."""
+    made_by: dict[str, str]
+    run: dict[str, Any] | None
+    notes: dict[str, str]
+    """What cannot be shown, by the part of the report, and why."""
+
+
+def gather(uri: str, table: str, most_rows: int, seed: int) -> Gathered:
+    """Reads a table.
+
+    Args:
+        uri: Database directory or URL.
+        table: Name of the table.
+        most_rows: Rows to show; of a larger table so many are drawn without replacement.
+        seed: Of that draw.
+
+    Raises:
+        InputError: There is no such table, it has no rows or no vectors, or a vector is not finite.
+    """
+    dataset = existing(uri, table)
+    kind = dataset.schema.field("vector").type if "vector" in dataset.schema.names else None
+    if not isinstance(kind, pa.FixedSizeListType) or "sequence_id" not in dataset.schema.names:
+        raise InputError(f"{dataset.uri} is no vector table (no column of vectors, or no sequence_id); pass another")
+    total = dataset.count_rows()
+    if not total:
+        raise InputError(f"{dataset.uri} has no rows, so there is nothing to report; embed some first")
+    notes: dict[str, str] = {}
+    taxa = _count_taxa(dataset, notes)
+    rows = _read_rows(dataset, _chosen(total, most_rows, seed), taxa, notes)
+    rejects = open_dataset(table_path(uri, f"{table}_rejects"))
+    return Gathered(
+        uri=uri,
+        table=table,
+        total=total,
+        rejects=0 if rejects is None else rejects.count_rows(),
+        rows=rows,
+        taxa=taxa,
+        made_by=metadata(dataset),
+        run=_run_record(uri, table, notes),
+        notes=notes,
+    )
+
+
+def _chosen(total: int, most_rows: int, seed: int) -> Int64[np.ndarray, " rows"]:
+    if total <= most_rows:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).choice(total, most_rows, replace=False))
+
+
+def first_field(gathered: Gathered) -> str:
+    """The coarsest rank with three names or more that are each of some weight, to colour the maps by at first."""
+    for rank, taxa in zip(RANKS, gathered.taxa, strict=True):
+        if len(taxa.counts) >= 3 and sum(taxa.counts[1:]) >= 0.2 * taxa.known:
+            return rank
+    return next((rank for rank, taxa in zip(RANKS, gathered.taxa, strict=True) if taxa.names), RANKS[0])
+
+
+def has_all(uri: str, table: str, ids: Sequence[str]) -> bool:
+    """Whether the table has all of some sequence_ids, and there are any."""
+    if not ids:
+        return False
+    quoted = ", ".join("'" + key.replace("'", "''") + "'" for key in set(ids))
+    dataset = existing(uri, table)
+    with storage_errors(dataset.uri):
+        found = dataset.to_table(columns=["sequence_id"], filter=f"sequence_id IN ({quoted})")
+    return set(ids) <= set(found["sequence_id"].to_pylist())
+
+
+def lineage_columns(names: Sequence[str]) -> list[str]:
+    """The columns that hold the lineages, of those that there are; empty if none do."""
+    if all(rank in names for rank in RANKS):
+        return list(RANKS)
+    return [LINEAGE_COLUMN] if LINEAGE_COLUMN in names else []
+
+
+def _count_taxa(dataset: "lance.LanceDataset", notes: dict[str, str]) -> tuple[Taxa, ...]:
+    columns = lineage_columns(dataset.schema.names)
+    if not columns:
+        notes["taxa"] = f"the table has neither a column {LINEAGE_COLUMN} nor all seven ranks"
+        return tuple(Taxa((), ()) for _ in RANKS)
+    counters: list[Counter[str]] = [Counter() for _ in RANKS]
+    with storage_errors(dataset.uri):
+        for batch in dataset.to_batches(columns=columns):
+            for counter, names in zip(counters, read_lineages(batch), strict=True):
+                for pair in names.drop_null().value_counts().to_pylist():
+                    counter[pair["values"]] += pair["counts"]
+    ordered = [sorted(counter.items(), key=lambda pair: (-pair[1], pair[0])) for counter in counters]
+    return tuple(Taxa(tuple(n for n, _ in pairs), tuple(c for _, c in pairs)) for pairs in ordered)
+
+
+def _read_rows(
+    dataset: "lance.LanceDataset", chosen: Int64[np.ndarray, " rows"], taxa: Sequence[Taxa], notes: dict[str, str]
+) -> Rows:
+    there = dataset.schema.names
+    lineages = lineage_columns(there)
+    wanted = ["sequence_id", "vector", *lineages, *(n for n in (*NUMBERS, "marker_gene") if n in there)]
+    with storage_errors(dataset.uri):
+        whole = len(chosen) == dataset.count_rows()
+        read = dataset.to_table(columns=wanted) if whole else dataset.take(chosen, columns=wanted)
+    names = np.full((len(read), len(RANKS)), -1, np.int32)
+    if lineages:
+        for rank, (found, column) in enumerate(zip(taxa, read_lineages(read), strict=True)):
+            index = {name: i for i, name in enumerate(found.names)}
+            names[:, rank] = [-1 if name is None else index[name] for name in column.to_pylist()]
+    depth, latitude, longitude = (_numbers(read, name, notes) for name in NUMBERS)
+    placed = (np.abs(latitude) <= 90) & (np.abs(longitude) <= 180)
+    if not placed.any() and "places" not in notes:
+        notes["places"] = "no row has both a latitude and a longitude"
+    markers = read["marker_gene"].to_pylist() if "marker_gene" in there else [None] * len(read)
+    return Rows(
+        ids=tuple(str(name) for name in read["sequence_id"].to_pylist()),
+        vectors=_vectors(read, dataset.uri),
+        names=names,
+        depth=depth,
+        latitude=np.where(placed, latitude, np.nan),
+        longitude=np.where(placed, longitude, np.nan),
+        markers=tuple(None if marker is None else str(marker) for marker in markers),
+    )
+
+
+def _vectors(read: pa.Table, where: str) -> Float32[np.ndarray, "rows hidden"]:
+    column = read["vector"].combine_chunks()
+    if column.null_count:
+        raise InputError(f"{where}: {column.null_count:,} rows have no vector; give them one, or delete them")
+    vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(read), -1).astype(np.float32)
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        row = read["sequence_id"][int(np.argmin(finite))].as_py()
+        raise InputError(f"{where}: the vector of {row!r} is not finite, embed the table again")
+    return vectors
+
+
+def _numbers(read: pa.Table, name: str, notes: dict[str, str]) -> Float64[np.ndarray, " rows"]:
+    """A column of numbers, NaN where it has none; a note if that is nowhere or it holds something else."""
+    part = "depth" if name == "depth" else "places"
+    unknown = np.full(len(read), np.nan)
+    if name not in read.column_names:
+        notes.setdefault(part, f"the table has no column {name}")
+        return unknown
+    kind = read[name].type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        notes.setdefault(part, f"the column {name} has the type {kind}, not numbers")
+        return unknown
+    values = read[name].cast(pa.float64()).to_numpy()
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _run_record(uri: str, table: str, notes: dict[str, str]) -> dict[str, Any] | None:
+    from fsspec.core import url_to_fs
+
+    local = local_directory(uri)
+    filesystem, path = url_to_fs(f"{uri.rstrip('/') if local is None else local}/{table}.run.json")
+    with storage_errors(path):
+        text = filesystem.cat_file(path) if filesystem.exists(path) else None
+    if text is None:
+        notes["run"] = f"there is no {table}.run.json beside the table"
+        return None
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        record = error
+    if not isinstance(record, dict):
+        notes["run"] = f"{table}.run.json beside the table is no JSON object ({record})"[:300]
+        return None
+    return record

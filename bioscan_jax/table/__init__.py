@@ -1,0 +1,1 @@
+"""The Lance table of vectors: writing, reading, queries, later columns."""

@@ -1,0 +1,326 @@
+"""SQL over a vector table: DuckDB plans and joins, Lance reads only the columns and rows that it is asked for."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bioscan_jax.errors import InputError
+from bioscan_jax.output import written_whole
+from bioscan_jax.table.lock import open_dataset, table_path
+from bioscan_jax.table.reading import existing
+
+if TYPE_CHECKING:
+    import duckdb
+    import lance
+
+_SETTINGS: dict[str, str | bool | int | float | list[str]] = {
+    "enable_external_access": "false",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "python_enable_replacements": "false",
+}
+"""No file, no network, no extension, no Python variable can be named by the query."""
+_TABLES = " (there are --table and its rejects, --table with _rejects behind)"
+_BATCH_ROWS = 8192
+_NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
+_BETWEEN = re.compile(rf"\(?(\w+) BETWEEN ({_NUMBER}) AND ({_NUMBER})\)?")
+_BOUND = re.compile(rf"\(?(\w+) ([<>]=?) ({_NUMBER})\)?")
+
+
+@dataclass
+class _Scans:
+    """What Lance is asked besides DuckDB's own pushdown, and what it answered."""
+
+    also: "dict[str, pc.Expression]" = field(default_factory=dict)
+    """Filter by name of the table."""
+    plans: list[str] = field(default_factory=list)
+
+
+def query(sql: str, uri: str, table: str = "sequences") -> pa.Table:
+    """Answers one SELECT over a vector table and its rejects, read-only.
+
+    The tables are named `table` and `{table}_rejects`; nothing else can be read.
+
+    Args:
+        sql: One SELECT, WITH, FROM or VALUES statement.
+        uri: Database directory or URL.
+        table: Name of the vector table.
+
+    Raises:
+        InputError: There is no such table, or the SQL writes, is wrong or is more than one statement.
+    """
+    with reading(sql, uri, table) as reader:
+        return reader.read_all()
+
+
+@contextmanager
+def reading(sql: str, uri: str, table: str = "sequences") -> Iterator[pa.RecordBatchReader]:
+    """Answers as `query` does, batch by batch."""
+    with _answering(sql, uri, table, _Scans()) as reader:
+        yield reader
+
+
+def explain(sql: str, uri: str, table: str = "sequences") -> str:
+    """Runs a query and tells how: DuckDB's plan, then Lance's for each time that it was asked."""
+    scans = _Scans()
+    with _answering(sql, uri, table, scans) as reader:
+        for _ in reader:
+            pass
+        shown = [f"Lance reads:\n{plan.strip()}" for plan in scans.plans]
+    with _database(uri, table, _Scans()) as database:
+        plan = database.execute(f"EXPLAIN {_only_select(sql)}").fetchall()[0][1]
+    return "\n".join([plan.rstrip(), *shown])
+
+
+def write(sql: str, uri: str, table: str, output: str) -> int:
+    """Writes the answer to a file that appears whole or not at all.
+
+    Args:
+        sql: As for `query`.
+        uri: Database directory or URL.
+        table: Name of the vector table.
+        output: FILE.csv (lists as JSON, null empty) or FILE.parquet.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        InputError: As for `query`; or the file cannot be written.
+    """
+    form = Path(output).suffix
+    if form not in (".csv", ".parquet"):
+        raise InputError(f"--output {output}: pass FILE.csv or FILE.parquet")
+    with written_whole(output) as path, reading(sql, uri, table) as reader:
+        return _write_csv(reader, path) if form == ".csv" else _write_parquet(reader, path)
+
+
+def as_text(reader: pa.RecordBatchReader, most_rows: int) -> str:
+    """A table of text, numbers to the right; reads all rows and shows the first `most_rows`.
+
+    Raises:
+        InputError: `most_rows` is below 0.
+    """
+    if most_rows < 0:
+        raise InputError(f"--show {most_rows}: pass how many rows to print, 0 to count them only")
+    shown: list[list[Any]] = []
+    rows = 0
+    for batch in reader:
+        head = batch.slice(0, max(0, most_rows - rows))
+        shown += [list(row) for row in zip(*(column.to_pylist() for column in head.columns), strict=True)]
+        rows += batch.num_rows
+    cells = [reader.schema.names, *([_cell(value) for value in row] for row in shown)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(reader.schema))]
+    right = [pa.types.is_integer(f.type) or pa.types.is_floating(f.type) for f in reader.schema]
+
+    def line(row: list[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    lines = [line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])]
+    more = f", the first {most_rows:,} shown; --output FILE.csv or FILE.parquet keeps all" if rows > most_rows else ""
+    return "\n".join([*lines, f"{rows:,} rows{more}"])
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _only_select(sql: str) -> str:
+    """The query without what follows its semicolon; an InputError if it is not one that reads."""
+    import duckdb
+
+    with _one_line():
+        statements = duckdb.extract_statements(sql)
+    if len(statements) != 1:
+        raise InputError(f"the SQL holds {len(statements)} statements; pass one SELECT")
+    if (kind := statements[0].type) != duckdb.StatementType.SELECT:
+        raise InputError(f"the SQL is a statement of type {kind.name}; only one that reads is run: pass a SELECT")
+    return statements[0].query.strip().rstrip(";")
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turns what DuckDB says into one line."""
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.Error, pa.ArrowException) as error:
+        text = " ".join(re.split(r"\n\s*LINE \d+:", str(error))[0].split())
+        raise InputError(
+            f"the SQL cannot be run: {text[:400]}; mend it{_TABLES * ('Table with name' in text)}"
+        ) from error
+
+
+@contextmanager
+def _database(uri: str, table: str, scans: _Scans) -> Iterator["duckdb.DuckDBPyConnection"]:
+    """DuckDB with the table and its rejects, and nothing else that it may touch."""
+    import duckdb
+
+    vectors, rejects = existing(uri, table), open_dataset(table_path(uri, f"{table}_rejects"))
+    with ExitStack() as held, _one_line():
+        database = held.enter_context(duckdb.connect(":memory:", config=_SETTINGS))
+        for name, dataset in ((table, vectors), (f"{table}_rejects", rejects)):
+            if dataset is not None:
+                database.register(name, _readable(dataset, name, scans))
+                held.callback(database.unregister, name)
+        database.execute("SET lock_configuration = true")
+        yield database
+
+
+@contextmanager
+def _answering(sql: str, uri: str, table: str, scans: _Scans) -> Iterator[pa.RecordBatchReader]:
+    select = _only_select(sql)
+    with _database(uri, table, scans) as database:
+        plan = json.loads(database.execute(f"EXPLAIN (FORMAT JSON) {select}").fetchall()[0][1])
+        kept = list(_kept_conditions(plan, []))
+        # Of two scans, or of one of the rejects, the plan does not name the table
+        also = _for_lance(kept[0], existing(uri, table).schema) if len(kept) == 1 else None
+        scans.also = {} if also is None or f"{table}_rejects" in select else {table: also}
+        reader = database.sql(select).to_arrow_reader(_BATCH_ROWS)
+        with closing(reader):
+            yield reader
+
+
+def _kept_conditions(nodes: Iterable[dict], above: list[str]) -> Iterator[list[str]]:
+    """For each scan of the plan, the conditions that DuckDB checks right above it on columns that it reads."""
+    for node in nodes:
+        if node["name"] == "PYTHON_ARROW_SCAN":
+            read = set(_texts(node["extra_info"].get("Projections", "")))
+            yield [condition for condition in above if set(re.findall(r"\(?(\w+) ", condition)[:1]) <= read]
+        parts = _texts(node["extra_info"].get("Expression", "")) if node["name"] == "FILTER" else []
+        yield from _kept_conditions(node["children"], [c for part in parts for c in _conjuncts(part)])
+
+
+def _texts(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _conjuncts(expression: str) -> list[str]:
+    """The parts of `((a) AND (b))`; a part that holds AND or OR itself comes out in pieces that match no pattern."""
+    inner = expression.strip()
+    if _BETWEEN.fullmatch(inner) or " OR " in inner or "'" in inner or " AND " not in inner:
+        return [inner]
+    inner = inner.removeprefix("(").removesuffix(")")
+    return re.findall(r"\([^()]*\)", inner)
+
+
+def _for_lance(conditions: Iterable[str], schema: pa.Schema) -> "pc.Expression | None":
+    """What Lance can check of the conditions that DuckDB keeps to itself: bounds of floating-point columns.
+
+    DuckDB does not hand lower bounds down since NaN is above all numbers for it, while Lance has NaN with its sign bit
+    set below all. What comes through is compared by DuckDB once more: Lance may let too much through, never too little.
+    """
+    bounds: dict[str, dict[str, float]] = {}
+    for condition in conditions:
+        if found := _BETWEEN.fullmatch(condition):
+            given = {">": float(found[2]), "<": float(found[3])}
+        elif found := _BOUND.fullmatch(condition):
+            given = {found[2][0]: float(found[3])}
+        else:
+            continue
+        bounds[found[1]] = bounds.get(found[1], {}) | given  # of two lower bounds either one lets enough through
+    kept = None
+    for name, bound in bounds.items():
+        if name not in schema.names or not pa.types.is_floating(kind := schema.field(name).type):
+            continue
+        column = pc.field(name)
+        tests = [column >= pa.scalar(bound[">"], kind)] if ">" in bound else []
+        if "<" in bound:
+            tests.append(column <= pa.scalar(bound["<"], kind))
+        else:
+            tests[0] = tests[0] | (column < pa.scalar(float("-inf"), kind))
+        for test in tests:
+            kept = test if kept is None else kept & test
+    return kept
+
+
+def _no_nan(filter: "pc.Expression | None", schema: pa.Schema) -> "list[pc.Expression]":
+    """What an upper bound that DuckDB handed down leaves out too: NaN with its sign bit set, which Lance has below all."""
+    numbers = [field for field in schema if pa.types.is_floating(field.type)]
+    bounded = [field for field in numbers if re.search(rf"\({re.escape(field.name)} <=? ", str(filter))]
+    return [pc.field(field.name) >= pa.scalar(float("-inf"), field.type) for field in bounded]
+
+
+def _readable(dataset: "lance.LanceDataset", name: str, scans: _Scans) -> "lance.LanceDataset":
+    """The table as DuckDB can read it, which knows no half floats; `scans.also` is applied and the plans are kept."""
+    import lance
+    import pyarrow.dataset as pads
+
+    shown = pa.schema([f.with_type(_wide(f.type)) for f in dataset.schema], dataset.schema.metadata)
+    narrow = {f.name for f in dataset.schema if _wide(f.type) != f.type}
+
+    class Table(lance.LanceDataset):
+        @property
+        def schema(self) -> pa.Schema:
+            return shown
+
+        def scanner(self, columns: Any = None, filter: Any = None, **options: Any) -> Any:
+            also = scans.also.get(name)
+            both = None
+            for part in (filter, also, *_no_nan(filter, shown)):
+                both = part if both is None else both if part is None else both & part
+            wanted, left = list(columns or shown.names), None
+            try:
+                scanner = super().scanner(columns=wanted, filter=both, **options)
+                scans.plans.append(scanner.explain_plan())
+            except (ValueError, NotImplementedError):
+                # A type that Lance takes no filter on, such as uint64. DuckDB does not look again at what it handed down.
+                read, left = [c for c in shown.names if c in wanted or c in str(filter)], filter
+                scanner = super().scanner(columns=read, **options)
+                scans.plans.append(scanner.explain_plan())
+            if left is None and not narrow & set(wanted):
+                return scanner
+            schema = pa.schema([shown.field(column) for column in scanner.projected_schema.names])
+            batches = (batch.cast(schema) for batch in scanner.to_batches())
+            return pads.Scanner.from_batches(batches, schema=schema, columns=wanted, filter=left)
+
+    return Table(dataset.uri, version=dataset.version)
+
+
+def _wide(kind: pa.DataType) -> pa.DataType:
+    """The type with float32 where it has half floats."""
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if isinstance(kind, pa.FixedSizeListType) and pa.types.is_float16(kind.value_type):
+        return pa.list_(pa.float32(), kind.list_size)
+    return kind
+
+
+def _write_parquet(reader: pa.RecordBatchReader, path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    rows = 0
+    with pq.ParquetWriter(path, reader.schema, compression="zstd") as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+            rows += batch.num_rows
+    return rows
+
+
+def _write_csv(reader: pa.RecordBatchReader, path: Path) -> int:
+    import pyarrow.csv as csv
+
+    nested = [pa.types.is_nested(f.type) for f in reader.schema]
+    schema = pa.schema([f.with_type(pa.string()) if n else f for f, n in zip(reader.schema, nested, strict=True)])
+    rows = 0
+    with csv.CSVWriter(path, schema) as writer:
+        for batch in reader:
+            columns = [_as_json(c) if n else c for c, n in zip(batch.columns, nested, strict=True)]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            rows += batch.num_rows
+    return rows
+
+
+def _as_json(column: pa.Array) -> pa.Array:
+    texts = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
+    return pa.array(texts, pa.string())

@@ -1,0 +1,174 @@
+"""The rows to train on: cleaned bases on disk, labels and splits in memory, any row reached at once.
+
+Shuffled training needs single rows from everywhere, which Parquet cannot give; so one pass over the input writes the
+cleaned bases to a scratch file that is mapped, not read. About 60 bytes a row stay in memory.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Int, Int8, Int32, Int64, UInt8
+
+from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import clean, string_bytes
+from bioscan_jax.barcodes.labels import LabelSpace
+from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.barcodes.metadata import METADATA_COLUMNS, check_metadata
+from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
+from bioscan_jax.data.parquet import ParquetBlocks
+from bioscan_jax.errors import InputError
+from bioscan_jax.training import splits
+
+_BLOCK_ROWS = 16_384
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """All rows of the input, in its order."""
+
+    bases: UInt8[np.ndarray, " bases"]
+    """Cleaned sequences one after another, mapped from a file; rejected rows have none."""
+    offsets: Int64[np.ndarray, " rows_plus_1"]
+    """Row i is bases[offsets[i]:offsets[i + 1]]."""
+    tokens: Int32[np.ndarray, " rows"]
+    """Tokens of each whole sequence, CLS included."""
+    splits: Int8[np.ndarray, " rows"]
+    """Indices into `splits.SPLITS`, or LEFT_OUT."""
+    labels: Int32[np.ndarray, "rows 7"] | None
+    """Indices of taxa, -1 where unknown; None for an objective without labels."""
+    space: LabelSpace | None
+    """Of the training rows."""
+    metadata: Float32[np.ndarray, "rows 3"] | None
+    """Depth, latitude and longitude; NaN is missing."""
+    locate: Callable[[int], str]
+    """Says which row of which file a row is."""
+
+    def rows(self, split: str) -> Int64[np.ndarray, " rows"]:
+        """The usable rows of a split: with a sequence and, if there are labels, at least one known."""
+        chosen = self.splits == splits.SPLITS.index(split)
+        if self.labels is not None:
+            chosen &= (self.labels >= 0).any(axis=1)
+        return np.flatnonzero(chosen)
+
+    def sequences(self, rows: Int[np.ndarray, " rows"]) -> list[bytes]:
+        """The bases of some rows."""
+        starts, ends = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
+        return [self.bases[start:end].tobytes() for start, end in zip(starts, ends, strict=True)]
+
+
+def prepare_examples(
+    source: ParquetBlocks,
+    wanted: config.Examples,
+    vocabulary: Vocabulary,
+    scratch: Path,
+    *,
+    labelled: bool,
+    with_metadata: bool = False,
+    on_rows: Callable[[int], object] = lambda n: None,
+) -> Examples:
+    """Reads the whole input once for the sequences, and its labels twice more.
+
+    Args:
+        source: The input, with all of its columns.
+        wanted: Which rows are kept aside.
+        vocabulary: Of the model; for the lengths.
+        scratch: Existing directory for the bases; as large as the sequences.
+        labelled: Whether labels are needed.
+        with_metadata: Whether depth, latitude and longitude are needed.
+        on_rows: Called with the number of rows just read, for a progress bar.
+
+    Raises:
+        InputError: A column is missing, labels or metadata are wrong, sequences leak between splits, or there is
+            nothing to train on.
+    """
+    present = source.schema.names
+    held_out = None if wanted.split_column else splits.HELD_OUT_RANK[wanted.split]
+    lineages = _lineage_columns(present) if labelled or held_out else []
+    extra = [wanted.split_column] if wanted.split_column else []
+    extra += lineages if held_out else []
+    extra += [name for name in METADATA_COLUMNS if name in present] if with_metadata else []
+    path = scratch / "bases"
+    sequences, lengths, tokens, taxa, given, metadata = [], [], [], [], [], []
+    with path.open("wb") as file:
+        for first, table in _tables(source, [source.sequence_column, *extra]):
+            locate = partial(_locate, source, first)
+            cleaned = clean(table[source.sequence_column])
+            text, offsets = string_bytes(cleaned.sequences)
+            file.write(text.data)
+            lengths.append(np.diff(offsets))
+            tokens.append(encode(cleaned.sequences, vocabulary).lengths.astype(np.int32))
+            sequences.append(splits.fingerprints(cleaned.sequences, seed=wanted.split_seed))
+            if held_out:
+                names = read_lineages(table)[RANKS.index(held_out)]
+                taxa.append(splits.fingerprints(names, seed=wanted.split_seed))
+            if wanted.split_column:
+                given.append(splits.given(table[wanted.split_column], locate=locate))
+            if with_metadata:
+                metadata.append(check_metadata(table, locate=locate))
+            on_rows(table.num_rows)
+    fingerprints = np.concatenate(sequences)
+    if wanted.split_column:
+        sides = np.where(fingerprints == 0, splits.LEFT_OUT, np.concatenate(given)).astype(np.int8)
+    else:
+        shares = {"validation": wanted.validation, "test": wanted.test}
+        sides = splits.assign(fingerprints, np.concatenate(taxa) if held_out else None, **shares)
+    splits.check_leakage(fingerprints, sides, locate=source.locate)
+    space, labels = _labels(source, lineages, sides) if labelled else (None, None)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
+    examples = Examples(
+        bases=np.memmap(path, np.uint8, "r") if offsets[-1] else np.empty(0, np.uint8),
+        offsets=offsets,
+        tokens=np.concatenate(tokens),
+        splits=sides,
+        labels=labels,
+        space=space,
+        metadata=np.concatenate(metadata) if with_metadata else None,
+        locate=source.locate,
+    )
+    if not len(examples.rows("train")):
+        raise InputError(f"{wanted.path} has no row to train on: {source.rows} rows, none usable and in 'train'")
+    return examples
+
+
+def _lineage_columns(present: Sequence[str]) -> list[str]:
+    """The columns that `read_lineages` reads, as far as they are there."""
+    if all(rank in present for rank in RANKS):
+        return list(RANKS)
+    if LINEAGE_COLUMN in present:
+        return [LINEAGE_COLUMN]
+    read_lineages(pa.table({name: pa.array([], pa.string()) for name in present}))  # says what is missing
+    raise AssertionError(present)
+
+
+def _tables(source: ParquetBlocks, columns: Sequence[str]) -> Generator[tuple[int, pa.Table], None, None]:
+    """First row and table of each block."""
+    blocks = source.select(list(dict.fromkeys(columns)), _BLOCK_ROWS)
+    for index in range(len(blocks)):
+        block = blocks[index]
+        yield block.first_row, block.table
+
+
+def _locate(source: ParquetBlocks, first: int, row: int) -> str:
+    """Where a row of a block is, whose first row is `first`."""
+    return source.locate(first + row)
+
+
+def _labels(
+    source: ParquetBlocks, columns: Sequence[str], sides: Int8[np.ndarray, " rows"]
+) -> tuple[LabelSpace, Int32[np.ndarray, "rows 7"]]:
+    """The taxa of the training rows, and every row's path among them."""
+    train = sides == splits.SPLITS.index("train")
+
+    def training() -> Generator[pa.Table, None, None]:
+        for first, table in _tables(source, columns):
+            yield table.filter(pa.array(train[first : first + table.num_rows]))
+
+    space = LabelSpace.build(training())
+    labels = np.empty((source.rows, len(RANKS)), np.int32)
+    for first, table in _tables(source, columns):
+        labels[first : first + table.num_rows] = space.encode(read_lineages(table))
+    return space, labels

@@ -1,0 +1,82 @@
+"""The record in a training run's directory: what decides it, by which the same call goes on, and what made it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from bioscan_jax import config
+from bioscan_jax.barcodes.labels import LabelSpace
+from bioscan_jax.checkpoints.load import LoadedModel
+from bioscan_jax.data.parquet import ParquetBlocks
+from bioscan_jax.embedding.summary import versions
+from bioscan_jax.errors import InputError
+from bioscan_jax.table.lock import differences
+
+RUN_FILE = "run.json"
+LABEL_SPACE_FILE = "label_space.json"
+
+
+def decided_by(
+    source: ParquetBlocks,
+    data: config.Examples,
+    loaded: LoadedModel,
+    lora: config.LoRA,
+    loss: config.Loss,
+    train: config.Train,
+    space: LabelSpace | None,
+) -> dict[str, Any]:
+    """All that decides the parameters of a run; devices, logging and how a batch is worked do not."""
+    not_deciding = {"output_dir", "batch_tokens", "remat", "log_every"}
+    facts = {
+        "input": source.fingerprint,
+        "data": {name: value for name, value in vars(data).items() if name != "path"},
+        "model": {
+            "name": loaded.provenance.model,
+            "weights_sha256": loaded.provenance.weights_sha256,
+            "dtype": loaded.provenance.dtype,
+            "float32_products": loaded.model.float32_products,
+            "vocabulary_sha256": loaded.vocabulary.sha256,
+            "config": dataclasses.asdict(loaded.config),
+        },
+        "lora": vars(lora) if train.mode == "lora" else None,
+        "loss": vars(loss),
+        "train": {name: value for name, value in vars(train).items() if name not in not_deciding},
+        "label_space_sha256": None if space is None else space.sha256,
+    }
+    return json.loads(json.dumps(facts))
+
+
+def claim(
+    directory: Path, facts: dict[str, Any], model: config.Model, loaded: LoadedModel, space: LabelSpace | None
+) -> None:
+    """Makes the directory this run's, or checks that it is.
+
+    Raises:
+        InputError: It is another run's.
+    """
+    path = directory / RUN_FILE
+    try:
+        found = json.loads(path.read_text())["decided_by"]
+    except FileNotFoundError:
+        found = None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); pass another --train.output_dir") from error
+    if found is not None:
+        changed = differences(found, facts)
+        if changed:
+            raise InputError(
+                f"{directory} is the run of another configuration: {changed}; pass these again, or another --train.output_dir"
+            )
+        return
+    if space is not None:
+        space.save(directory / LABEL_SPACE_FILE)
+    record = {
+        "decided_by": facts,
+        "model": {"checkpoint": model.checkpoint, "revision": model.revision, "seed": model.seed},
+        "provenance": dataclasses.asdict(loaded.provenance),
+        "versions": versions(),
+    }
+    temporary = directory / f".{RUN_FILE}.part"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,332 @@
+"""Fine-tuning: labelled barcodes in, adapters and heads (or a whole model) in a run's directory out."""
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from bioscan_jax import config
+from bioscan_jax.barcodes.labels import LabelSpace
+from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.checkpoints.head_files import taxon_tree
+from bioscan_jax.checkpoints.load import LoadedModel, load
+from bioscan_jax.data.batching import batch_shapes
+from bioscan_jax.data.parquet import ParquetBlocks, open_source
+from bioscan_jax.devices.hosts import failing_together, gather_bytes
+from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
+from bioscan_jax.devices.sharding import Layout, compute_dtype, make_layout, start_devices
+from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.classifier import Arrays, flat, make_classifier
+from bioscan_jax.model.lora import resolve_targets
+from bioscan_jax.table.lock import local_directory, storage_errors, writer_lock
+from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
+from bioscan_jax.training.evaluate import Evaluation
+from bioscan_jax.training.examples import Examples, prepare_examples
+from bioscan_jax.training.loop import Course, Evaluate, Log, State, run
+from bioscan_jax.training.record import claim, decided_by
+from bioscan_jax.training.splits import SPLITS
+from bioscan_jax.training.state import Progress, open_checkpoints
+from bioscan_jax.training.step import Learner, init_optimizer, take_apart
+from bioscan_jax.training.tracking import draw_curves, open_tracking
+
+_FLAG = "--train.output_dir"
+_SHOWN_CONFLICTS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """What a run of `finetune` came to."""
+
+    directory: str
+    progress: Progress
+    before: int
+    """Steps done before this run began."""
+    rows: dict[str, int]
+    """Usable rows of each split."""
+    taxa: dict[str, int]
+    """Of the training rows, at each rank."""
+    conflicts: tuple[str, ...]
+    """Taxa that rows put under different parents, with the parent chosen."""
+    trained_parameters: int
+    all_parameters: int
+    peak_host_bytes: int
+    peak_device_bytes: int | None
+
+    def __str__(self) -> str:
+        """The table that ends a run."""
+        progress, numbers = self.progress, self.progress.evaluation
+        resumed = f" ({self.before:,} of them before this run)" if self.before else ""
+        if self.before == progress.step:
+            resumed = ", complete before this run: nothing was left to do"
+        best = "none: there are no validation rows"
+        if progress.best_step is not None:
+            best = f"validation loss {progress.best_loss:.4f} after step {progress.best_step:,}"
+        share = 100.0 * self.trained_parameters / self.all_parameters
+        device = f", device {self.peak_device_bytes / 2**30:.2f} GiB" if self.peak_device_bytes is not None else ""
+        lines = {
+            "run": self.directory,
+            "steps": f"{progress.step:,}{resumed}",
+            "ended": f"{progress.finished}, {progress.seconds:,.0f} s in training",
+            "rows": ", ".join(f"{count:,} {split}" for split, count in self.rows.items()),
+        }
+        if self.taxa:
+            lines["taxa"] = ", ".join(f"{count:,} {rank}" for rank, count in self.taxa.items())
+            lines["conflicts"] = f"{len(self.conflicts):,}" + "".join(
+                f"\n{'':>12}{line}" for line in self.conflicts[:_SHOWN_CONFLICTS]
+            )
+        lines["trained"] = f"{self.trained_parameters:,} of {self.all_parameters:,} parameters ({share:.2f}%)"
+        lines["best"] = best
+        accuracies = [
+            f"{rank} {numbers[name]:.3f} (majority {numbers[f'eval/{rank}_majority']:.3f})"
+            for rank in RANKS
+            if (name := f"eval/{rank}_accuracy") in numbers
+        ]
+        if accuracies:
+            lines["accuracy"] = "last evaluation: " + ", ".join(accuracies)
+        lines["memory"] = f"host {self.peak_host_bytes / 2**30:.2f} GiB{device}"
+        return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+
+@failing_together()
+def finetune(
+    model: config.Model,
+    data: config.Examples,
+    lora: config.LoRA | None = None,
+    loss: config.Loss | None = None,
+    train: config.Train | None = None,
+    checkpoint: config.Checkpoint | None = None,
+    tracking: config.Tracking | None = None,
+    mesh: config.Mesh | None = None,
+    *,
+    progress: bool = True,
+) -> TrainingSummary:
+    """Trains adapters and heads on a frozen model, or the whole model, going on where an earlier run stopped.
+
+    Args:
+        model: Which weights to start from.
+        data: Which barcodes, and which of them are kept aside.
+        lora: The adapters; not used when the whole model is trained.
+        loss: What is minimised.
+        train: How, and the run's directory; the same call with the same directory goes on.
+        checkpoint: How often the state is saved.
+        tracking: Dashboard.
+        mesh: Devices.
+        progress: Show bars on the terminal.
+
+    Raises:
+        InputError: Something the user can mend; the checkpoints there are stay.
+        Interrupted: Ctrl-C or SIGTERM; the same call goes on.
+    """
+    lora, loss, train = lora or config.LoRA(), loss or config.Loss(), train or config.Train()
+    checkpoint, tracking = checkpoint or config.Checkpoint(), tracking or config.Tracking()
+    mesh = mesh or config.Mesh()
+    _check(model, lora, loss, train)
+    directory, output_dir = local_directory(train.output_dir, flag=_FLAG), train.output_dir
+    if directory is None:
+        raise InputError(
+            f"--train.output_dir {output_dir!r} is a URL; pass a directory (mount the bucket, with gcsfuse say)"
+        )
+    start_devices(mesh)
+    first, progress = jax.process_index() == 0, progress and jax.process_index() == 0
+    with ExitStack() as held:
+        if first:
+            held.enter_context(writer_lock(output_dir, "training", kind="run", flag=_FLAG))
+        scratch = held.enter_context(_scratch(directory))
+        source = open_source(_as_data(data), scratch=scratch)
+        layout = make_layout(mesh)
+        loaded = _load(model, train, layout, progress)
+        examples = _prepare(source, data, loss, train, loaded, scratch, progress)
+        facts = decided_by(source, data, loaded, lora, loss, train, examples.space)
+        learner = _learner(loaded, lora, loss, train, examples.space)
+        batches = TrainingBatches(examples, train, loaded.vocabulary, _max_tokens(data, loaded))
+        if first:
+            with storage_errors(str(directory), flag=_FLAG):
+                claim(directory, facts, model, loaded, examples.space)
+        gather_bytes(b"")  # the others wait until the directory is process 0's
+        checkpoints = held.enter_context(open_checkpoints(directory, keep=checkpoint.keep))
+        before = checkpoints.latest()
+        at = before or Progress(config=facts, rng=_rng(train), label_space=facts["label_space_sha256"])
+        if at.finished is None:
+            params = flat(learner.trainable)
+            state = State(params, init_optimizer(learner, len(batches), params))
+            if before is not None:
+                _check_rng(before, train)
+                if progress:
+                    tqdm.write(f"{train.output_dir}: goes on after step {at.step:,} of {len(batches):,}", sys.stderr)
+                state = State(**checkpoints.restore(before.step, jax.tree.map(_abstract, vars(state))))
+            log, run_id = _log(held, tracking, directory, facts, at)
+            course = Course(
+                learner=learner,
+                batches=batches,
+                examples=examples,
+                checkpoint=checkpoint,
+                checkpoints=checkpoints,
+                log=log,
+                evaluate=_evaluation(learner, examples, batches, loaded),
+            )
+            stop = held.enter_context(stop_on_signals("step"))
+            bar = tqdm(total=len(batches), initial=at.step, unit="step", desc="train", disable=not progress)
+            with bar:
+                at = run(course, state, dataclasses.replace(at, run_id=run_id), stop, bar)
+            if first:
+                with storage_errors(str(directory), flag=_FLAG):
+                    draw_curves(directory)
+    return _summary(at, before, examples, learner)
+
+
+def _check(model: config.Model, lora: config.LoRA, loss: config.Loss, train: config.Train) -> None:
+    if model.adapter is not None:
+        raise InputError("--model.adapter cannot be trained on; merge it first (scripts/export.py --format merged)")
+    if train.mode == "lora":
+        resolve_targets(lora.targets)
+    if train.objective == "mlm":
+        for flag, given in (("--loss.metadata", loss.with_metadata), ("--train.balance", train.balance != "none")):
+            if given:
+                raise InputError(f"{flag} needs labels; leave it out, or pass --train.objective taxonomy")
+
+
+def _as_data(data: config.Examples) -> config.Data:
+    return config.Data(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column)
+
+
+def _max_tokens(data: config.Examples, loaded: LoadedModel) -> int:
+    limit = loaded.config.max_tokens
+    if data.max_tokens is not None and data.max_tokens > limit:
+        raise InputError(f"--data.max_tokens {data.max_tokens} exceeds the {limit} positions of the model; lower it")
+    return data.max_tokens or limit
+
+
+@contextmanager
+def _scratch(directory: Path) -> Iterator[Path]:
+    """This process's place for the bases; removed at the end."""
+    scratch = directory / f".examples-{jax.process_index()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"--train.output_dir {str(directory)!r}: {error.strerror}; pass a directory you may write"
+        ) from error
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _load(model: config.Model, train: config.Train, layout: Layout, progress: bool) -> LoadedModel:
+    """The checkpoint; a model that is trained whole is kept in float32 whatever its products are computed in."""
+    wanted = dataclasses.replace(model, dtype="float32") if train.mode == "full" else model
+    with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
+        loaded = load(wanted, layout, lm_head=train.objective == "mlm", on_bytes=bar.update)
+    if train.mode == "full" and compute_dtype(model.dtype) != np.float32:
+        loaded.model.float32_products = "default"
+    return loaded
+
+
+def _prepare(
+    source: ParquetBlocks,
+    data: config.Examples,
+    loss: config.Loss,
+    train: config.Train,
+    loaded: LoadedModel,
+    scratch: Path,
+    progress: bool,
+) -> Examples:
+    with tqdm(total=source.rows, unit="row", desc="read rows", disable=not progress, leave=False) as bar:
+        return prepare_examples(
+            source,
+            data,
+            loaded.vocabulary,
+            scratch,
+            labelled=train.objective == "taxonomy",
+            with_metadata=loss.with_metadata,
+            on_rows=bar.update,
+        )
+
+
+def _learner(
+    loaded: LoadedModel, lora: config.LoRA, loss: config.Loss, train: config.Train, space: LabelSpace | None
+) -> Learner:
+    tree = None if space is None else taxon_tree(space)
+    adapters = lora if train.mode == "lora" else None
+    classifier = make_classifier(loaded.model, loss, adapters, tree, loaded.layout, seed=train.seed)
+    vocabulary = loaded.vocabulary
+    special = (vocabulary.cls_id, vocabulary.pad_id, vocabulary.mask_id, vocabulary.unk_id)
+    return take_apart(classifier, loaded.layout, loss, train, tree=tree, special_ids=special)
+
+
+def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _rng(train: config.Train) -> list[int]:
+    return np.asarray(jax.random.key_data(jax.random.key(train.seed))).tolist()
+
+
+def _check_rng(before: Progress, train: config.Train) -> None:
+    if before.rng != _rng(train):
+        raise InputError(
+            f"{train.output_dir}: this version of JAX draws otherwise; go on with the one that began the run"
+        )
+
+
+def _log(
+    held: ExitStack, tracking: config.Tracking, directory: Path, facts: dict[str, Any], at: Progress
+) -> tuple[Log, str | None]:
+    """Where metrics go, on process 0; nowhere on the others."""
+    if jax.process_index() != 0:
+        return lambda numbers, step: None, at.run_id
+    opened = open_tracking(tracking, directory, settings=facts, resumed_at=at.step, run_id=at.run_id)
+    tracker = held.enter_context(opened)
+    return tracker.log, tracker.run_id
+
+
+def _evaluation(learner: Learner, examples: Examples, batches: TrainingBatches, loaded: LoadedModel) -> Evaluate | None:
+    """One pass over the validation rows, if there are any."""
+    rows = examples.rows("validation")
+    if not len(rows):
+        return None
+    shapes = batch_shapes(
+        batches.widths,
+        devices=learner.layout.data_devices,
+        tokens_per_device=learner.train.batch_tokens,
+        most_rows=len(rows),
+    )
+    sizes = (0,) * len(RANKS) if examples.space is None else tuple(map(len, examples.space.names))
+    evaluation = Evaluation(learner, sizes)
+
+    def evaluate(params: Arrays, stop: StopRequest) -> dict[str, float] | None:
+        return evaluation(params, learner.frozen, evaluation_batches(examples, rows, shapes, loaded.vocabulary), stop)
+
+    return evaluate
+
+
+def _summary(at: Progress, before: Progress | None, examples: Examples, learner: Learner) -> TrainingSummary:
+    space, splits = examples.space, {split: len(examples.rows(split)) for split in SPLITS}
+    conflicts = () if space is None else space.conflicts
+    trained = sum(array.size for array in flat(learner.trainable).values())
+    return TrainingSummary(
+        directory=learner.train.output_dir,
+        progress=at,
+        before=before.step if before is not None else 0,
+        rows={split: count for split, count in splits.items() if count},
+        taxa={} if space is None else {rank: len(of) for rank, of in zip(RANKS, space.names, strict=True)},
+        conflicts=tuple(
+            f"{c.rank} {c.name} under {c.parent_rank} {' and '.join(f'{name} ({n})' for name, n in c.parents)}; "
+            f"taken: {c.chosen}"
+            for c in conflicts
+        ),
+        trained_parameters=trained,
+        all_parameters=trained + sum(array.size for array in jax.tree.leaves(learner.frozen)),
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(),
+    )

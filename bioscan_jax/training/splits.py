@@ -1,0 +1,194 @@
+"""Training, validation and test rows: decided by the sequence, or by the taxon, never by the order of rows.
+
+About half of public barcodes are exact copies of another, so a split of rows would put the same sequence on both
+sides. Here all copies of a cleaned sequence go the same way. A trimmed or reversed copy is another sequence.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int8, Int64, UInt64
+
+from bioscan_jax.barcodes.cleaning import string_bytes
+from bioscan_jax.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+"""A split's number is its index here."""
+LEFT_OUT = -1
+"""Rows of no split: rejected sequences, and those that would leak between held-out taxa."""
+
+HELD_OUT_RANK: dict[Literal["random", "held_out_species", "held_out_genera"], str | None] = {
+    "random": None,
+    "held_out_species": "species",
+    "held_out_genera": "genus",
+}
+"""The kinds of split, with the rank whose taxa are kept whole."""
+
+_GIVEN = {
+    "train": 0,
+    "training": 0,
+    "validation": 1,
+    "valid": 1,
+    "val": 1,
+    "dev": 1,
+    "test": 2,
+    "testing": 2,
+    "unused": LEFT_OUT,
+}
+
+
+def fingerprints(values: pa.Array | pa.ChunkedArray, *, seed: int) -> UInt64[np.ndarray, " rows"]:
+    """Hashes texts to 64 bits with BLAKE2b keyed by the seed (RFC 7693), each distinct text once.
+
+    The same on every machine and in every version. Blocks can be hashed one by one and concatenated: a row's
+    fingerprint depends on its text alone.
+
+    Returns:
+        0 for a null or empty text (a rejected sequence, an unknown taxon).
+
+    Raises:
+        InputError: The seed does not fit in 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise InputError(f"the split's seed {seed} is out of range; pass one from 0 to {2**64 - 1}")
+    key = seed.to_bytes(8, "little")
+    hashes = [np.empty(0, np.uint64)]
+    for chunk in values.chunks if isinstance(values, pa.ChunkedArray) else [values]:
+        coded = pc.fill_null(chunk.cast(pa.large_string()), "").dictionary_encode()
+        text, offsets = string_bytes(coded.dictionary)
+        view, ends = text.data, offsets.tolist()
+        digests = (
+            hashlib.blake2b(view[start:end], digest_size=8, key=key).digest() if end > start else bytes(8)
+            for start, end in zip(ends[:-1], ends[1:], strict=True)
+        )
+        distinct = np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+        hashes.append(distinct[coded.indices.to_numpy()])
+    return np.concatenate(hashes)
+
+
+def assign(
+    sequences: UInt64[np.ndarray, " rows"],
+    taxa: UInt64[np.ndarray, " rows"] | None = None,
+    *,
+    validation: float,
+    test: float,
+) -> Int8[np.ndarray, " rows"]:
+    """Gives each row of the whole input its split.
+
+    Without `taxa` (random) the sequence's fingerprint decides, so copies stay together. With them (held-out species
+    or genera) the taxon's fingerprint decides and all of its rows go the same way; rows of unknown taxon go to train.
+    Copies of one sequence then go by these rules: those of unknown taxon follow the labelled copies, and where
+    labelled copies would go different ways the sequence is left out, since either way would leak. A larger `test`
+    keeps the test rows there were.
+
+    Args:
+        sequences: `fingerprints` of the cleaned sequences.
+        taxa: `fingerprints` of the names at the rank of `HELD_OUT_RANK`.
+        validation: Expected share of the distinct sequences, or of the distinct taxa.
+        test: The same.
+
+    Returns:
+        Indices into `SPLITS`, or `LEFT_OUT`.
+
+    Raises:
+        InputError: A share is negative, or nothing is left to train on.
+    """
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise InputError(
+            f"--data.validation {validation} and --data.test {test} must be at least 0 and together less than 1"
+        )
+    if taxa is None:
+        return np.where(sequences == 0, LEFT_OUT, _sides(sequences, validation, test)).astype(np.int8)
+    sides = np.where(taxa == 0, SPLITS.index("train"), _sides(taxa, validation, test))
+    groups, group_of = np.unique(sequences, return_inverse=True)
+    lowest, highest = _range(group_of[taxa != 0], sides[taxa != 0], len(groups))
+    unlabelled = highest < 0
+    group_sides = np.where(lowest == highest, lowest, LEFT_OUT)
+    group_sides[unlabelled] = SPLITS.index("train")
+    group_sides[groups == 0] = LEFT_OUT
+    return group_sides[group_of].astype(np.int8)
+
+
+def given(
+    column: pa.Array | pa.ChunkedArray, *, locate: Callable[[int], str] = "row {}".format
+) -> Int8[np.ndarray, " rows"]:
+    """Reads a column of given splits, such as the one of --data.split_column.
+
+    Values are train, validation or test, their usual forms (training, val, valid, dev, testing), or unused; upper and
+    lower case are the same, and what follows a '_' does not matter, so that test_unseen_species is test.
+
+    Args:
+        column: Of the whole input or a block of it.
+        locate: Says where a row of the column is.
+
+    Raises:
+        InputError: A value is null or something else.
+    """
+    splits = [np.empty(0, np.int8)]
+    rows = 0
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        coded = chunk.cast(pa.string()).dictionary_encode("encode")
+        values = coded.dictionary.to_pylist()
+        numbers = [None if value is None else _GIVEN.get(value.strip().lower().split("_")[0]) for value in values]
+        for value, number in zip(values, numbers, strict=True):
+            if number is None:
+                row = rows + pc.index(coded.indices, values.index(value)).as_py()
+                raise InputError(
+                    f"{locate(row)} has the split {value!r} in --data.split_column; "
+                    "write train, validation, test or unused"
+                )
+        splits.append(np.array(numbers, np.int8)[coded.indices.to_numpy()])
+        rows += len(chunk)
+    return np.concatenate(splits)
+
+
+def check_leakage(
+    sequences: UInt64[np.ndarray, " rows"],
+    splits: Int8[np.ndarray, " rows"],
+    *,
+    locate: Callable[[int], str] = "row {}".format,
+) -> None:
+    """Makes sure that no sequence is in two splits; rows that are left out or rejected do not matter.
+
+    Args:
+        sequences: `fingerprints` of the cleaned sequences.
+        splits: As `assign` or `given` gives them.
+        locate: Says where a row is, as `ParquetBlocks.locate` does.
+
+    Raises:
+        InputError: Names two rows with the same sequence in different splits, and how many sequences there are such.
+    """
+    rows = np.flatnonzero((splits != LEFT_OUT) & (sequences != 0))
+    groups, group_of = np.unique(sequences[rows], return_inverse=True)
+    lowest, highest = _range(group_of, splits[rows].astype(np.int64), len(groups))
+    straddling = np.flatnonzero(lowest < highest)
+    if not len(straddling):
+        return
+    first = rows[np.isin(group_of, straddling)][0]
+    copies = rows[sequences[rows] == sequences[first]]
+    second = copies[splits[copies] != splits[first]][0]
+    raise InputError(
+        f"{locate(int(first))} ({SPLITS[splits[first]]}) and {locate(int(second))} ({SPLITS[splits[second]]}) are the "
+        f"same sequence, and {len(straddling)} sequences in all are in more than one split; mark the copies 'unused', "
+        "or leave out --data.split_column"
+    )
+
+
+def _sides(hashes: UInt64[np.ndarray, " rows"], validation: float, test: float) -> Int64[np.ndarray, " rows"]:
+    """Test from 0 up, then validation, the rest train."""
+    limits = np.array([int(test * 2.0**64), int((test + validation) * 2.0**64)], np.uint64)
+    return 2 - np.searchsorted(limits, hashes, side="right")
+
+
+def _range(
+    group_of: Int64[np.ndarray, " rows"], sides: Int64[np.ndarray, " rows"], groups: int
+) -> tuple[Int64[np.ndarray, " groups"], Int64[np.ndarray, " groups"]]:
+    """Lowest and highest side in each group; a group without rows has len(SPLITS) and -1."""
+    lowest, highest = np.full(groups, len(SPLITS), np.int64), np.full(groups, -1, np.int64)
+    np.minimum.at(lowest, group_of, sides)
+    np.maximum.at(highest, group_of, sides)
+    return lowest, highest

@@ -1,0 +1,376 @@
+"""The numbers of a training run: metrics.jsonl in any case, Weights & Biases where wanted, curves.png at the end.
+
+metrics.jsonl has one JSON object a line: `train/global_step` (optimizer steps done), then numbers under their dashboard
+names. A NaN or an infinity is null there, since JSON has neither.
+"""
+
+import json
+import math
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from urllib.parse import urlsplit
+
+from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.config import Tracking
+from bioscan_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import wandb
+    from matplotlib.axes import Axes
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+STEP = "train/global_step"
+
+_INIT_SECONDS = 60.0
+_FINISH_SECONDS = 60.0
+_WANDB_HOSTS = ("wandb.ai", "coreweave.com")
+
+_SMOOTHED = 25
+"""Lines averaged at most, half of them on each side, in the drawn mean of the training loss; an odd number."""
+
+
+@dataclass(kw_only=True)
+class Tracker:
+    """Takes the numbers of one run; made by `open_tracking`."""
+
+    run_id: str | None
+    """Of Weights & Biases; give it to `open_tracking` on resume. Disabled, what was given is kept."""
+    _file: BinaryIO
+    _resumed_at: int
+    _written: set[str]
+    """Names the file already has at the step resumed from."""
+    _run: "wandb.Run | None" = field(repr=False)
+    _known: int
+    """Last step the server had when this process began."""
+
+    def log(self, numbers: Mapping[str, float | int], step: int) -> None:
+        """Adds one line, on the disk's cache when this returns; Weights & Biases takes it in the background.
+
+        Call it before the checkpoint of the same step: a resumed run does not repeat that step. Where it does repeat an
+        evaluation after that step, numbers the file already has are not written twice.
+
+        Args:
+            numbers: By dashboard name; NaN and infinities are allowed.
+            step: Optimizer steps done.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        given = {name: value if isinstance(value, int) else float(value) for name, value in numbers.items()}
+        record = {STEP: step} | given | {STEP: step}
+        if step == self._resumed_at and self._written.issuperset(record):
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        try:
+            self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise InputError(f"{self._file.name}: {error.strerror}; mend it and run the same command again") from error
+        self._send(record)
+
+    def _send(self, record: dict[str, Any]) -> None:
+        if self._run is not None and record[STEP] >= self._known:
+            try:
+                self._run.log(record)
+            except Exception as error:  # whatever it is, it is not worth a training run
+                _say(f"no longer logging ({_line(error)}); training goes on, all numbers are in {METRICS}")
+                self._run = None
+
+    def _finish(self, exit_code: int) -> None:
+        if self._run is not None:
+            try:
+                self._run.finish(exit_code=exit_code)
+            except Exception as error:
+                again = f"wandb sync --include-online {_files(self._run)}"
+                _say(f"not everything was sent ({_line(error)}); to upload: {again}")
+
+
+@contextmanager
+def open_tracking(
+    tracking: Tracking, directory: Path, *, settings: dict[str, Any], resumed_at: int, run_id: str | None
+) -> Iterator[Tracker]:
+    """Opens metrics.jsonl and Weights & Biases for one process of a run.
+
+    Lines after `resumed_at` and a torn last line are removed first, atomically, so that the finished file has each step
+    once, as that of a run never killed.
+
+    With `auto` the environment's WANDB_MODE decides, if set; otherwise it is online where there is an API key
+    (WANDB_API_KEY, WANDB_IDENTITY_TOKEN_FILE, wandb's settings or netrc) and offline elsewhere. Online, a server that
+    cannot be reached within a minute, or that refuses the key, makes the run an offline one; one that is lost
+    later is tried again in the background, and for a minute at the end. Neither ends the training: a line on stderr
+    says so.
+
+    A kill takes with it what wandb's own process had not yet sent, or written (up to 32 KiB). So a resumed run, which
+    keeps its id, is first given what it misses from metrics.jsonl, which takes half a millisecond a line. Online, that
+    is what came after the last step the server knows; what it knows is not sent again, but for that one step. Offline,
+    each start makes a directory `wandb/offline-run-TIME-ID` of its own, and each gets all the numbers from the first
+    step on. Upload the newest, with the command on stderr. `wandb sync` of all of them sends each row under the same
+    `_step` and with the same numbers, so the order does not matter, but it gives up at a file that a kill has left
+    empty. Rows given later have the time of giving.
+
+    Args:
+        tracking: Mode, project, name.
+        directory: The run's own; made if absent. Weights & Biases gets `directory`/wandb.
+        settings: What the dashboard shows as the run's config.
+        resumed_at: Step of the restored checkpoint; 0 for a new run.
+        run_id: The tracker's, as it was in that checkpoint; None for a new run.
+
+    Raises:
+        InputError: Online is asked for without an API key, WANDB_MODE is unknown, or metrics.jsonl is damaged.
+    """
+    mode = _mode(tracking)
+    path = directory / METRICS
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = _truncate(path, resumed_at)
+    run = None if mode == "disabled" else _start(tracking, mode, directory, settings, run_id)
+    with path.open("ab", buffering=0) as file:
+        tracker = Tracker(
+            run_id=run.id if run is not None else run_id,
+            _file=file,
+            _resumed_at=resumed_at,
+            _written={name for record in kept if record[STEP] == resumed_at for name in record},
+            _run=run,
+            _known=run.summary.get(STEP, 0) if run is not None and run.resumed else 0,
+        )
+        try:
+            for record in kept:
+                tracker._send({name: math.nan if value is None else value for name, value in record.items()})
+            yield tracker
+        except BaseException:
+            tracker._finish(exit_code=1)
+            raise
+        tracker._finish(exit_code=0)
+
+
+def _say(line: str) -> None:
+    if sys.stderr is not None:
+        with suppress(OSError):  # a terminal that is gone
+            sys.stderr.write(f"Weights & Biases: {line}\n")
+
+
+def _files(run: "wandb.Run") -> str:
+    return shlex.quote(str(Path(run.dir).parent))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of metrics.jsonl and what is in them; a last line without its end is left out.
+
+    Raises:
+        InputError: A line is not an object with a step.
+    """
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+            whole = isinstance(record[STEP], int)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise InputError(f"{path}, line {number}: {line[:60]!r} is not an object with {STEP!r}; remove the line")
+        lines.append((line, record))
+    return lines
+
+
+def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
+    """Removes what comes after `resumed_at`; returns what is left."""
+    if not path.exists():
+        return []
+    kept = [(line, record) for line, record in _read(path) if record[STEP] <= resumed_at]
+    whole = b"".join(line for line, _ in kept)
+    if whole != path.read_bytes():
+        part = path.with_name(path.name + ".part")
+        with part.open("wb") as file:
+            file.write(whole)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    return [record for _, record in kept]
+
+
+def _mode(tracking: Tracking) -> Literal["online", "offline", "disabled"]:
+    asked, flag = tracking.mode, f"--tracking.mode {tracking.mode}"
+    if asked == "auto":
+        chosen = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        asked, flag = {"dryrun": "offline"}.get(chosen, chosen), f"WANDB_MODE={chosen}"
+    if asked == "offline" or asked == "disabled":
+        return asked
+    if asked != "online":
+        raise InputError(f"{flag} is not a mode; set WANDB_MODE to online, offline or disabled, or unset it")
+    if not _has_key():
+        raise InputError(f"{flag} needs an API key; set WANDB_API_KEY, run `wandb login`, or pass offline")
+    return "online"
+
+
+def _has_key() -> bool:
+    """Whether wandb would find credentials, without its prompt for them."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import netrc
+
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.api_key or settings.identity_token_file:
+        return True
+    host = urlsplit(settings.base_url).netloc
+    hosts = [host, "api.wandb.ai"] if host.endswith(_WANDB_HOSTS) else [host]
+    homes = [Path(name).expanduser() for name in ("~/.netrc", "~/_netrc")]
+    given = os.environ.get("NETRC")
+    path = Path(given).expanduser() if given else next((home for home in homes if home.exists()), homes[0])
+    try:
+        logins = netrc.netrc(path)
+    except (OSError, netrc.NetrcParseError):
+        return False
+    found = [logins.authenticators(host) for host in hosts]
+    return any(login is not None and login[2] for login in found)
+
+
+def _start(
+    tracking: Tracking,
+    mode: Literal["online", "offline"],
+    directory: Path,
+    settings: dict[str, Any],
+    run_id: str | None,
+) -> "wandb.Run | None":
+    """Starts or resumes the run: offline where online fails, None where that fails too."""
+    import wandb
+
+    run_id = run_id or secrets.token_hex(4)
+    quiet = wandb.Settings(
+        silent=True,
+        console="off",
+        init_timeout=_INIT_SECONDS,
+        finish_timeout=_FINISH_SECONDS,
+        finish_timeout_raises=True,
+    )
+    try:
+        run = wandb.init(
+            mode=mode,
+            project=tracking.project,
+            name=tracking.name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            reinit="create_new",
+            dir=directory,
+            config=settings,
+            settings=quiet,
+        )
+        run.define_metric("*", step_metric=STEP)
+    except Exception as error:  # its own errors, the service's, the network's: none is worth a training run
+        if mode == "online":
+            _say(f"not online ({_line(error)}); the run is logged offline")
+            with suppress(Exception):
+                wandb.teardown()  # its service holds the id of a run that failed to start
+            return _start(tracking, "offline", directory, settings, run_id)
+        _say(f"did not start ({_line(error)}); the numbers are in {METRICS} only")
+        return None
+    _say(f"offline; to upload: wandb sync {_files(run)}" if mode == "offline" else f"{run.url}")
+    return run
+
+
+def draw_curves(directory: Path) -> Path | None:
+    """Draws the losses and the accuracies by rank in metrics.jsonl over the optimizer steps, to curves.png.
+
+    There is a panel for what the file has: no accuracies, no second panel. Numbers that were not finite are gaps.
+
+    Returns:
+        The picture, or None where there is nothing to draw.
+
+    Raises:
+        InputError: metrics.jsonl is missing or damaged.
+    """
+    path = directory / METRICS
+    if not path.exists():
+        raise InputError(f"{path} is missing; give the output directory of a training run")
+    records = [record for _, record in _read(path)]
+    panels = [draw for draw, names in _PANELS if any(r.get(name) is not None for r in records for name in names)]
+    if not panels:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6 * len(panels) + 0.4), dpi=150, layout="constrained")
+    figure.suptitle(directory.absolute().name)
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for draw, axis in zip(panels, axes, strict=True):
+        draw(axis, records)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("optimizer steps")
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+    part = directory / f"{CURVES}.part"
+    figure.savefig(part, format="png")
+    os.replace(part, directory / CURVES)
+    return directory / CURVES
+
+
+def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a number; a null is NaN."""
+    rows = [(record[STEP], record[name]) for record in records if name in record]
+    return [step for step, _ in rows], [math.nan if value is None else value for _, value in rows]
+
+
+def _draw_losses(axis: "Axes", records: list[dict[str, Any]]) -> None:
+    steps, train = _series(records, "train/loss")
+    if steps:
+        width = min(_SMOOTHED, len(train) // 10) | 1
+        reach = width // 2
+        axis.plot(steps, train, color="tab:blue", linewidth=0.8, alpha=0.35 if width > 1 else 1.0, label="training")
+        if width > 1:
+            means = [_mean(train[max(0, at - reach) : at + reach + 1]) for at in range(len(train))]
+            axis.plot(steps, means, color="tab:blue", linewidth=1.8, label=f"training, mean of {width} lines")
+    steps, held_out = _series(records, "eval/loss")
+    if steps:
+        axis.plot(steps, held_out, color="tab:orange", marker="o", markersize=4, label="validation")
+        finite = [(value, step) for step, value in zip(steps, held_out, strict=True) if not math.isnan(value)]
+        if finite:
+            value, step = min(finite)
+            lowest = f"lowest, {value:.4g} at step {step:,}"
+            axis.plot(step, value, "o", color="none", markeredgecolor="black", markersize=9, label=lowest)
+    axis.set_ylabel("loss (nats)")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _draw_accuracies(axis: "Axes", records: list[dict[str, Any]]) -> None:
+    from matplotlib import colormaps
+
+    colors = colormaps["viridis"]([index / len(RANKS) for index in range(len(RANKS))])
+    for rank, color in zip(RANKS, colors, strict=True):
+        steps, shares = _series(records, f"eval/{rank}_accuracy")
+        if not steps:
+            continue
+        percent = [100 * share for share in shares]
+        label = f"{rank}, {percent[-1]:.1f} %"
+        _, majority = _series(records, f"eval/{rank}_majority")
+        if majority:
+            label += f" ({100 * majority[-1]:.1f} %)"
+            axis.axhline(100 * majority[-1], color=color, linewidth=1.2, linestyle=":")
+        axis.plot(steps, percent, color=color, marker="o", markersize=4, label=label)
+    axis.set_ylim(-2, 102)
+    axis.set_ylabel("validation rows right (%)")
+    axis.legend(
+        frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="at the end\n(commonest taxon, dotted)"
+    )
+
+
+_PANELS = (
+    (_draw_losses, ("train/loss", "eval/loss")),
+    (_draw_accuracies, tuple(f"eval/{rank}_accuracy" for rank in RANKS)),
+)

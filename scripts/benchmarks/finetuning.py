@@ -1,0 +1,145 @@
+"""One LoRA step: ours, and PyTorch with PEFT."""
+
+import tempfile
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.checkpoints import preset_size, write_random
+from benchmarks.figures import Figures, at_least, median_seconds, require, rounded
+from benchmarks.peers import torch_model
+from bioscan_jax import config
+from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.devices.sharding import make_layout
+from bioscan_jax.model.classifier import flat, make_classifier
+from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.training.batches import ExampleBatch
+from bioscan_jax.training.losses import masked_lm_loss
+from bioscan_jax.training.step import init_optimizer, make_train_step, place, take_apart
+
+_AGREE = 1e-4
+_STEPS = 1000
+_CLS = 3
+
+
+def finetune(
+    preset: str = "nt-v2-50m", batch_size: int = 16, tokens: int = 112, rank: int = 16, seed: int = 0, repeats: int = 5
+) -> Figures:
+    """Compare a LoRA step with PyTorch and PEFT: same weights, batch, adapters (query and value), AdamW and clipping.
+
+    The task is masked 6-mers, whose loss is first checked to be the same. Both run in one process on all cores in
+    turns; rates are rows by the median of the wall time of a step, after two steps that do not count.
+
+    Args:
+        preset: Size of the model.
+        batch_size: Rows of a step.
+        tokens: Of each row, none of them padding; 112 are a barcode of 658 bp.
+        rank: Of the adapters.
+        seed: Of weights and rows.
+        repeats: Steps of each that are timed.
+
+    Raises:
+        InputError: A number is too small, a preset unknown, or PyTorch or PEFT not installed.
+    """
+    at_least(batch_size=(batch_size, 1), tokens=(tokens, 2), rank=(rank, 1), repeats=(repeats, 1))
+    transformer = preset_size(preset)
+    require("torch", "peft")
+    ids = _rows(transformer, batch_size, tokens, seed)
+    lora, train = (
+        config.LoRA(rank=rank),
+        config.Train(objective="mlm", batch_size=batch_size, batch_tokens=batch_size * tokens),
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        trunk = write_random(Path(directory) / "model", transformer, seed)
+        theirs = torch_model(str(Path(directory) / "model"))
+    check_same_loss(trunk, theirs, ids)
+    tasks = {"ours": _our_step(trunk, ids, lora, train), "theirs": _their_step(theirs, ids, lora, train)}
+    for _ in range(2):
+        for task in tasks.values():
+            task()
+    seconds = median_seconds(tasks, repeats)
+    return {
+        "preset": preset,
+        "batch": f"{batch_size} x {tokens}",
+        "adapters": f"rank {rank}, {' and '.join(lora.targets)}",
+        "repeats": repeats,
+        "rows_per_second": rounded(batch_size / seconds["ours"]),
+        "peft_rows_per_second": rounded(batch_size / seconds["theirs"]),
+        "ratio": rounded(seconds["theirs"] / seconds["ours"]),
+        "torch_version": metadata.version("torch"),
+        "peft_version": metadata.version("peft"),
+    }
+
+
+def _rows(transformer: TransformerConfig, rows: int, tokens: int, seed: int) -> np.ndarray:
+    """Rows of random 6-mers after CLS; the first ids are special ones."""
+    ids = np.random.default_rng(seed).integers(10, transformer.vocab_size - 10, (rows, tokens)).astype(np.int32)
+    ids[:, 0] = _CLS
+    return ids
+
+
+def check_same_loss(ours: NucleotideTransformer, theirs: Any, ids: np.ndarray) -> None:
+    """Raises RuntimeError where the loss of all tokens differs: the speeds say nothing then."""
+    import torch
+
+    given = jnp.asarray(ids)
+    count = jnp.float32(given.size)
+    mine = float(masked_lm_loss(ours.logits(ours.hidden_state(given)), given, jnp.ones(given.shape, bool), count))
+    with torch.inference_mode():
+        expected = torch.from_numpy(ids.astype(np.int64))
+        other = float(theirs(expected, attention_mask=torch.ones_like(expected), labels=expected).loss)
+    if not abs(mine - other) <= _AGREE * abs(other):
+        raise RuntimeError(f"the loss is {mine}, that of PyTorch {other}")
+
+
+def _our_step(trunk: NucleotideTransformer, ids: np.ndarray, lora: config.LoRA, train: config.Train) -> Any:
+    layout, loss = make_layout(config.Mesh(data=1)), config.Loss()
+    classifier = make_classifier(trunk, loss, lora, None, layout, seed=train.seed)
+    learner = take_apart(classifier, layout, loss, train, tree=None, special_ids=(0, 1, 2, _CLS))
+    params = jax.tree.map(jnp.copy, flat(learner.trainable))
+    held = [params, init_optimizer(learner, _STEPS, params)]
+    step = make_train_step(learner, _STEPS)
+    rows = len(ids)
+    batch = ExampleBatch(
+        np.arange(rows), ids, np.full((rows, len(RANKS)), -1, np.int32), np.full((rows, 3), np.nan, np.float32)
+    )
+
+    def run() -> None:
+        placed = place(batch, layout, train.batch_tokens, pad=trunk.config.pad_token_id)
+        held[0], held[1], numbers = step(held[0], held[1], learner.frozen, jnp.uint32(1), placed)
+        jax.block_until_ready((held, numbers))
+
+    return run
+
+
+def _their_step(model: Any, ids: np.ndarray, lora: config.LoRA, train: config.Train) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    targets = list(lora.targets)
+    wanted = LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), lora_dropout=lora.dropout, target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is to go
+        adapted = get_peft_model(model, wanted).train()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
+    whole = torch.from_numpy(ids.astype(np.int64))
+    mask, share = model.config.mask_token_id, config.Loss().mask_rate
+
+    def run() -> None:
+        hidden = torch.rand(whole.shape) < share
+        labels = torch.where(hidden, whole, -100)
+        given = torch.where(hidden, mask, whole)
+        loss = adapted(input_ids=given, attention_mask=torch.ones_like(given), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run

@@ -1,0 +1,213 @@
+"""Barcodes to names: ours and VSEARCH's, right and wrong beside fast and slow. Needs the program vsearch."""
+
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.figures import Figures, at_least, in_a_process, rounded
+from bioscan_jax import config
+from bioscan_jax.barcodes.lineage import RANKS, read_lineages
+from bioscan_jax.barcodes.simulate import simulate
+from bioscan_jax.embedding.run import embed
+from bioscan_jax.errors import InputError
+from bioscan_jax.matching.identify import identify as run_identify
+from bioscan_jax.matching.queries import open_queries
+
+_OURS = "benchmarks.identifying:identify_ours"
+_SETTINGS = {"vsearch_quick": (8, 64), "vsearch_deep": (64, 256)}
+"""Accepted and rejected targets after which VSEARCH stops looking."""
+_SHOWN = ("order", "family", "genus", "species")
+_SIMULATED_SPECIES, _SIMULATED_ROWS = 120, 8
+Names = list[list[str | None]]
+"""Of each of RANKS, one a row."""
+
+
+def identify(
+    reference: str | None = None,
+    queries: str | None = None,
+    checkpoint: str = "random:nt-v2-50m",
+    layer: int = 0,
+    phases: int = 6,
+    k: int = 50,
+    processes: int = 2,
+    group: str = "split",
+    check_recall: int = 200,
+    repeats: int = 3,
+    seed: int = 0,
+) -> Figures:
+    """Compare identification by vectors and alignment with VSEARCH's, on the same labelled barcodes and cores.
+
+    Each run is a process of its own from files to a file, in turns; seconds are wall time with start and imports,
+    medians of the runs (ours after the first finds its compiled programs). `reference_seconds` is the embedding of the
+    reference, which is done once. Rates of right names count barcodes that are not named as wrong and leave out those
+    whose name is unknown; there is no cutoff. VSEARCH is `--usearch_global`, its best hit's names; quick is
+    `--maxaccepts 8 --maxrejects 64`, deep `64 256`.
+
+    Args:
+        reference: Parquet with labels; simulated barcodes if absent.
+        queries: Parquet with labels.
+        checkpoint: The model; random weights show what vectors give for nothing.
+        layer: Hidden state to pool, 0 the embeddings.
+        phases: Start offsets of the 6-mers to average.
+        k: Nearest neighbours of a query that are aligned.
+        processes: Processes of ours, threads of VSEARCH.
+        group: Column of the queries; its values are told apart.
+        check_recall: Queries to align with the whole reference too, outside the timing; 0 for none.
+        repeats: Times that each is run.
+        seed: Of the weights and the simulation.
+
+    Raises:
+        InputError: A number is too small, VSEARCH is not installed, or a file is missing or has no labels.
+    """
+    at_least(k=(k, 1), processes=(processes, 1), repeats=(repeats, 1), check_recall=(check_recall, 0))
+    if (reference is None) != (queries is None):
+        raise InputError("--reference and --queries go together; pass both, or none for simulated barcodes")
+    program = shutil.which("vsearch")
+    if program is None:
+        raise InputError("vsearch is not installed: run apt-get install vsearch to compare with it")
+    with tempfile.TemporaryDirectory() as directory:
+        at = Path(directory)
+        if reference is None or queries is None:
+            reference, queries = _simulated(at, seed)
+            told = f"simulated, seed {seed}"
+        else:
+            told = f"{queries} against {reference}"
+        library, asked = _read(reference, at / "reference.fasta"), _read(queries, at / "queries.fasta")
+        uri, begun = str(at / "db"), time.perf_counter()
+        embed(
+            config.Model(checkpoint=checkpoint, seed=seed),
+            config.Data(path=reference),
+            config.Sink(uri=uri),
+            config.Embed(layer=layer, phases=phases),
+            config.Mesh(compilation_cache=None),
+            progress=False,
+        )
+        found: Figures = {"input": told, "checkpoint": checkpoint, "references": library.num_rows}
+        found |= {"rows": asked.num_rows, "k": k, "processes": processes, "repeats": repeats}
+        found |= {"reference_seconds": rounded(time.perf_counter() - begun)}
+        ours = {"uri": uri, "queries": queries, "output": str(at / "ours.parquet"), "cache": str(at / "cache")}
+
+        def task(settings: tuple[int, int]) -> Callable[[], object]:
+            return lambda: _vsearch(program, at, processes, *settings)
+
+        tasks: dict[str, Callable[[], object]] = {
+            "ours": lambda: in_a_process(_OURS, k=k, processes=processes, check_recall=0, seed=seed, **ours)
+        }
+        tasks |= {name: task(settings) for name, settings in _SETTINGS.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in tasks}
+        for _ in range(repeats):
+            for name, run in tasks.items():
+                begun = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - begun)
+        for name, taken in seconds.items():
+            found[f"{name}_seconds"] = rounded(statistics.median(taken))
+        for name in _SETTINGS:
+            ratios = [b / a for a, b in zip(seconds["ours"], seconds[name], strict=True)]
+            found[f"seconds_ratio_{name}_to_ours"] = rounded(statistics.median(ratios))
+        answers = pq.read_table(at / "ours.parquet")
+        named = {"ours": [answers[rank].to_pylist() for rank in RANKS]}
+        named |= {name: _names_of_hits(at / _hits(*s), library, asked.num_rows) for name, s in _SETTINGS.items()}
+        found |= _right(named, asked, group)
+        if check_recall:
+            wanted = {"k": k, "processes": processes, "check_recall": check_recall, "seed": seed}
+            found["recall"] = in_a_process(_OURS, **ours, **wanted) or "none: no query has a vector"
+        return found | {"vsearch_version": _version(program)}
+
+
+def identify_ours(
+    uri: str, queries: str, output: str, cache: str, k: int, processes: int, check_recall: int, seed: int
+) -> str | None:
+    """One run in this process; what `--check_recall` found."""
+    summary = run_identify(
+        config.Reference(uri=uri),
+        config.Query(path=queries),
+        output,
+        config.Identify(k=k, rerank="alignment", processes=processes),
+        mesh=config.Mesh(compilation_cache=cache),
+        check_recall=check_recall,
+        seed=seed,
+        progress=False,
+    )
+    return summary.recall[0] if summary.recall else None
+
+
+def _simulated(at: Path, seed: int) -> tuple[str, str]:
+    """Every fifth species is missing from the reference; of the others one barcode in four is a query."""
+    table = simulate(species=_SIMULATED_SPECIES, per_species=_SIMULATED_ROWS, seed=seed)
+    species, place = np.divmod(np.arange(table.num_rows), _SIMULATED_ROWS)
+    unseen = species % 5 == 0
+    asked = unseen | (place < _SIMULATED_ROWS // 4)
+    kinds = pa.array(np.where(unseen, "unseen_species", "seen")[asked])
+    pq.write_table(table.filter(pa.array(~asked)), at / "reference.parquet")
+    pq.write_table(table.filter(pa.array(asked)).append_column("split", kinds), at / "queries.parquet")
+    return str(at / "reference.parquet"), str(at / "queries.parquet")
+
+
+def _read(path: str, fasta: Path) -> pa.Table:
+    """All rows of a file; their DNA goes to a FASTA file under the numbers of the rows."""
+    source = open_queries(config.Query(path=path), fasta.parent)
+    table = pa.concat_tables([source[block].table for block in range(len(source))])
+    if not {"taxonomy", "species"} & set(table.column_names):
+        raise InputError(f"{path} has no labels; pass barcodes with taxonomy or the seven rank columns")
+    with fasta.open("w") as file:
+        for row, text in enumerate(table[source.sequence_column].to_pylist()):
+            if text:
+                file.write(f">{row}\n{text}\n")
+    return table
+
+
+def _hits(accepts: int, rejects: int) -> str:
+    return f"hits-{accepts}-{rejects}.tsv"
+
+
+def _vsearch(program: str, at: Path, threads: int, accepts: int, rejects: int) -> None:
+    flags = {"usearch_global": "queries.fasta", "db": "reference.fasta", "id": 0.5, "threads": threads}
+    flags |= {"maxaccepts": accepts, "maxrejects": rejects, "maxhits": 1}
+    flags |= {"userout": _hits(accepts, rejects), "userfields": "query+target"}
+    command = [program, "--quiet", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+    done = subprocess.run(command, cwd=at, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"vsearch failed: {' '.join(done.stderr.split())[-300:]}")
+
+
+def _version(program: str) -> str:
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    return (done.stderr + done.stdout).split(",")[0].strip()
+
+
+def _names_of_hits(path: Path, library: pa.Table, rows: int) -> Names:
+    """The names of each row's best hit; None where there is no hit."""
+    target: list[int | None] = [None] * rows
+    for line in path.read_text().splitlines():
+        query, hit = map(int, line.split("\t"))
+        target[query] = hit
+    return [names.take(pa.array(target, pa.int64())).to_pylist() for names in read_lineages(library)]
+
+
+def _right(named: dict[str, Names], asked: pa.Table, group: str) -> Figures:
+    """Shares of right names, for each way, group and rank."""
+    truth = [names.to_pylist() for names in read_lineages(asked)]
+    kinds = np.array(
+        asked[group].cast(pa.string()).fill_null("none").to_pylist() if group in asked.column_names else []
+    )
+    found: Figures = {}
+    for kind in np.unique(kinds).tolist() or ["all"]:
+        rows = np.flatnonzero(kinds == kind).tolist() if len(kinds) else range(asked.num_rows)
+        found[f"{kind}_rows"] = len(rows)
+        for rank in _SHOWN:
+            i = RANKS.index(rank)
+            known = [row for row in rows if truth[i][row] is not None]
+            if known:
+                for way, names in named.items():
+                    right = sum(names[i][row] == truth[i][row] for row in known)
+                    found[f"{way}_{kind}_{rank}_right"] = rounded(right / len(known))
+    return found

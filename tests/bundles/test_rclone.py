@@ -1,0 +1,106 @@
+"""Bundles through the real rclone program, on a local remote and over WebDAV; it comes from the distribution."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from support.carried import make_table, read, same_bits
+
+from bioscan_jax.bundles.bundle import export
+from bioscan_jax.bundles.location import locate
+from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, verify
+from bioscan_jax.bundles.merge import import_bundle
+from bioscan_jax.errors import InputError
+
+PARTS = 20_000
+
+
+@pytest.fixture
+def configured(tmp_path, monkeypatch) -> Path:
+    """A remote called stick, an alias of a directory; nothing of the user's configuration is read."""
+    assert shutil.which("rclone"), "these tests need the rclone program: apt-get install rclone"
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "rclone.conf").write_text(f"[stick]\ntype = alias\nremote = {tmp_path}/remote\n")
+    monkeypatch.setenv("RCLONE_CONFIG", str(tmp_path / "rclone.conf"))
+    return tmp_path / "remote"
+
+
+@pytest.mark.rclone
+def test_a_bundle_goes_through_a_remote_and_comes_back(configured, tmp_path):
+    made = make_table(tmp_path / "db")
+    export(str(tmp_path / "db"), str(tmp_path / "local"), part_bytes=PARTS, progress=False)
+    place = "rclone:stick:deep/bundle"
+    done = export(str(tmp_path / "db"), place, part_bytes=PARTS, progress=False)
+    bundle = configured / "deep" / "bundle"
+    sent = {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+    local = tmp_path / "local"
+    assert sent == {p.relative_to(local).as_posix(): p.read_bytes() for p in local.rglob("*") if p.is_file()}
+    assert verify(place) == (done.files, [])
+    for inserted in (429, 0):
+        assert import_bundle(place, str(tmp_path / "new")).inserted == inserted
+        assert same_bits(read(tmp_path / "new"), made)
+    (bundle / "vectors" / "part-000001.parquet").write_bytes(b"x" * len(sent["vectors/part-000001.parquet"]))
+    (bundle / "run.json").unlink()
+    assert verify(place)[1] == ["run.json: missing", "vectors/part-000001.parquet: damaged, its sha256 is wrong"]
+    (bundle / MANIFEST).rename(bundle / JOURNAL)  # as a kill before the last step leaves it
+    with pytest.raises(InputError, match="unfinished export"):
+        verify(place)
+    again = export(str(tmp_path / "db"), place, part_bytes=PARTS, progress=False)
+    assert again.kept == done.files - 2
+    assert {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()} == sent
+
+
+@pytest.mark.rclone
+def test_a_bundle_goes_over_webdav(configured, tmp_path, monkeypatch):
+    made = make_table(tmp_path / "db", 200)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["rclone", "serve", "webdav", str(configured), "--addr", f"127.0.0.1:{port}"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        (tmp_path / "rclone.conf").write_text(f"[dav]\ntype = webdav\nurl = http://127.0.0.1:{port}\nvendor = other\n")
+        done = export(str(tmp_path / "db"), "rclone:dav:bundle", part_bytes=PARTS, progress=False)
+        assert verify("rclone:dav:bundle") == (done.files, [])
+        import_bundle("rclone:dav:bundle", str(tmp_path / "new"))
+        assert same_bits(read(tmp_path / "new"), made)
+    finally:
+        server.terminate()
+        server.wait(30)
+    with pytest.raises(InputError, match="rclone lsjson failed .*mend it and run the same command again"):
+        verify("rclone:dav:bundle")
+
+
+@pytest.mark.rclone
+def test_what_rclone_says_is_one_line(configured):
+    with pytest.raises(InputError, match="it is no bundle; check the path"):
+        verify("rclone:stick:nowhere")
+    with pytest.raises(InputError, match="rclone lsjson failed .*didn't find section in config file") as error:
+        verify("rclone:nonesuch:nowhere")
+    assert "\n" not in str(error.value)
+
+
+def test_without_rclone_it_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="rclone is not installed; get it from your distribution or rclone.org"):
+        locate("rclone:stick:bundle", "target")
+
+
+@pytest.mark.parametrize("place", ["rclone:", "rclone:bundle", "rclone:--config=x:y"])
+def test_what_is_no_remote_is_not_given_to_rclone(place, monkeypatch, tmp_path):
+    (tmp_path / "rclone").write_text('#!/bin/sh\ntouch "$(dirname "$0")/called"\n')
+    os.chmod(tmp_path / "rclone", 0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="pass rclone:REMOTE:PATH"):
+        locate(place, "target")
+    assert not (tmp_path / "called").exists()

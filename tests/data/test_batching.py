@@ -1,0 +1,132 @@
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bioscan_jax.barcodes.schemas import TokenRows
+from bioscan_jax.data.batching import (
+    WIDTH_STEP,
+    BatchShape,
+    batch_shapes,
+    choose_shapes,
+    choose_widths,
+    make_batches,
+)
+
+CLS, PAD = 3, 1
+
+
+def rows_of(lengths):
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.arange(offsets[-1], dtype=np.int32) + 10
+    return TokenRows(ids, offsets)
+
+
+def cost(lengths, widths):
+    return sum(min(w for w in widths if w >= n) for n in lengths)
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=12), st.integers(1, 4))
+def test_widths_are_the_optimum(lengths, most):
+    """Exhaustive search over the multiples of 8 finds nothing cheaper."""
+    limit = 64
+    widths = choose_widths(np.array(lengths), limit, most)
+    assert widths[-1] == limit
+    assert len(widths) <= most
+    assert list(widths) == sorted(set(widths))
+    candidates = range(WIDTH_STEP, limit, WIDTH_STEP)
+    best = min(cost(lengths, (*chosen, limit)) for n in range(most) for chosen in itertools.combinations(candidates, n))
+    assert cost(lengths, widths) == best
+
+
+def test_a_limit_that_is_no_multiple_is_the_last_width():
+    assert choose_widths(np.array([5, 30]), 30, 8) == (8, 30)
+    assert choose_widths(np.array([3]), 5, 8) == (5,)
+
+
+def test_batch_shapes_keep_the_budget_and_divide_over_devices():
+    shapes = batch_shapes((128, 1000), devices=8, tokens_per_device=16384, most_rows=8192)
+    assert shapes == (BatchShape(1024, 128), BatchShape(128, 1000))
+    assert batch_shapes((2048,), devices=2, tokens_per_device=1000, most_rows=10) == (BatchShape(2, 2048),)
+    assert batch_shapes((64,), devices=4, tokens_per_device=16384, most_rows=10) == (BatchShape(12, 64),)
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 3))
+def test_every_row_lands_once_and_whole(lengths, devices):
+    tokens = rows_of(lengths)
+    shapes = batch_shapes((8, 16, 40), devices=devices, tokens_per_device=64, most_rows=60)
+    batches = make_batches(tokens, shapes, cls=CLS, pad=PAD)
+    seen = np.concatenate([b.rows for b in batches]) if batches else np.empty(0, int)
+    assert sorted(seen) == list(range(len(lengths)))
+    for batch in batches:
+        assert BatchShape(*batch.ids.shape) in shapes
+        for i, row in enumerate(batch.rows):
+            n = lengths[row]
+            np.testing.assert_array_equal(batch.ids[i, :n], tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]])
+            assert (batch.ids[i, n:] == PAD).all()
+        filler = batch.ids[len(batch.rows) :]
+        assert (filler[:, 0] == CLS).all()
+        assert (filler[:, 1:] == PAD).all()
+
+
+def test_a_small_rest_moves_up_and_a_large_one_is_filled():
+    shapes = (BatchShape(4, 8), BatchShape(4, 16))
+    few = make_batches(rows_of([8] * 5 + [16] * 3), shapes, cls=CLS, pad=PAD)
+    assert [b.ids.shape for b in few] == [(4, 8), (4, 16)]
+    many = make_batches(rows_of([8] * 7 + [16] * 4), shapes, cls=CLS, pad=PAD)
+    assert [b.ids.shape for b in many] == [(4, 8), (4, 8), (4, 16)]
+
+
+@given(
+    st.lists(st.integers(1, 24), max_size=40),
+    st.lists(st.integers(1, 6), min_size=3, max_size=3),
+)
+def test_no_other_way_of_moving_rests_up_computes_less(lengths, rows):
+    shapes = [BatchShape(n, width) for n, width in zip(rows, (8, 16, 24), strict=True)]
+    computed = sum(batch.ids.size for batch in make_batches(rows_of(lengths), shapes, cls=CLS, pad=PAD))
+    counts = np.bincount(np.searchsorted([8, 16, 24], lengths), minlength=3)
+    costs = []
+    for moves in itertools.product((False, True), repeat=2):
+        waiting = cost = 0
+        for shape, own, up in zip(shapes, counts, (*moves, False), strict=True):
+            batches, left = divmod(waiting + own, shape.rows)
+            waiting, batches = (left, batches) if up else (0, batches + (left > 0))
+            cost += batches * shape.rows * shape.tokens
+        costs.append(cost)
+    assert computed == min(costs)
+
+
+def barcode_lengths(rng, rows):
+    """Most are of one length, some shorter, few long: as barcodes are."""
+    kinds = rng.choice(4, rows, p=[0.6, 0.3, 0.09, 0.01])
+    return np.choose(
+        kinds, [114, rng.integers(90, 114, rows), rng.integers(20, 140, rows), rng.integers(140, 480, rows)]
+    )
+
+
+def test_shapes_fit_what_blocks_have_left_over():
+    """With batches as large as the budget allows, rests cost more than the padding."""
+    rng = np.random.default_rng(0)
+    blocks = [barcode_lengths(rng, 6000) for _ in range(5)]
+    settings = {"devices": 8, "tokens_per_device": 16384}
+    shapes = choose_shapes(blocks, 480, most=8, **settings)
+    plain = batch_shapes(choose_widths(np.concatenate(blocks), 480, 8), most_rows=6000, **settings)
+
+    def ratio(shapes, seed):
+        fresh = [barcode_lengths(np.random.default_rng(seed + i), 6000) for i in range(5)]
+        computed = sum(b.ids.size for one in fresh for b in make_batches(rows_of(one), shapes, cls=CLS, pad=PAD))
+        return computed / sum(map(sum, fresh))
+
+    assert len(shapes) <= 8
+    assert shapes[-1].tokens == 480
+    assert all(shape.rows % 8 == 0 and shape.rows * shape.tokens <= 8 * 16384 for shape in shapes)
+    assert ratio(shapes, 100) < 1.12 < 1.2 < ratio(plain, 100)
+
+
+def test_a_width_that_no_row_has_gets_the_smallest_batch():
+    shapes = choose_shapes([np.full(500, 30)], 2048, most=4, devices=2, tokens_per_device=4096)
+    assert shapes[-1] == BatchShape(2, 2048)
+    assert choose_shapes([np.empty(0, np.int64), np.array([5])], 8, most=8, devices=1, tokens_per_device=2) == (
+        BatchShape(1, 8),
+    )

@@ -1,0 +1,166 @@
+"""The real script, killed and interrupted: whatever happens, the finished table is that of an uninterrupted run."""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lance
+import pytest
+from kill_campaign import BLOCK_ROWS, TABLES, Uninterrupted, campaign, files, lines, rows_there, run, start
+from support.places import TESTS
+
+ROWS = 3000
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Uninterrupted:
+    return Uninterrupted.make(tmp_path_factory.mktemp("whole"), ROWS)
+
+
+class Job:
+    """The script at work, and what it has written to stderr so far."""
+
+    def __init__(self, arguments: list[str]):
+        self.process = start(arguments)
+        self.stderr = ""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while text := self.process.stderr.read(1):
+            self.stderr += text
+
+    def wait_for(self, reached: Callable[[], object]) -> None:
+        until = time.monotonic() + 120
+        while not reached():
+            assert self.process.poll() is None, f"it ended too early: {self.stderr}"
+            assert time.monotonic() < until, self.stderr
+            time.sleep(0.002)
+
+    def rows(self) -> int:
+        """What the progress bar shows."""
+        return int((re.findall(r"(\d+)/\d+ \[", self.stderr) or ["0"])[-1])
+
+    def end(self) -> tuple[int, str, list[str]]:
+        """Exit code, stdout, and the lines on stderr beside the bars."""
+        stdout = self.process.stdout.read()
+        code = self.process.wait(120)
+        self._reader.join()
+        self.process.stdout.close()
+        self.process.stderr.close()
+        assert "Traceback" not in self.stderr
+        return code, stdout, lines(self.stderr)
+
+
+def test_kills_at_random_moments_leave_the_table_of_an_uninterrupted_run(whole, tmp_path):
+    seed, said = int(time.time()), []
+    wrong = campaign(whole, tmp_path, 10, seed, said.append)
+    assert not wrong, "\n".join([f"seed {seed}", *said])
+
+
+def test_the_uninterrupted_table_holds_each_row_once_with_its_reason(whole):
+    vectors, rejects = whole.table.vectors, whole.table.rejects
+    assert vectors.num_rows > 2000
+    assert set(rejects["reason"].to_pylist()) == {"null", "empty", "not_dna", "no_acgt"}
+    by_row = dict(zip(rejects["source_row"].to_pylist(), rejects["sequence"].to_pylist(), strict=True))
+    assert set(by_row.values()) == {None, "", "MKVLAAGIVGPRE", "NNNNNNNNNNNN", " "}
+    assert [row for row in range(5, ROWS, 17) if row not in by_row] == []
+    assert all(row in by_row for row in range(5 * BLOCK_ROWS, 7 * BLOCK_ROWS))
+
+
+def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(whole, tmp_path):
+    first = Job(whole.command(tmp_path))
+    first.wait_for(lambda: (tmp_path / ".sequences.lock").exists() and "load weights" in first.stderr)
+    second = run(whole.command(tmp_path))
+    assert second.returncode == 2
+    message = lines(second.stderr)
+    assert len(message) == 1
+    pid = first.process.pid
+    assert re.match(
+        rf"error: .*table sequences is being written by process {pid} on .*wait for it or stop it", message[0]
+    )
+    assert "table " not in second.stdout
+    assert first.end()[0] == 0
+    assert whole.compare(tmp_path) == []
+
+
+def test_interrupted_runs_say_what_is_safe_and_go_on(whole, tmp_path):
+    safe = 0
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        job = Job(whole.command(tmp_path))
+        job.wait_for(lambda job=job, safe=safe: job.rows() > safe)
+        job.process.send_signal(number)
+        ended, stdout, said = job.end()
+        assert (ended, said[0]) == (code, "stopping after the block in hand")
+        assert len(said) == 2
+        found = re.fullmatch(
+            rf"stopped with ([\d,]+) of 3,000 rows safe in {re.escape(str(tmp_path))}/sequences\.lance; "
+            "the same command goes on from there",
+            said[1],
+        )
+        assert found, said
+        stated = int(found[1].replace(",", ""))
+        assert safe < stated == rows_there(tmp_path) < ROWS
+        assert stated % BLOCK_ROWS == 0
+        assert "vectors  " not in stdout
+        safe = stated
+    half_written = [tmp_path / "sequences.lance" / "_versions" / name for name in (".tmpA1b2C3", "9.manifest#1")]
+    for file in half_written:
+        file.write_bytes(b"what a kill leaves of a manifest")
+    job = Job(whole.command(tmp_path))
+    job.wait_for(lambda: job.rows() > safe)
+    for _ in range(2):
+        job.process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    ended, _, said = job.end()
+    assert ended == 130
+    assert "safe" in said[-1]
+    assert "same command" in said[-1]
+    assert not any(file.exists() for file in half_written)
+    finished = run(whole.command(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    assert f"3,000 ({safe:,} of them before this run)" not in finished.stdout
+    assert "of them before this run)" in finished.stdout
+    assert whole.compare(tmp_path) == []
+
+    before = {file: Path(file).read_bytes() for file in files(tmp_path) if not file.endswith(".lock")}
+    versions = [lance.dataset(str(tmp_path / f"{name}.lance")).version for name in TABLES]
+    again = run(whole.command(tmp_path))
+    assert again.returncode == 0
+    assert "3,000, complete before this run: nothing was left to do" in again.stdout
+    assert {file: Path(file).read_bytes() for file in files(tmp_path) if not file.endswith(".lock")} == before
+    assert [lance.dataset(str(tmp_path / f"{name}.lance")).version for name in TABLES] == versions
+
+
+@pytest.mark.parametrize(
+    ("number", "sign"),
+    [(signal.SIGINT, ""), (signal.SIGTERM, "load weights"), (signal.SIGINT, "load weights"), (signal.SIGINT, "embed:")],
+    ids=["while python starts", "while weights load, SIGTERM", "while weights load", "while a shape compiles"],
+)
+def test_an_early_signal_ends_in_one_line(whole, tmp_path, number, sign):
+    job = Job(whole.command(tmp_path))
+    if sign:
+        job.wait_for(lambda: sign in job.stderr)
+    else:
+        time.sleep(0.3)
+    job.process.send_signal(number)
+    code, stdout, said = job.end()
+    assert code == 128 + number
+    assert "vectors  " not in stdout
+    assert said[-1].startswith("stopped")
+    assert said[:-1] in ([], ["stopping after the block in hand"])
+    assert "the same command" in said[-1]
+    if sign != "embed:":
+        assert not (tmp_path / "sequences.lance").exists()
+
+
+def test_the_campaign_is_a_script_with_a_verdict():
+    script = TESTS / "kill_campaign.py"
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0
+    assert all(flag in shown.stdout for flag in ("--kills", "--rows", "--seed"))

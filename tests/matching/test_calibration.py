@@ -1,0 +1,171 @@
+"""Thresholds that keep their precision, the file they are kept in, and what they are bound to."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bioscan_jax import config
+from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.errors import InputError
+from bioscan_jax.matching.calibration import (
+    Calibration,
+    Logistic,
+    RankFit,
+    answered,
+    confidences,
+    fit_logistic,
+    fit_ranks,
+    fit_threshold,
+    from_json,
+    novelty_threshold,
+    rank_features,
+    settings_binding,
+    table_binding,
+    to_json,
+)
+from bioscan_jax.matching.vote import Votes
+
+FACTS = {"plan": "p", "weights_sha256": "w"}
+
+
+def drawn(rows: int, seed: int, worst: float = 0.5) -> tuple[Votes, np.ndarray]:
+    """Votes whose guesses are right with the probability that their share says, harder from rank to rank."""
+    random = np.random.default_rng(seed)
+    share = np.sort(random.uniform(worst, 1.0, (rows, len(RANKS))), axis=1)[:, ::-1].copy()
+    right = random.random(share.shape) < share
+    truth = np.zeros((rows, len(RANKS)), np.int32)
+    taxa = np.where(right, 0, 1).astype(np.int32)
+    near = np.exp(random.normal(-3.0, 0.5, share.shape))
+    return Votes(taxa, share, near, near * 2, near[:, 0]), truth
+
+
+def made(**changed) -> Calibration:
+    ranks = tuple(RankFit(Logistic((1.0, -0.5, 0.25), 0.1 * i), None if i == 6 else 0.9) for i in range(len(RANKS)))
+    fitted = Calibration(
+        table=table_binding(FACTS, 3),
+        settings=settings_binding(config.Identify(), "exact", None),
+        power=8.0,
+        head_weight=0.0,
+        ranks=ranks,
+        novelty=Logistic((2.0,), -1.0),
+        novelty_threshold=0.7,
+        precision=0.95,
+        risk=0.05,
+        fitted_on={"rows": 10},
+    )
+    return dataclasses.replace(fitted, **changed)
+
+
+def test_a_threshold_keeps_its_precision_with_the_stated_risk() -> None:
+    """Of 400 draws, at most as many as 5 % and what chance adds (4 standard deviations) miss the precision."""
+    missed = told = 0
+    for seed in range(400):
+        random = np.random.default_rng(seed)
+        confidence = random.uniform(0.7, 1.0, 800)
+        threshold = fit_threshold(confidence, random.random(800) < confidence, 0.9, 0.05)
+        if threshold is not None:
+            told += 1
+            # The answers above t are right with the mean of a uniform draw from t to 1.
+            missed += (1 + threshold) / 2 < 0.9
+    assert told > 300
+    assert missed <= 400 * 0.05 + 4 * np.sqrt(400 * 0.05 * 0.95)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 300), st.floats(0.5, 0.99))
+def test_no_threshold_is_told_that_the_test_does_not_show(seed: int, rows: int, precision: float) -> None:
+    from scipy.stats import binom
+
+    random = np.random.default_rng(seed)
+    confidence = random.uniform(0.5, 1.0, rows).round(2)  # with ties
+    right = random.random(rows) < confidence
+    threshold = fit_threshold(confidence, right, precision, 0.05)
+    if threshold is not None:
+        answers = confidence >= threshold
+        assert binom.cdf(int((~right[answers]).sum()), int(answers.sum()), 1 - precision) <= 0.05
+
+
+def test_no_threshold_where_few_rows_or_few_right_ones() -> None:
+    assert fit_threshold(np.linspace(0, 1, 50), np.ones(50, bool), 0.95, 0.05) is None  # 59 right ones are needed
+    assert fit_threshold(np.linspace(0, 1, 59), np.ones(59, bool), 0.95, 0.05) == 0.0
+    assert fit_threshold(np.linspace(0, 1, 500), np.zeros(500, bool), 0.95, 0.05) is None
+    assert fit_threshold(np.empty(0), np.empty(0, bool), 0.95, 0.05) is None
+
+
+def test_ranks_are_answered_from_kingdom_down_and_keep_their_precision() -> None:
+    ranks = fit_ranks(drawn(3000, 0), drawn(3000, 1), config.Calibrate(precision=0.9))
+    votes, truth = drawn(20_000, 2)
+    confidence = confidences(ranks, votes)
+    assert (np.diff(confidence, axis=1) <= 0).all()
+    sure = answered(ranks, confidence)
+    assert (sure[:, 1:] <= sure[:, :-1]).all()
+    assert sure[:, 0].mean() > 0.5
+    for rank in range(len(RANKS)):
+        if sure[:, rank].sum() > 500:
+            assert (votes.taxa[:, rank] == truth[:, rank])[sure[:, rank]].mean() >= 0.89
+
+
+def test_a_logistic_regression_finds_what_made_the_answers() -> None:
+    random = np.random.default_rng(0)
+    features = random.normal(size=(20_000, 2)) * [1.0, 50.0] + [0.0, 7.0]
+    chance = 1 / (1 + np.exp(-(features @ [2.0, -0.03] + 0.5)))
+    fitted = fit_logistic(features, random.random(20_000) < chance)
+    np.testing.assert_allclose(fitted.coefficients, [2.0, -0.03], rtol=0.1)
+    assert fitted.bias == pytest.approx(0.5, abs=0.1)
+    constant = fit_logistic(features[:9], np.ones(9, bool))
+    np.testing.assert_allclose(constant(features), 9.5 / 10)
+
+
+def test_features_are_finite_where_nothing_was_found() -> None:
+    nothing = np.full((2, len(RANKS)), -np.inf)
+    votes = Votes(np.full((2, 7), -1, np.int32), np.zeros((2, 7)), nothing, nothing, np.full(2, np.inf))
+    with np.errstate(invalid="ignore"):
+        assert np.isfinite(rank_features(votes, 0)).all()
+
+
+def test_the_novelty_threshold_is_conformal() -> None:
+    scores = np.arange(1.0, 100.0)
+    assert novelty_threshold(scores, 0.05) == 95.0
+    assert novelty_threshold(scores[:18], 0.05) is None
+    assert novelty_threshold(scores[:19], 0.05) == 19.0
+
+
+def test_a_file_comes_back_as_it_was() -> None:
+    entries = (made(), made(novelty=None, novelty_threshold=None, power=4.0))
+    assert from_json(to_json(entries), "x") == entries
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-20],
+        lambda text: text.replace("0.95", "0.10"),
+        lambda text: text.replace("calibration 1", "calibration 2"),
+        lambda text: "[1, 2]",
+        lambda text: "{}",
+        lambda text: "\x00",
+        lambda text: json.dumps({"sha256": "0", "format": "bioscan_jax calibration 1", "calibrations": [{}]}),
+    ],
+)
+def test_a_damaged_file_is_one_line(damage) -> None:
+    with pytest.raises(InputError, match=r"^here is damaged or was edited .*; run scripts/calibrate.py again$"):
+        from_json(damage(to_json([made()])), "here")
+
+
+def test_settings_that_do_not_matter_do_not_bind() -> None:
+    plain = settings_binding(config.Identify(), "exact", None)
+    assert plain == settings_binding(config.Identify(nprobes=7, refine_factor=3, aligned=5, processes=1), "exact", None)
+    for changed in (
+        settings_binding(config.Identify(k=49), "exact", None),
+        settings_binding(config.Identify(rerank="alignment"), "exact", None),
+        settings_binding(config.Identify(filter="depth > 3"), "exact", None),
+        settings_binding(config.Identify(), "index", None),
+        settings_binding(config.Identify(), "exact", "heads"),
+    ):
+        assert changed != plain
+    aligned = settings_binding(config.Identify(rerank="alignment"), "exact", None)
+    assert aligned != settings_binding(config.Identify(rerank="alignment", aligned=5), "exact", None)

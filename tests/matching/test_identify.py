@@ -1,0 +1,289 @@
+"""Barcodes to names, from files to files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lance
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.identified import World, make_world
+from support.places import ROOT
+
+from bioscan_jax import config
+from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.errors import InputError
+from bioscan_jax.matching.answers import ANSWERS
+from bioscan_jax.matching.calibrate import CalibrationSummary, calibrate
+from bioscan_jax.matching.identify import IdentifySummary, identify
+from bioscan_jax.matching.search import open_table
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def ask(world: World, path: str, output: Path, **more) -> IdentifySummary:
+    chosen = {"k": more.pop("k", 10), "filter": more.pop("filter", None)}
+    settings = config.Identify(rerank="alignment", processes=1, **chosen)
+    reference = config.Reference(uri=more.pop("uri", world.uri))
+    return identify(reference, config.Query(path=path), str(output), settings, progress=False, **more)
+
+
+def test_names_known_species_and_keeps_the_published_columns(world: World, tmp_path: Path):
+    ask(world, world.queries, tmp_path / "a.parquet")
+    found, given = pq.read_table(tmp_path / "a.parquet"), pq.read_table(world.queries)
+    assert found.schema.names == ANSWERS.names
+    assert found["sequence_id"].to_pylist() == given["sequence_id"].to_pylist()
+    pairs = list(zip(found["species"].to_pylist(), given["species"].to_pylist(), strict=True))
+    known = [answer == truth for answer, truth in pairs if truth not in world.unseen]
+    assert sum(known) / len(known) > 0.9
+    for row in found.to_pylist():
+        shares = [row[f"{rank}_confidence"] for rank in RANKS]
+        assert shares == sorted(shares, reverse=True)
+        assert row["novel"] is None
+        assert row["abstained_at"] is None
+
+
+def test_fasta_is_answered_as_parquet(world: World, tmp_path: Path):
+    ask(world, world.queries, tmp_path / "a.parquet")
+    ask(world, world.fasta, tmp_path / "b.parquet")
+    whole, some = pq.read_table(tmp_path / "a.parquet"), pq.read_table(tmp_path / "b.parquet")
+    assert some.select(["sequence_id", *RANKS]).equals(whole.slice(0, 20).select(["sequence_id", *RANKS]))
+
+
+@pytest.mark.parametrize("condition", ["depht > 3", "true; DROP TABLE sequences", "species = 'nobody'"])
+def test_a_wrong_filter_is_one_line_and_leaves_no_file(world: World, tmp_path: Path, condition: str):
+    with pytest.raises(InputError, match="filter") as caught:
+        ask(world, world.fasta, tmp_path / "a.parquet", filter=condition)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_table_or_empty_input_is_one_line(world: World, tmp_path: Path):
+    (empty := tmp_path / "empty.fasta").write_text("")
+    for path, uri in ((str(empty), world.uri), (world.fasta, str(tmp_path / "none"))):
+        with pytest.raises(InputError) as caught:
+            ask(world, path, tmp_path / "a.parquet", uri=uri)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "a.parquet").exists()
+
+
+def calibrated(world: World, **more) -> CalibrationSummary:
+    settings = config.Identify(k=10, rerank="alignment", processes=1)
+    wanted = config.Calibrate(precision=0.8, risk=0.2, held_out=0.4, **more)
+    return calibrate(
+        config.Reference(uri=world.uri), config.Query(path=world.queries), settings, wanted, progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, CalibrationSummary]:
+    world = make_world(tmp_path_factory.mktemp("judged"), species=150)
+    return world, calibrated(world)
+
+
+def test_calibrated_answers_stop_where_the_threshold_is_missed(
+    judged: tuple[World, CalibrationSummary], tmp_path: Path
+):
+    world, summary = judged
+    assert f"{world.uri}/sequences.calibration.json" == summary.path
+    told = ask(world, world.queries, tmp_path / "a.parquet")
+    assert "precision 0.8 on" in told.calibration
+    found = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    thresholds = [fit.threshold for fit in summary.calibration.ranks]
+    for row in found:
+        missed = [
+            rank
+            for rank, least in zip(RANKS, thresholds, strict=True)
+            if least is None or row[f"{rank}_confidence"] < least
+        ]
+        assert row["abstained_at"] == (missed[0] if missed else None)
+        assert row["novel"] == (row["novelty"] > summary.calibration.novelty_threshold)
+    truth = pq.read_table(world.queries)["species"].to_pylist()
+    unseen = [row["novelty"] for row, name in zip(found, truth, strict=True) if name in world.unseen]
+    known = [row["novelty"] for row, name in zip(found, truth, strict=True) if name not in world.unseen]
+    assert sum(one > other for one in unseen for other in known) / (len(unseen) * len(known)) > 0.9
+    assert told.novel == sum(row["novel"] for row in found)
+
+
+def test_a_calibration_is_the_same_again_and_stays_beside_one_for_other_settings(judged, tmp_path: Path):
+    world, summary = judged
+    before = Path(summary.path).read_bytes()
+    again = calibrated(world)
+    assert again.calibration == summary.calibration
+    assert Path(summary.path).read_bytes() == before
+    settings = config.Identify(k=5)
+    reference, query = config.Reference(uri=world.uri), config.Query(path=world.queries)
+    other = identify(reference, query, str(tmp_path / "a.tsv"), settings, progress=False)
+    assert "none for these settings (there are some with k 10, rerank alignment, aligned 32)" in other.calibration
+    calibrate(reference, query, settings, config.Calibrate(precision=0.8, risk=0.2), progress=False)
+    both = json.loads(Path(summary.path).read_text())["calibrations"]
+    assert [entry["settings"]["k"] for entry in both] == [10, 5]
+    Path(summary.path).write_bytes(before)
+
+
+def test_a_calibration_of_another_table_is_refused(judged, world: World, tmp_path: Path):
+    _, summary = judged
+    with pytest.raises(InputError, match=r"is the calibration of another table \(its plan, rows differ\)"):
+        ask(world, world.fasta, tmp_path / "a.parquet", calibration=summary.path)
+    with pytest.raises(InputError, match=r"^--calibration .*none.json: there is no such file"):
+        ask(world, world.fasta, tmp_path / "a.parquet", calibration=str(tmp_path / "none.json"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_needed_to_calibrate(world: World):
+    with pytest.raises(InputError, match="queries.fasta has no labels; pass barcodes with taxonomy"):
+        calibrate(config.Reference(uri=world.uri), config.Query(path=world.fasta), progress=False)
+    assert not Path(world.uri, "sequences.calibration.json").exists()
+
+
+def test_novel_barcodes_are_grouped(judged, tmp_path: Path):
+    world, _ = judged
+    told = ask(world, world.queries, tmp_path / "a.parquet", groups=str(tmp_path / "groups.tsv"), group_size=4)
+    lines = (tmp_path / "groups.tsv").read_text().splitlines()
+    assert lines[0].split("\t") == ["sequence_id", "group", "size", "representative"]
+    assert len(lines) - 1 == told.novel
+    given = pq.read_table(world.queries)
+    species = dict(zip(given["sequence_id"].to_pylist(), given["species"].to_pylist(), strict=True))
+    rows = [line.split("\t") for line in lines[1:]]
+    grouped = [row for row in rows if row[1]]
+    assert told.groups == len({row[1] for row in grouped})
+    assert told.groups > 10
+    same = [species[row[0]] == species[row[3]] for row in grouped]
+    assert sum(same) / len(same) > 0.9
+
+
+def test_groups_need_a_calibration(world: World, tmp_path: Path):
+    with pytest.raises(InputError, match="--groups needs to know what is novel, and none for this table"):
+        ask(world, world.fasta, tmp_path / "a.parquet", groups=str(tmp_path / "g.tsv"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_told_is_checked(world: World, tmp_path: Path):
+    told = ask(world, world.queries, tmp_path / "a.parquet", check_recall=30)
+    assert told.recall[0].endswith("among the candidates (k 10, 30 sampled queries)")
+    assert 0.5 <= float(told.recall[0].split()[0]) < 1.0
+    told = ask(world, world.queries, tmp_path / "a.parquet", check_recall=30, k=1000)
+    assert told.recall[0].startswith("1.0000 ")
+    reference, query = config.Reference(uri=world.uri), config.Query(path=world.queries)
+    with pytest.raises(InputError, match="--check_recall has nothing to check"):
+        identify(reference, query, str(tmp_path / "b.tsv"), check_recall=3, progress=False)
+
+
+def test_the_index_finds_what_an_exact_search_does(tmp_path: Path):
+    world = make_world(tmp_path, index="ivf_sq")
+    reference, query = config.Reference(uri=world.uri), config.Query(path=world.queries)
+    settings = config.Identify(k=10, search="index")
+    told = identify(reference, query, str(tmp_path / "b.tsv"), settings, check_recall=40, progress=False)
+    assert told.search.startswith("index, ")
+    [line] = told.recall
+    assert line.endswith("found by the index (k 10, 40 sampled queries)")
+    assert float(line.split()[0]) >= 0.95
+
+
+def test_sintax_and_tsv_say_what_parquet_says(judged, tmp_path: Path):
+    world, _ = judged
+    for ending in ("parquet", "tsv", "sintax"):
+        ask(world, world.queries, tmp_path / f"a.{ending}")
+    rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    table = [line.split("\t") for line in (tmp_path / "a.tsv").read_text().splitlines()]
+    sintax = [line.split("\t") for line in (tmp_path / "a.sintax").read_text().splitlines()]
+    assert table[0] == ANSWERS.names
+    assert len(table) - 1 == len(sintax) == len(rows)
+    for row, cells, fields in zip(rows, table[1:], sintax, strict=True):
+        assert cells[:8] == [row["sequence_id"], *(row[rank] for rank in RANKS)]
+        assert cells[-1] == (row["abstained_at"] or "")
+        assert fields[0] == row["sequence_id"]
+        species = row["species"].replace(" ", "_")
+        assert fields[1].endswith(f",s:{species}({row['species_confidence']:.4f})")
+        answered = fields[3].split(",") if fields[3] else []
+        assert len(answered) == (7 if row["abstained_at"] is None else RANKS.index(row["abstained_at"]))
+
+
+def test_a_row_without_a_vector_has_its_id_and_nothing_else(world: World, tmp_path: Path):
+    given = pq.read_table(world.queries).slice(0, 3).to_pylist()
+    given[1]["dna_sequence"] = "NNNN"
+    pq.write_table(pa.Table.from_pylist(given), tmp_path / "in.parquet")
+    told = ask(world, str(tmp_path / "in.parquet"), tmp_path / "a.parquet")
+    assert sum(told.rejects.values()) == 1
+    rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert [row["sequence_id"] for row in rows] == [row["sequence_id"] for row in given]
+    assert {name for name, value in rows[1].items() if value is not None} == {"sequence_id"}
+    assert rows[0]["species"] is not None
+
+
+def test_another_model_is_refused(world: World, tmp_path: Path):
+    with pytest.raises(InputError, match="was made by another model \\(weights_sha256 "):
+        ask(world, world.fasta, tmp_path / "a.parquet", model=config.Model(checkpoint="random:tiny-v2", seed=4))
+    with pytest.raises(InputError, match="was made by another model"):
+        open_table(world.uri, model=config.Model(checkpoint="random:tiny-v1")).search("ACGT" * 20)
+
+
+def test_search_finds_a_row_by_its_dna(world: World):
+    table = open_table(world.uri)
+    rows = lance.dataset(f"{world.uri}/sequences.lance").to_table(columns=["sequence_id", "dna_sequence"]).slice(0, 2)
+    found = table.search(rows["dna_sequence"].to_pylist(), k=3)
+    assert found.num_rows == 6
+    assert found.column_names[0] == "query"
+    assert "vector" not in found.column_names
+    first = found.to_pylist()[::3]
+    assert [row["sequence_id"] for row in first] == rows["sequence_id"].to_pylist()
+    assert all(row["similarity"] > 0.9999 for row in first)
+    family = first[0]["family"]
+    other = table.search(rows["dna_sequence"][0].as_py(), k=3, filter=f"family != '{family}'", columns=["family"])
+    assert other.column_names == ["query", "family", "similarity"]
+    assert family not in other["family"].to_pylist()
+    with pytest.raises(InputError, match="has no column 'depht'; choose from: "):
+        table.search("ACGT" * 20, columns=["depht"])
+    with pytest.raises(InputError, match="^sequence 'protein' has no vector"):
+        table.search("protein")
+
+
+def script(name: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("identify", ["--output={tmp}/a.parquet", "--query.path={tmp}/none.fasta"], "none.fasta"),
+        ("identify", ["--output={tmp}/a.csv", "--query.path={fasta}"], "pass FILE.parquet, FILE.tsv or FILE.sintax"),
+        ("identify", ["--output={tmp}/no/a.tsv", "--query.path={fasta}"], "there is no directory"),
+        ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--k=0"], "--k 0 is too small"),
+        ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--search=index"], "has no vector index"),
+        ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--reference.table=x"], "has no table 'x'"),
+        ("search", ["ACGTACGT", "--filter=1=1; DROP TABLE sequences"], "DROP TABLE sequences' is no SQL condition"),
+        ("search", [], "sequence"),
+        ("calibrate", ["--query.path={fasta}", "--precision=2"], "--precision 2.0 is outside 0 to 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(world: World, tmp_path: Path, name: str, flags: list[str], said: str):
+    given = [flag.format(tmp=tmp_path, fasta=world.fasta) for flag in flags]
+    where = [] if any("reference.uri" in flag for flag in flags) else [f"--reference.uri={world.uri}"]
+    done = script(name, *given, *where)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_scripts_print_what_they_found(world: World, tmp_path: Path):
+    output = tmp_path / "a.tsv"
+    flags = [f"--reference.uri={world.uri}", f"--query.path={world.fasta}", f"--output={output}", "--rerank=alignment"]
+    done = script("identify", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"answers  {output}" in done.stdout
+    assert len(output.read_text().splitlines()) == 21
+    done = script("search", "ACGTTGCA" * 20, f"--reference.uri={world.uri}", "--k=4")
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if "SIM1-" in line]) == 4

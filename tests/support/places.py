@@ -1,0 +1,9 @@
+"""Where the checkout keeps what tests read and run."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+TESTS = ROOT / "tests"
+GOLDEN = TESTS / "golden"
+"""Small checkpoints of both families, made by PyTorch, and what PyTorch computes with them."""

@@ -1,0 +1,264 @@
+import gzip
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from support.carried import make_table, read, same_bits
+from support.killed import run_killed
+from support.places import GOLDEN, SCRIPTS
+
+from bioscan_jax import Data, Model, Sink, embed
+from bioscan_jax.errors import InputError
+from bioscan_jax.table.annotate import ANNOTATED, annotate
+from bioscan_jax.table.lock import writer_lock
+
+SCRIPT = SCRIPTS / "annotate.py"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("made")
+    make_table(directory, index="ivf_sq")
+    return directory
+
+
+@pytest.fixture
+def uri(made, tmp_path) -> str:
+    shutil.copytree(made, tmp_path / "db")
+    return str(tmp_path / "db")
+
+
+def metadata(path: Path, **columns) -> str:
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def data_files(uri: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(uri, "sequences.lance", "data").iterdir()}
+
+
+def test_new_columns_are_joined_by_id_in_one_version(uri, tmp_path):
+    before, files, version = read(uri), data_files(uri), lance.dataset(f"{uri}/sequences.lance").version
+    ids = before["sequence_id"].to_pylist()[::-2]
+    ships = [f"RV {i % 3}" for i in range(len(ids))]
+    path = metadata(tmp_path / "m.parquet", sequence_id=[*ids, "stranger"], ship=[*ships, "x"], salt=[35.5] * 216)
+    done = annotate(uri, path)
+    assert (done.matched, done.unmatched, done.unused) == (215, 214, 1)
+    assert (done.added, done.filled) == (("ship", "salt"), {})
+    after, dataset = read(uri), lance.dataset(f"{uri}/sequences.lance")
+    assert dataset.version == version + 1
+    assert same_bits(after.select(before.column_names), before)
+    wanted = dict(zip(ids, ships, strict=True))
+    assert after["ship"].to_pylist() == [wanted.get(i) for i in before["sequence_id"].to_pylist()]
+    assert after["salt"].null_count == 214
+    assert [dataset.schema.field(n).metadata for n in ("ship", "salt")] == [{ANNOTATED: b"1"}] * 2
+    assert files.items() <= data_files(uri).items()
+    new = sum(len(v) for k, v in data_files(uri).items() if k not in files)
+    assert new < sum(map(len, files.values())) / 2
+    assert {i.name: i.num_rows_indexed for i in dataset.describe_indices()} == {
+        "sequence_id_idx": 429,
+        "vector_idx": 429,
+    }
+    again = annotate(uri, path)
+    assert (again.added, again.filled) == ((), {"ship": 0, "salt": 0})
+    assert lance.dataset(f"{uri}/sequences.lance").version == version + 1
+
+
+def test_columns_that_are_there_are_filled_and_conflicts_need_a_word(uri, tmp_path):
+    before = read(uri).to_pylist()
+    ids = [row["sequence_id"] for row in before]
+    path = metadata(tmp_path / "m.parquet", sequence_id=ids, genus=["new"] * 429, depth=pa.array([1] * 429), ship=ids)
+    conflicts = sum(row["genus"] is not None for row in before) + sum(row["depth"] is not None for row in before)
+    version = lance.dataset(f"{uri}/sequences.lance").version
+    with pytest.raises(
+        InputError, match=rf"{conflicts} values differ .*first: genus of 's1' is 'g1', not 'new'; pass --over"
+    ):
+        annotate(uri, path)
+    assert lance.dataset(f"{uri}/sequences.lance").version == version
+    done = annotate(uri, path, overwrite=True)
+    assert done.filled == {"genus": 429, "depth": 429}
+    assert lance.dataset(f"{uri}/sequences.lance").version == version + 1
+    after = read(uri)
+    assert set(after["genus"].to_pylist()) == {"new"}
+    assert set(after["depth"].to_pylist()) == {1.0}
+    assert after["ship"].to_pylist() == ids
+    assert after["vector"].to_pylist() == [row["vector"] for row in before]
+    assert after.column_names == [*before[0], "ship"]
+
+
+def test_nulls_are_filled_and_nulls_of_the_file_change_nothing(uri, tmp_path):
+    before = read(uri).to_pylist()
+    null = [row["sequence_id"] for row in before if row["depth"] is None]
+    full = [row["sequence_id"] for row in before if row["depth"] is not None]
+    given = pa.array([math.nan, *range(len(null) - 1), None], pa.float64())
+    path = metadata(tmp_path / "m.parquet", sequence_id=[*null, full[0]], depth=given)
+    assert annotate(uri, path).filled == {"depth": len(null)}
+    after = {row["sequence_id"]: row["depth"] for row in read(uri).to_pylist()}
+    assert math.isnan(after[null[0]])
+    assert [after[i] for i in null[1:]] == list(range(len(null) - 1))
+    assert [after[i] for i in full] == [row["depth"] for row in before if row["depth"] is not None]
+    assert annotate(uri, path).filled == {"depth": 0}  # NaN is no conflict with NaN
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.csv.gz"])
+def test_text_files_take_the_types_of_the_table(uri, tmp_path, name):
+    text = "sequence_id,depth,ship\ns4,12,Sonne\ns8,,\n"
+    data = (text.replace(",", "\t") if "tsv" in name else text).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert annotate(uri, str(tmp_path / name)).filled == {"depth": 1}
+    rows = {row["sequence_id"]: row for row in read(uri).to_pylist()}
+    assert (rows["s4"]["depth"], rows["s4"]["ship"]) == (12.0, "Sonne")
+    assert (rows["s8"]["depth"], rows["s8"]["ship"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"id": ["s1"], "x": [1]}, "no column 'sequence_id' (columns: id, x)"),
+        ({"sequence_id": ["s1"]}, "no column but sequence_id"),
+        (
+            {"sequence_id": ["s1", "s2", "s1"], "x": [1, 2, 3]},
+            "1 sequence_ids come more than once, such as 's1' (2 times)",
+        ),
+        ({"sequence_id": ["s1", None], "x": [1, 2]}, "1 rows have no sequence_id"),
+        ({"sequence_id": ["s1"], "vector": [1]}, "column 'vector' is what the vectors"),
+        ({"sequence_id": ["s1"], "source_row": [1]}, "column 'source_row' is what"),
+        ({"sequence_id": ["s1"], "dna_sequence": ["A"]}, "column 'dna_sequence' is what"),
+        ({"sequence_id": ["s1"], "station": ["north"]}, "column 'station' is string, the table's is int32"),
+        ({"sequence_id": ["s1"], " salinity": [1]}, "column ' salinity' has a name that"),
+        ({"sequence_id": ["s1"], "a.b": [1]}, "has a name that Lance cannot store"),
+        ({"sequence_id": ["t1", "t2"], "x": [1, 2]}, "none of its 2 sequence_ids is in"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_changes_nothing(uri, tmp_path, columns, says):
+    before = {path: path.read_bytes() for path in Path(uri, "sequences.lance").rglob("*") if path.is_file()}
+    with pytest.raises(InputError) as error:
+        annotate(uri, metadata(tmp_path / "m.parquet", **columns))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in Path(uri, "sequences.lance").rglob("*") if path.is_file()} == before
+
+
+def test_files_that_cannot_be_read_are_one_line(uri, tmp_path):
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    (tmp_path / "ragged.csv").write_text("sequence_id,x\ns1,1,2\n")
+    (tmp_path / "words.csv").write_text("sequence_id,depth\ns4,deep\n")
+    (tmp_path / "latin.csv").write_bytes("sequence_id,place\ns4,Tromsø\n".encode("latin-1"))
+    (tmp_path / "m.xlsx").write_bytes(b"PK")
+    for name, says in {
+        "none.csv": "no such file",
+        "cut.parquet": "cannot be read",
+        "ragged.csv": "cannot be read",
+        "words.csv": "cannot be read",
+        "latin.csv": "column 'place' is not UTF-8",
+        "m.xlsx": "unknown kind .xlsx",
+    }.items():
+        with pytest.raises(InputError, match=says) as error:
+            annotate(uri, str(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+
+def test_an_index_on_a_filled_column_is_not_left_stale(uri, tmp_path):
+    lance.dataset(f"{uri}/sequences.lance").create_scalar_index("station", "BTREE", name="station_idx")
+    with pytest.raises(InputError, match=r"column 'station' has an index \(station_idx\)"):
+        annotate(uri, metadata(tmp_path / "m.parquet", sequence_id=["s1"], station=pa.array([5], pa.int32())))
+
+
+def test_an_unfinished_or_busy_table_is_refused(tmp_path, uri):
+    make_table(tmp_path / "part", 300, finish=False)
+    lance.dataset(f"{tmp_path}/part/sequences.lance").delete("source_row >= 200")
+    path = metadata(tmp_path / "m.parquet", sequence_id=["s1"], ship=["Sonne"])
+    with pytest.raises(InputError, match=r"is unfinished \(214 of 300 rows\); run what makes it to its end first"):
+        annotate(str(tmp_path / "part"), path)
+    with writer_lock(uri, "sequences"), pytest.raises(InputError, match="is being written by process"):
+        annotate(uri, path)
+
+
+def _named(uri: Path, version: int) -> set[str]:
+    fragments = lance.dataset(f"{uri}/sequences.lance", version=version).get_fragments()
+    return {file.path for fragment in fragments for file in fragment.data_files()}
+
+
+POINTS = [
+    {"at": "lance.fragment:LanceFragment.update_columns"},
+    {"at": "lance.fragment:LanceFragment.update_columns", "after": True},
+    {"at": "lance.fragment:LanceFragment.merge_columns", "nth": 3, "after": True},
+    {"at": "lance:LanceDataset.commit", "static": True},
+    {"at": "lance:LanceDataset.commit", "static": True, "after": True},
+]
+
+
+def test_a_kill_leaves_all_or_nothing_and_the_same_command_ends_it(made, tmp_path):
+    before = read(made)
+    ids = before["sequence_id"].to_pylist()
+    path = metadata(tmp_path / "m.parquet", sequence_id=ids, ship=ids, depth=[9.0] * 429)
+    jobs = []
+    for number, point in enumerate(POINTS):
+        shutil.copytree(made, tmp_path / str(number))
+        given = {"uri": str(tmp_path / str(number)), "path": path, "overwrite": True}
+        jobs.append({"call": "bioscan_jax.table.annotate:annotate", "args": given, **point})
+    assert run_killed(jobs, tmp_path) == [signal.SIGKILL] * len(jobs)
+    for number in range(len(jobs)):
+        found, last = read(tmp_path / str(number)), number == len(jobs) - 1
+        assert same_bits(found, before) != last
+        assert ("ship" in found.column_names) == last
+        annotate(str(tmp_path / str(number)), path, overwrite=True)
+        ended = read(tmp_path / str(number))
+        assert ended["ship"].to_pylist() == ids
+        assert set(ended["depth"].to_pylist()) == {9.0}
+        versions = [v["version"] for v in lance.dataset(f"{tmp_path / str(number)}/sequences.lance").versions()]
+        named = set().union(*(_named(tmp_path / str(number), version) for version in versions))
+        assert set(data_files(str(tmp_path / str(number)))) == named
+        assert np.array_equal(ended["vector"].combine_chunks().flatten(), before["vector"].combine_chunks().flatten())
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_leave_all_or_nothing(made, tmp_path):
+    before = read(made)
+    ids = before["sequence_id"].to_pylist()
+    path = metadata(tmp_path / "m.parquet", sequence_id=ids, ship=ids, depth=[9.0] * 429)
+    jobs = []
+    for number in range(40):
+        shutil.copytree(made, tmp_path / str(number))
+        given = {"uri": str(tmp_path / str(number)), "path": path, "overwrite": True}
+        jobs.append({"call": "bioscan_jax.table.annotate:annotate", "args": given, "seconds": 0.005 * (number + 1)})
+    run_killed(jobs, tmp_path)
+    whole = []
+    for number in range(len(jobs)):
+        found = read(tmp_path / str(number))
+        whole.append("ship" in found.column_names)
+        assert whole[-1] or same_bits(found, before)
+        annotate(str(tmp_path / str(number)), path, overwrite=True)
+        assert read(tmp_path / str(number))["ship"].to_pylist() == ids
+    assert not whole[0]
+
+
+def test_the_script_prints_the_counts(uri, tmp_path):
+    path = metadata(tmp_path / "m.parquet", sequence_id=["s1", "s4"], ship=["Sonne", "Polarstern"])
+    command = [sys.executable, SCRIPT, "--uri", uri, "--metadata", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    counts = "2 rows matched, 427 of the table and 0 of the file did not"
+    assert done.stdout == f"{counts}; new columns: ship; filled: none\n"
+
+
+def test_an_annotated_table_is_still_the_run_s(tmp_path):
+    """Embedding again says that all is done, and the columns that came later stay."""
+    rows = {"sequence_id": ["a", "b"], "dna_sequence": ["ACGTACGTAC", "GGGTACGTAC"]}
+    pq.write_table(pa.table(rows), tmp_path / "in.parquet")
+    checkpoint = GOLDEN / "v2"
+    wanted = (Model(checkpoint=str(checkpoint)), Data(path=str(tmp_path / "in.parquet")), Sink(uri=f"{tmp_path}/db"))
+    embed(*wanted, progress=False)
+    annotate(f"{tmp_path}/db", metadata(tmp_path / "m.parquet", sequence_id=["b"], cruise=["SO 242"]))
+    again = embed(*wanted, progress=False)
+    assert "complete before this run" in str(again)
+    assert read(f"{tmp_path}/db")["cruise"].to_pylist() == [None, "SO 242"]

@@ -1,0 +1,290 @@
+"""Fine-tuning from a Parquet file to a run's directory, stopped and gone on with, in this process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.places import SCRIPTS
+
+from bioscan_jax import config
+from bioscan_jax.barcodes.labels import LabelSpace
+from bioscan_jax.barcodes.simulate import write_simulated
+from bioscan_jax.devices.interrupt import Interrupted
+from bioscan_jax.errors import InputError
+from bioscan_jax.training.run import finetune
+from bioscan_jax.training.tracking import Tracker
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+ONE = config.Mesh(data=1, compilation_cache=None)
+NOT_COMPARED = ("hardware/",)
+
+
+@pytest.fixture(scope="module")
+def barcodes(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "barcodes.parquet"
+    write_simulated(str(path), species=12, per_species=6, length=120, seed=0)
+    return path
+
+
+def train(barcodes, directory, *, mesh=ONE, data=None, lora=None, loss=None, tracking="disabled", **settings):
+    """Three epochs of 17 steps, a line of metrics and a checkpoint after each."""
+    chosen = {"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 5, "max_shapes": 1, "log_every": 1}
+    chosen |= {"shortest": 60, "seed": 1, "output_dir": str(directory)}
+    return finetune(
+        config.Model(checkpoint="random:tiny-v2"),
+        config.Examples(path=str(barcodes), **({"validation": 0.25} | (data or {}))),
+        lora or config.LoRA(rank=4),
+        loss,
+        config.Train(**(chosen | settings)),
+        config.Checkpoint(interval_minutes=0.0),
+        config.Tracking(mode=tracking),
+        mesh,
+        progress=False,
+    )
+
+
+def lines(directory):
+    """metrics.jsonl, without what depends on the machine."""
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(NOT_COMPARED)} for line in found]
+
+
+def stopping_at(monkeypatch, step):
+    """Sends this process a SIGTERM once that step is logged."""
+    log = Tracker.log
+
+    def stop(self, numbers, at):
+        log(self, numbers, at)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Tracker, "log", stop)
+
+
+@pytest.fixture(scope="module")
+def whole(barcodes, tmp_path_factory):
+    """A run that is never stopped."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    return directory, train(barcodes, directory, tracking="offline")
+
+
+def test_a_whole_run(whole, barcodes):
+    directory, summary = whole
+    steps = summary.progress.step
+    assert steps == 3 * -(-summary.rows["train"] // 4)
+    assert sum(summary.rows.values()) == 72
+    assert {p.name for p in directory.iterdir()} >= {
+        *("run.json", "label_space.json", "metrics.jsonl", "curves.png", "checkpoints", "best", "wandb")
+    }
+    assert not list(directory.glob(".examples*"))
+    space = LabelSpace.load(directory / "label_space.json")
+    assert summary.taxa["species"] == len(space.names[6])
+    training = [line for line in lines(directory) if "train/loss" in line]
+    assert [line["train/global_step"] for line in training] == list(range(1, steps + 1))
+    first = training[0]
+    names = {"train/loss", "train/learning_rate", "train/epoch", "train/global_step", "train/loss/species"}
+    names |= {"metrics/embedding_norm", "metrics/embedding_mean", "metrics/embedding_std", "train/loss/kingdom"}
+    assert names <= first.keys()
+    given = json.loads((directory / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"hardware/memory_used_gb", "hardware/throughput_seqs_per_sec"} <= given.keys()
+    assert "hardware/tpu_utilization" not in given  # the peak of this CPU is not known
+    evaluated = [line for line in lines(directory) if "eval/loss" in line]
+    assert [line["train/global_step"] for line in evaluated] == [steps // 3, 2 * steps // 3, steps]
+    assert "eval/species_accuracy" in evaluated[0]
+    assert evaluated[-1]["eval/loss"] < evaluated[0]["eval/loss"]
+    best = min(evaluated, key=lambda line: line["eval/loss"])
+    assert summary.progress.best_step == best["train/global_step"]
+    assert [p.name for p in (directory / "best").iterdir()] == [str(summary.progress.best_step)]
+    assert "all epochs done" in str(summary)
+    assert "LoRA" not in str(summary)
+
+
+def test_a_finished_run_says_so(whole, barcodes):
+    directory, summary = whole
+    again = train(barcodes, directory, tracking="offline")
+    assert "complete before this run: nothing was left to do" in str(again)
+    assert again.progress == summary.progress
+    assert len(lines(directory)) == len(lines(directory))
+
+
+@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.slow), 17])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, barcodes, tmp_path, monkeypatch, step):
+    """In the middle of an epoch, and between its last step and its evaluation."""
+    directory, summary = whole
+    assert summary.progress.step % 3 == 0
+    assert summary.progress.step // 3 in range(10, 18)
+    step = min(step, summary.progress.step // 3)
+    with monkeypatch.context() as patch:
+        stopping_at(patch, step)
+        with pytest.raises(Interrupted, match=rf"stopped after step {step} of .*the same command goes on") as stopped:
+            train(barcodes, tmp_path / "run")
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    resumed = train(barcodes, tmp_path / "run")
+    assert resumed.before == step
+    assert lines(tmp_path / "run") == lines(directory)
+
+
+def test_another_configuration_is_refused(whole, barcodes, tmp_path):
+    directory, _ = whole
+    with pytest.raises(InputError, match=r"is the run of another configuration: train.learning_rate 0.01 -> 0.02"):
+        train(barcodes, directory, learning_rate=0.02)
+    with pytest.raises(InputError, match="another configuration: .*data.validation 0.25 -> 0.5"):
+        train(barcodes, directory, data={"validation": 0.5})
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run.json cannot be read"):
+        train(barcodes, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops(barcodes, tmp_path):
+    """A learning rate far too high: the state before it is kept, and the line says which batch."""
+    with pytest.raises(
+        InputError, match=r"is (nan|inf) at step \d+ \(epoch 1, batch \d+ of \d+; its first row is .*row"
+    ):
+        train(barcodes, tmp_path / "run", learning_rate=1e30, warmup_steps=1, clip_norm=1e30)
+    steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    found = lines(tmp_path / "run")
+    assert steps
+    assert max(steps) <= len(found)
+    assert all(np.isfinite(line["train/loss"]) for line in found)
+
+
+def test_bad_input(barcodes, tmp_path):
+    with pytest.raises(InputError, match="--train.output_dir 'gs://x' is a URL; pass a directory"):
+        train(barcodes, "gs://x")
+    with pytest.raises(InputError, match="--data.max_tokens 3000 exceeds the 2048 positions"):
+        train(barcodes, tmp_path / "a", data={"max_tokens": 3000})
+    with pytest.raises(InputError, match="--lora.targets 'dense' is unknown"):
+        train(barcodes, tmp_path / "a", lora=config.LoRA(targets=("dense",)))
+    assert not (tmp_path / "a" / "run.json").exists()  # the mended command may take the directory
+    with pytest.raises(InputError, match="--loss.metadata needs labels"):
+        train(barcodes, tmp_path / "b", objective="mlm", loss=config.Loss(metadata=True))
+    with pytest.raises(InputError, match="--train.balance needs labels"):
+        train(barcodes, tmp_path / "b", objective="mlm", balance="species")
+    table = pq.read_table(barcodes)
+    pq.write_table(table.drop_columns(["depth"]), tmp_path / "surface.parquet")
+    with pytest.raises(InputError, match="there is no column depth, which metadata needs"):
+        train(tmp_path / "surface.parquet", tmp_path / "c", loss=config.Loss(metadata=True))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file.* a file stands where .* pass another --train.output_dir"):
+        train(barcodes, tmp_path / "file")
+    with pytest.raises(InputError, match="--train.output_dir is empty"):
+        train(barcodes, "")
+    pq.write_table(table.select(["sequence_id", "dna_sequence"]), tmp_path / "bare.parquet")
+    with pytest.raises(InputError, match="no labels: there is neither a column 'taxonomy'"):
+        train(tmp_path / "bare.parquet", tmp_path / "d")
+
+
+def test_a_weight_asks_for_metadata():
+    assert not config.Loss().with_metadata
+    assert config.Loss(metadata=True).metadata_share == 0.3
+    assert config.Loss(metadata_weight=0.2).with_metadata
+    assert config.Loss(metadata_weight=0.2).metadata_share == 0.2
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "line"),
+    [
+        (config.Loss, {"metadata": False, "metadata_weight": 0.2}, "--loss.metadata_weight 0.2 needs --loss.metadata"),
+        (config.Loss, {"metadata_weight": 1.0}, "--loss.metadata_weight 1.0 is not between 0 and 1"),
+        (config.Loss, {"rank_weights": (0.0,) * 7}, "--loss.rank_weights .* must be at least 0, and not all 0"),
+        (config.Loss, {"rank_weights": (float("nan"), *(1.0,) * 6)}, "--loss.rank_weights .nan, 1.0.* at least 0"),
+        (config.LoRA, {"alpha": float("inf")}, "--lora.alpha inf must be more than 0"),
+        (config.Train, {"seed": -1}, "--train.seed -1 is too small; pass at least 0"),
+        (config.Train, {"weight_decay": -0.1}, "--train.weight_decay -0.1 must be at least 0"),
+        (config.Train, {"learning_rate": float("nan")}, "--train.learning_rate nan must be more than 0"),
+    ],
+)
+def test_settings_that_cannot_be(make, settings, line):
+    with pytest.raises(InputError, match=line):
+        make(**settings)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_steps(barcodes, tmp_path):
+    """Of some 500 steps with a checkpoint after each and an evaluation every 17, the last third holds no more than the middle one."""
+    train(barcodes, tmp_path / "run", epochs=30, log_every=5)
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    used = np.array([line["hardware/memory_used_gb"] for line in found if "train/loss" in line])
+    _, middle, last = np.array_split(used, 3)
+    assert len(last) > 30
+    assert np.median(last) - np.median(middle) < 0.02
+
+
+@pytest.mark.slow
+def test_early_stopping_and_no_validation(barcodes, tmp_path):
+    summary = train(barcodes, tmp_path / "early", learning_rate=1e-12, epochs=9, patience=2)
+    assert "no lower validation loss for 2 epoch(s)" in str(summary)
+    assert summary.progress.step < 9 * 17
+    summary = train(barcodes, tmp_path / "none", data={"validation": 0.0}, epochs=1)
+    assert "there are no validation rows" in str(summary)
+    assert not list((tmp_path / "none" / "best").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["marginal", "independent"])
+def test_a_whole_model_learns(tmp_path, head):
+    """Far above the commonest taxon, and rising, on rows that were not trained on."""
+    write_simulated(str(tmp_path / "b.parquet"), species=30, per_species=16, length=240, seed=0)
+    chosen = {"mode": "full", "epochs": 12, "learning_rate": 3e-3, "batch_size": 16, "log_every": 100}
+    chosen |= {"reverse_complement": 0.0, "subsequence": 0.0}
+    summary = train(tmp_path / "b.parquet", tmp_path / "run", loss=config.Loss(head=head), **chosen)
+    assert summary.taxa["family"] > 1
+    evaluated = [line for line in lines(tmp_path / "run") if "eval/loss" in line]
+    for rank in ("family", "genus", "species"):
+        found = [line[f"eval/{rank}_accuracy"] for line in evaluated]
+        assert found[-1] > evaluated[-1][f"eval/{rank}_majority"] + 0.2
+        assert found[-1] > found[0]
+
+
+@pytest.mark.slow
+def test_masked_language_modelling_needs_no_labels(barcodes, tmp_path):
+    table = pq.read_table(barcodes).select(["sequence_id", "dna_sequence"])
+    pq.write_table(table, tmp_path / "bare.parquet")
+    summary = train(tmp_path / "bare.parquet", tmp_path / "run", mode="full", objective="mlm")
+    evaluated = [line["eval/loss"] for line in lines(tmp_path / "run") if "eval/loss" in line]
+    assert evaluated[-1] < evaluated[0] < 9.0
+    assert summary.taxa == {}
+    assert not (tmp_path / "run" / "label_space.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices(whole, barcodes, tmp_path, monkeypatch):
+    """8, then 4, then 1: the losses agree within 1e-5 with those of one device."""
+    directory, summary = whole
+    meshes = [config.Mesh(data=8, params="fsdp", compilation_cache=None), config.Mesh(data=4, compilation_cache=None)]
+    for mesh, step in zip(meshes, (6, 21), strict=True):
+        with monkeypatch.context() as patch:
+            stopping_at(patch, step)
+            with pytest.raises(Interrupted):
+                train(barcodes, tmp_path / "run", mesh=mesh)
+    resumed = train(barcodes, tmp_path / "run")
+    assert resumed.before == 21
+    ours, theirs = ([x["train/loss"] for x in lines(d) if "train/loss" in x] for d in (tmp_path / "run", directory))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert jax.device_count() == 8
+
+
+def test_the_script_refuses_in_one_line(barcodes, tmp_path):
+    table = pq.read_table(barcodes)
+    index = table.schema.get_field_index("latitude")
+    wrong = table.set_column(index, "latitude", pa.array([400.0] * table.num_rows))
+    pq.write_table(wrong, tmp_path / "wrong.parquet")
+    script = SCRIPTS / "finetune.py"
+    flags = {"model.checkpoint": "random:tiny-v2", "data.path": tmp_path / "wrong.parquet", "loss.metadata": "true"}
+    flags |= {"train.output_dir": tmp_path / "run", "mesh.compilation_cache": "null"}
+    command = [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    where = f"{tmp_path}/wrong.parquet row 0"
+    assert last.startswith(f"error: the latitude 400 of {where} is outside -90 to 90 (72 such among 72 rows)")
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("[!.]*"))

@@ -1,0 +1,197 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+from support.taxa import random_tree
+
+from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.model.heads import RankLogits, make_head
+from bioscan_jax.training.losses import (
+    DEFAULT_RANK_WEIGHTS,
+    combine,
+    known_rows,
+    mask_tokens,
+    masked_lm_loss,
+    rank_losses,
+    total_loss,
+)
+
+SIZES = (2, 3, 5, 8, 13, 21, 34)
+CLS, PAD, MASK, UNK = 3, 1, 2, 0
+MASKING = {"mask_id": MASK, "special_ids": (UNK, PAD, MASK, CLS), "vocab_size": 40}
+
+
+def logits_and_labels(seed=0, rows=9):
+    rng = np.random.default_rng(seed)
+    logits = [rng.standard_normal((rows, size)).astype(np.float32) * 3 for size in SIZES]
+    labels = np.stack([rng.integers(-1, size, rows) for size in SIZES], axis=1).astype(np.int32)
+    return logits, labels
+
+
+@jax.jit
+def as_ranks(logits):
+    return RankLogits(tuple(jax.nn.log_softmax(jnp.asarray(x), axis=1) for x in logits))
+
+
+def test_each_rank_is_a_mean_over_its_known_rows():
+    logits, labels = logits_and_labels()
+    expected = []
+    for rank, x in enumerate(logits):
+        known = np.flatnonzero(labels[:, rank] >= 0)
+        expected.append(-log_softmax(x, axis=1)[known, labels[known, rank]].mean())
+    np.testing.assert_allclose(rank_losses(as_ranks(logits), jnp.asarray(labels)), expected, rtol=1e-5)
+
+
+@pytest.mark.parity
+def test_cross_entropy_is_that_of_pytorch():
+    import torch
+
+    logits, labels = logits_and_labels()
+    ours = jax.jit(jax.grad(lambda xs: jnp.sum(rank_losses(as_ranks(xs), jnp.asarray(labels)))))(logits)
+    theirs = [torch.tensor(x, requires_grad=True) for x in logits]
+    losses = [
+        torch.nn.functional.cross_entropy(x, torch.tensor(labels[:, r]).long(), ignore_index=-1)
+        for r, x in enumerate(theirs)
+    ]
+    torch.stack(losses).sum().backward()
+    np.testing.assert_allclose(
+        rank_losses(as_ranks(logits), jnp.asarray(labels)), [x.item() for x in losses], rtol=1e-5
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, other.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["independent", "marginal"])
+def test_masked_ranks_have_exactly_no_gradient(kind):
+    """All ranks masked: nothing moves. One rank known: the head of the others (and nothing else) stays."""
+    tree = random_tree(3)
+    graph, state = nnx.split(make_head(kind, 4, tree, rngs=nnx.Rngs(0)))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
+
+    def loss(state, x, labels):
+        losses = rank_losses(nnx.merge(graph, state)(x), labels)
+        return total_loss(losses), losses
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    unknown = jnp.full((5, 7), -1, jnp.int32)
+    (value, losses), gradients = step(state, x, unknown)
+    assert value == 0
+    assert not np.any(losses)
+    assert all(not np.any(g) for g in jax.tree.leaves(gradients))
+    (value, losses), (by_state, by_x) = step(state, x, unknown.at[2, 3].set(0))
+    assert value > 0
+    assert np.flatnonzero(losses).tolist() == [3]
+    assert np.flatnonzero(np.any(np.asarray(by_x) != 0, axis=1)).tolist() == [2]
+    moved = {path for path, g in nnx.to_flat_state(by_state) if np.any(np.asarray(g.get_value()) != 0)}
+    if kind == "independent":
+        assert moved == {("ranks", "order", "linear", name) for name in ("kernel", "bias")}
+    else:
+        assert moved == {("leaves", "linear", name) for name in ("kernel", "bias")}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6))
+def test_parts_of_a_batch_add_up_to_it(seed):
+    logits, labels = logits_and_labels(seed, rows=8)
+    labels[:, 5] = -1
+    labels = jnp.asarray(labels)
+    whole = rank_losses(as_ranks(logits), labels)
+    denominators = known_rows(labels)
+    parts = [
+        rank_losses(as_ranks([x[i : i + 4] for x in logits]), labels[i : i + 4], denominators) for i in range(0, 8, 4)
+    ]
+    np.testing.assert_allclose(parts[0] + parts[1], whole, rtol=1e-5)
+    assert whole[5] == 0
+
+
+def test_gradients_of_parts_add_up_to_the_batch():
+    logits, labels = logits_and_labels(1, rows=8)
+    labels = jnp.asarray(labels)
+
+    def loss(logits, rows):
+        part = [jnp.asarray(x)[rows] for x in logits]
+        return total_loss(rank_losses(as_ranks(part), labels[rows], known_rows(labels)))
+
+    gradient = jax.jit(jax.grad(loss))
+    whole = gradient(logits, jnp.arange(8))
+    halves = [gradient(logits, jnp.arange(i, i + 4)) for i in (0, 4)]
+    for a, b, c in zip(whole, *halves, strict=True):
+        np.testing.assert_allclose(a, np.asarray(b) + np.asarray(c), atol=1e-6)
+
+
+def test_total_and_combined_loss():
+    losses = jnp.arange(1.0, 8.0)
+    assert total_loss(losses) == pytest.approx(np.dot(np.arange(1, 8), [2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.6]))
+    assert len(DEFAULT_RANK_WEIGHTS) == len(RANKS)
+    assert total_loss(losses, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)) == 7
+    assert combine(jnp.array(2.0), jnp.array(10.0)) == pytest.approx(0.7 * 2 + 0.3 * 10)
+    assert combine(jnp.array(2.0), jnp.array(10.0), 1.0) == 10
+    with pytest.raises(ValueError, match=r"2 rank weights \(1.0, 2.0\); give seven, kingdom"):
+        total_loss(losses, [1.0, 2.0])
+
+
+def rows_of(lengths, tokens=12, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(4, MASKING["vocab_size"], (len(lengths), tokens)).astype(np.int32)
+    ids[:, 0] = CLS
+    return jnp.asarray(np.where(np.arange(tokens)[None, :] < np.array(lengths)[:, None], ids, PAD))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.lists(st.integers(1, 12), min_size=5, max_size=5))
+def test_masking_takes_ordinary_tokens_and_at_least_one_a_row(seed, lengths):
+    ids = rows_of(lengths)
+    seen, selected = mask_tokens(jax.random.key(seed), ids, **MASKING)
+    again, _ = mask_tokens(jax.random.key(seed), ids, **MASKING)
+    np.testing.assert_array_equal(seen, again)
+    seen, selected, ids = (np.asarray(x) for x in (seen, selected, ids))
+    assert not np.any(selected & np.isin(ids, MASKING["special_ids"]))
+    np.testing.assert_array_equal(selected.any(axis=1), np.array(lengths) > 1)
+    np.testing.assert_array_equal(seen[~selected], ids[~selected])
+    assert not np.any(np.isin(seen[selected], [UNK, PAD, CLS]))
+
+
+def test_masking_shares():
+    """15% of the tokens; of these 80% masked, 10% random (one in 36 by chance the same), 10% kept."""
+    ids = rows_of([501] * 200, tokens=501)
+    seen, selected = (np.asarray(x) for x in mask_tokens(jax.random.key(0), ids, **MASKING))
+    ids, chosen = np.asarray(ids), selected.sum()
+    assert chosen / (200 * 500) == pytest.approx(0.15, abs=0.005)
+    assert (seen[selected] == MASK).sum() / chosen == pytest.approx(0.8, abs=0.015)
+    assert (seen[selected] == ids[selected]).sum() / chosen == pytest.approx(0.1 + 0.1 / 36, abs=0.012)
+    replaced = seen[selected & (seen != ids) & (seen != MASK)]
+    assert set(replaced) == set(range(4, MASKING["vocab_size"]))
+
+
+def test_another_key_masks_other_tokens():
+    ids = rows_of([12] * 8)
+    seen = [mask_tokens(jax.random.key(seed), ids, **MASKING)[0] for seed in (0, 1)]
+    assert np.any(np.asarray(seen[0]) != np.asarray(seen[1]))
+
+
+@pytest.mark.parametrize("special", [(UNK, PAD, CLS), tuple(range(40))])
+def test_special_ids_that_cannot_be_are_refused(special):
+    with pytest.raises(ValueError, match="must have mask_id 2 and leave ordinary tokens"):
+        mask_tokens(jax.random.key(0), rows_of([4]), mask_id=MASK, special_ids=special, vocab_size=40)
+
+
+def test_masked_lm_loss():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal((2, 5, 40)) * 4, jnp.bfloat16)
+    targets = jnp.asarray(rng.integers(0, 40, (2, 5)), jnp.int32)
+    selected = jnp.asarray(rng.random((2, 5)) < 0.5)
+    log_probs = log_softmax(np.asarray(logits, np.float64), axis=-1)
+    picked = np.take_along_axis(log_probs, np.asarray(targets)[:, :, None], axis=2)[:, :, 0]
+    loss = masked_lm_loss(logits, targets, selected)
+    assert loss.dtype == jnp.float32
+    assert loss == pytest.approx(-picked[np.asarray(selected)].mean(), rel=1e-5)
+    halves = [masked_lm_loss(logits[i:][:1], targets[i:][:1], selected[i:][:1], selected.sum()) for i in (0, 1)]
+    assert sum(halves) == pytest.approx(float(loss), rel=1e-5)
+    none = jnp.zeros_like(selected)
+    value, gradient = jax.value_and_grad(masked_lm_loss)(logits, targets, none)
+    assert value == 0
+    assert not np.any(gradient)

@@ -1,0 +1,230 @@
+"""The optimizer step: what it changes, what it leaves, and that devices and parts do not matter."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from support.taxa import flat_tree
+
+from bioscan_jax import config
+from bioscan_jax.checkpoints.keys import random_model
+from bioscan_jax.devices.sharding import make_layout
+from bioscan_jax.model.classifier import abstract_classifier, flat, make_classifier
+from bioscan_jax.model.config import PRESETS
+from bioscan_jax.training.batches import ExampleBatch
+from bioscan_jax.training.losses import rank_losses, total_loss
+from bioscan_jax.training.step import (
+    abstract_arguments,
+    init_optimizer,
+    learning_rate,
+    make_optimizer,
+    make_train_step,
+    parts_of,
+    place,
+    take_apart,
+)
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+TINY = dataclasses.replace(PRESETS["tiny-v2"], hidden_size=32, intermediate_size=64, initializer_range=0.1)
+TREE = flat_tree(48, (1, 2, 2, 4, 8, 16))
+STEPS = 100
+TRAIN = config.Train(learning_rate=5e-3, warmup_steps=2, seed=3)
+LORA = config.LoRA(rank=4, dropout=0.3)
+
+
+def batch_of(number, rows=12, width=24):
+    """A batch with unknown ranks, missing metadata and a filler row at its end."""
+    rng = np.random.default_rng(number)
+    ids = rng.integers(6, TINY.vocab_size, (rows, width)).astype(np.int32)
+    ids[:, 0] = 3
+    lengths = rng.integers(6, width, rows)
+    lengths[-1] = 1
+    ids[np.arange(width)[None] >= lengths[:, None]] = 1
+    labels = TREE.leaf_paths[ids[:, 1] % 48].copy()
+    labels[rng.random(labels.shape) < 0.2] = -1
+    labels[-1] = -1
+    metadata = rng.uniform(0, 80, (rows, 3)).astype(np.float32)
+    metadata[rng.random(metadata.shape) < 0.2] = np.nan
+    return ExampleBatch(np.append(np.arange(rows - 1), -1), ids, labels, metadata)
+
+
+def learner_on(mesh, loss=None, train=TRAIN, lora=LORA, dtype=jnp.float32):
+    loss, taxonomic = loss or config.Loss(), train.objective == "taxonomy"
+    layout = make_layout(mesh)
+    trunk = random_model(TINY, dtype, layout, seed=0, lm_head=not taxonomic)
+    tree = TREE if taxonomic else None
+    classifier = make_classifier(trunk, loss, lora if train.mode == "lora" else None, tree, layout, seed=train.seed)
+    return take_apart(classifier, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
+
+
+def train_on(learner, steps, batches=batch_of, params=None):
+    params = params or jax.tree.map(jnp.copy, flat(learner.trainable))
+    state = init_optimizer(learner, STEPS, params)
+    step = make_train_step(learner, STEPS)
+    found = []
+    for number in range(steps):
+        placed = place(batches(number), learner.layout, learner.train.batch_tokens, pad=1)
+        params, state, numbers = step(params, state, learner.frozen, jnp.uint32(number), placed)
+        found.append(jax.device_get(numbers))
+    return params, found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Losses and parameters on one device, the batch in one part."""
+    params, numbers = train_on(learner_on(config.Mesh(data=1)), 20)
+    return jax.device_get(params), [n.loss for n in numbers]
+
+
+MESHES = [
+    config.Mesh(data=8, params="fsdp"),
+    pytest.param(config.Mesh(data=1, params="fsdp"), marks=pytest.mark.slow),
+    pytest.param(config.Mesh(data=2), marks=pytest.mark.slow),
+    pytest.param(config.Mesh(data=8), marks=pytest.mark.slow),
+    pytest.param(config.Mesh(data=2, params="fsdp"), marks=pytest.mark.slow),
+    pytest.param(config.Mesh(data=4, model=2), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_devices_and_parts_do_not_change_20_steps(alone, mesh):
+    """Losses within 1e-5 relative; a budget of one row a device makes several parts of each batch."""
+    train = dataclasses.replace(TRAIN, batch_tokens=24)
+    learner = learner_on(mesh, train=train)
+    assert parts_of(12, 24, mesh.data, 24) == {8: (2, 8), 2: (6, 2), 4: (3, 4), 1: (12, 1)}[mesh.data]
+    params, numbers = train_on(learner, 20)
+    np.testing.assert_allclose([n.loss for n in numbers], alone[1], rtol=1e-5)
+    for name, value in jax.device_get(params).items():
+        np.testing.assert_allclose(value, alone[0][name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_learns_and_leaves_the_rest(dtype):
+    learner = learner_on(config.Mesh(data=1), dtype=dtype)
+    before = jax.device_get(jax.tree.leaves(learner.frozen))
+    assert {leaf.dtype for leaf in before} == {jnp.dtype(dtype)}
+    params, numbers = train_on(learner, 20, lambda number: batch_of(number % 2))
+    assert numbers[-1].loss < 0.6 * numbers[0].loss
+    for old, new in zip(before, jax.device_get(jax.tree.leaves(learner.frozen)), strict=True):
+        np.testing.assert_array_equal(old, new)
+    started = flat(learner.trainable)
+    assert {name.rpartition(".")[2] for name in params} == {"a", "b", "kernel", "bias"}
+    assert all(np.abs(params[name] - started[name]).max() > 0 for name in params)
+    assert all(value.dtype == jnp.float32 for value in params.values())
+
+
+def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
+    learner = learner_on(config.Mesh(data=1))  # with dropout: b is zero, so nothing that is dropped matters yet
+    _, [numbers] = train_on(learner, 1)
+    batch = batch_of(0)
+    classifier = learner.classifier(flat(learner.trainable), learner.frozen)
+    plain = random_model(TINY, jnp.float32, learner.layout, seed=0)
+    hidden = plain.hidden_state(jnp.asarray(batch.ids))
+    real = (batch.ids != 1)[:, :, None]
+    pooled = jnp.sum(jnp.where(real, hidden, 0), axis=1) / real.sum(axis=1)
+    losses = rank_losses(classifier.head(pooled), jnp.asarray(batch.labels))
+    np.testing.assert_allclose(numbers.ranks, losses, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(numbers.loss, total_loss(losses), rtol=1e-5)
+    np.testing.assert_array_equal(numbers.known, (batch.labels >= 0).sum(axis=0))
+    assert numbers.moments.rows == 11  # the filler row is not counted
+    np.testing.assert_allclose(numbers.moments.norm, np.linalg.norm(pooled[:11], axis=1).mean(), rtol=1e-5)
+
+
+def test_what_is_not_finite_changes_nothing():
+    learner = learner_on(config.Mesh(data=1))
+    started = jax.device_get(flat(learner.trainable))
+    name = "trunk.layers.attention.query.b"
+    started[name] = np.full_like(started[name], np.nan)
+    params, [numbers] = train_on(learner, 1, params={n: jnp.asarray(value) for n, value in started.items()})
+    assert not numbers.good
+    assert np.isnan(numbers.loss)
+    for name, value in params.items():
+        np.testing.assert_array_equal(value, started[name])
+
+
+def test_metadata_is_a_share_of_the_loss_and_learns():
+    loss = config.Loss(metadata=True, head="independent", metadata_weight=0.4)
+    learner = learner_on(config.Mesh(data=1), loss, lora=dataclasses.replace(LORA, dropout=0.0))
+    params, numbers = train_on(learner, 2)
+    batch = batch_of(0)
+    classifier = learner.classifier(flat(learner.trainable), learner.frozen)
+    others = rank_losses(classifier.encoder(jnp.asarray(batch.metadata)), jnp.asarray(batch.labels))
+    total = 0.6 * (numbers[0].ranks * np.array(loss.rank_weights)).sum() + 0.4 * total_loss(others)
+    np.testing.assert_allclose(numbers[0].loss, total, rtol=1e-5)
+    moved = [name for name, value in flat(learner.trainable).items() if np.abs(params[name] - value).max() > 0]
+    assert any(name.startswith("encoder.first") for name in moved)
+
+
+def test_masked_language_modelling_trains_the_whole_model():
+    train = dataclasses.replace(TRAIN, mode="full", objective="mlm", learning_rate=2e-2)
+    learner = learner_on(config.Mesh(data=1), train=train)
+    assert not jax.tree.leaves(learner.frozen)
+    params, numbers = train_on(learner, 25, lambda number: batch_of(number % 3))
+    assert numbers[0].loss == pytest.approx(np.log(TINY.vocab_size), rel=0.1)
+    assert numbers[-1].loss < numbers[0].loss - 1.0
+    assert np.all(numbers[0].ranks == 0)
+    still = {n for n, value in flat(learner.trainable).items() if np.abs(params[n] - value).max() == 0}
+    assert not still, still
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    rate = learning_rate(config.Train(), 5000)
+    assert float(rate(0)) == 0.0
+    np.testing.assert_allclose([rate(250), rate(500), rate(2750), rate(5000)], [1e-4, 2e-4, 1e-4, 0.0], atol=1e-9)
+    assert float(learning_rate(config.Train(), 100)(50)) == pytest.approx(2e-4)  # a short run still gets there
+
+
+def test_biases_and_norms_do_not_decay():
+    params = {"x.kernel": jnp.ones(2), "x.bias": jnp.ones(2), "norm.scale": jnp.ones(2), "x.a": jnp.ones(2)}
+    optimizer = make_optimizer(config.Train(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {name for name, update in updates.items() if np.abs(update).max() > 0}
+    assert moved == {"x.kernel", "x.a"}
+    clipped, _ = optax.clip_by_global_norm(1.0).update({"g": jnp.full(4, 5.0)}, optax.EmptyState())
+    assert float(optax.tree.norm(clipped)) == pytest.approx(1.0)
+
+
+def test_the_2_5b_step_sums_nothing_but_gradients_of_adapters_and_heads():
+    """NT-2.5B, bfloat16, eight devices, full size and nothing allocated: what the devices tell each other."""
+    layout, loss, train = make_layout(config.Mesh()), config.Loss(), config.Train(remat="layer")
+    tree = flat_tree(5000)
+    abstract = abstract_classifier(PRESETS["nt-v1-2.5b"], jnp.bfloat16, loss, config.LoRA(), tree)
+    learner = take_apart(abstract, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
+    frozen = {leaf.dtype for leaf in jax.tree.leaves(learner.frozen)}
+    assert frozen == {jnp.dtype(jnp.bfloat16)}
+    lowered = make_train_step(learner, STEPS).lower(*abstract_arguments(learner, STEPS, 1, 32, 128))
+    hlo = lowered.compile().as_text()
+    sent = re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", hlo)
+    assert {kind for _, kind in sent} == {"all-reduce"}
+    shapes = [shape for shape, _ in sent]
+    assert not re.search(r"bf16|f16", " ".join(shapes))
+    sizes = {tuple(map(int, dims.split(","))) for s in shapes for dims in re.findall(r"f32\[([\d,]+)\]", s)}
+    adapters = {(2560, 16), (16, 2560)}
+    heads = {(2560, 5120), (5120, 2560), (5120,)}
+    assert sizes <= adapters | heads | {(7,)}
+    assert adapters <= sizes
+    assert sizes & heads
+
+
+def test_frozen_parameters_are_not_differentiated():
+    """The backward pass of a LoRA step costs what the forward one does: no product for a frozen kernel's gradient."""
+    learner = learner_on(config.Mesh(data=1))
+    text = make_train_step(learner, STEPS).lower(*abstract_arguments(learner, STEPS, 1, 8, 24)).as_text()
+    outputs = re.findall(r"dot_general.*-> tensor<([^>]*)>", text)
+    assert outputs
+    assert not [o for o in outputs if o in ("32x32xf32", "32x2x64xf32", "64x32xf32", "2x64x32xf32")]
+    whole = learner_on(config.Mesh(data=1), train=dataclasses.replace(TRAIN, mode="full"))
+    text = make_train_step(whole, STEPS).lower(*abstract_arguments(whole, STEPS, 1, 8, 24)).as_text()
+    outputs = re.findall(r"dot_general.*-> tensor<([^>]*)>", text)
+    assert [o for o in outputs if o == "32x32xf32"]
+
+
+def test_a_pickle_free_state_is_apart_from_the_frozen(alone):
+    learner = learner_on(config.Mesh(data=1))
+    assert set(flat(learner.trainable)) == set(alone[0])
+    assert not isinstance(next(iter(flat(learner.trainable).values())), nnx.Variable)
