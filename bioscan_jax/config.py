@@ -15,7 +15,7 @@ def _at_least(flag: str, value: int | None, least: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     """Which weights to use, and in which precision."""
 
     checkpoint: str
@@ -36,7 +36,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig:
     """Where the barcodes are and how they become tokens."""
 
     path: str
@@ -58,7 +58,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mesh:
+class MeshConfig:
     """The devices and how arrays are laid over them."""
 
     data: int = -1
@@ -85,7 +85,7 @@ class Mesh:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embed:
+class EmbedConfig:
     """How a sequence's tokens become one vector, and how many go to a device at once."""
 
     pooling: Literal["mean", "mean_no_cls", "cls", "max"] = "mean"
@@ -114,7 +114,7 @@ class Embed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sink:
+class SinkConfig:
     """The Lance table that takes the vectors."""
 
     uri: str
@@ -135,7 +135,7 @@ class Sink:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Simulate:
+class SimulateConfig:
     """Simulated barcodes: sequences evolved along a random seven-rank tree."""
 
     species: int = 200
@@ -154,7 +154,7 @@ class Simulate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRAConfig:
     """Low-rank adapters on a frozen model."""
 
     rank: int = 16
@@ -175,7 +175,7 @@ class LoRA:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
+class ExamplesConfig:
     """The labelled barcodes to train on, and which of them are kept aside."""
 
     path: str
@@ -202,7 +202,7 @@ class Examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
+class LossConfig:
     """What training minimises."""
 
     head: Literal["marginal", "independent"] = "marginal"
@@ -239,7 +239,7 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class TrainConfig:
     """How training goes."""
 
     output_dir: str = "runs/finetune"
@@ -298,7 +298,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointConfig:
     """When the state of training is saved; it always is at a SIGTERM and at the end."""
 
     interval_minutes: float = 30.0
@@ -313,7 +313,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tracking:
+class TrackingConfig:
     """Weights & Biases; metrics.jsonl and curves.png are written in any case."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -328,7 +328,7 @@ SearchKind = Literal["auto", "exact", "index"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class ReferenceConfig:
     """The table of vectors that barcodes are compared with."""
 
     uri: str
@@ -338,7 +338,7 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query:
+class QueryConfig:
     """The barcodes to identify."""
 
     path: str
@@ -350,7 +350,7 @@ class Query:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identify:
+class IdentifyConfig:
     """How a barcode gets its names; a calibration holds for the same settings alone."""
 
     k: int = 50
@@ -381,7 +381,7 @@ class Identify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate:
+class CalibrateConfig:
     """What the answers shall be worth."""
 
     precision: float = 0.95

@@ -8,8 +8,8 @@ from bioscan_jax import config
 
 
 def main(
-    reference: config.Reference,
-    query: config.Query,
+    reference: config.ReferenceConfig,
+    query: config.QueryConfig,
     rerank: Literal["none", "alignment"] = "none",
     k: int = 50,
     aligned: int = 32,
@@ -23,8 +23,8 @@ def main(
     risk: float = 0.05,
     held_out: float = 0.5,
     seed: int = 0,
-    model: config.Model | None = None,
-    mesh: config.Mesh = config.Mesh(),  # noqa: B008 - frozen
+    model: config.ModelConfig | None = None,
+    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
 ) -> None:
     """Fit, on labelled barcodes, what answers of scripts/identify.py with the same settings are worth.
 
@@ -49,7 +49,7 @@ def main(
     """
     from bioscan_jax.matching.calibrate import calibrate
 
-    settings = config.Identify(
+    settings = config.IdentifyConfig(
         k=k,
         rerank=rerank,
         aligned=aligned,
@@ -60,7 +60,7 @@ def main(
         heads=heads,
         processes=processes,
     )
-    wanted = config.Calibrate(precision=precision, risk=risk, held_out=held_out, seed=seed)
+    wanted = config.CalibrateConfig(precision=precision, risk=risk, held_out=held_out, seed=seed)
     print(calibrate(reference, query, settings, wanted, model=model, mesh=mesh))
 
 

@@ -7,7 +7,7 @@ from command import run
 from bioscan_jax import config
 
 
-def main(model: config.Model, output: str, mesh: config.Mesh = config.Mesh()) -> None:  # noqa: B008 - frozen
+def main(model: config.ModelConfig, output: str, mesh: config.MeshConfig = config.MeshConfig()) -> None:  # noqa: B008 - frozen
     """Convert a checkpoint once; pass the output directory as --model.checkpoint from then on.
 
     Args:

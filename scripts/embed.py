@@ -6,12 +6,12 @@ from bioscan_jax import config
 
 
 def main(
-    model: config.Model,
-    data: config.Data,
-    sink: config.Sink,
-    embed: config.Embed = config.Embed(),  # noqa: B008 - frozen
-    mesh: config.Mesh = config.Mesh(),  # noqa: B008
-    simulate: config.Simulate | None = None,
+    model: config.ModelConfig,
+    data: config.DataConfig,
+    sink: config.SinkConfig,
+    embed: config.EmbedConfig = config.EmbedConfig(),  # noqa: B008 - frozen
+    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008
+    simulate: config.SimulateConfig | None = None,
     neighbours: int = 0,
 ) -> None:
     """Embed DNA barcodes into a Lance table; the same command goes on where it stopped.

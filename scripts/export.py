@@ -13,7 +13,7 @@ def main(
     format: Literal["peft", "merged"] = "peft",
     which: Literal["best", "last"] = "best",
     checkpoint: str | None = None,
-    mesh: config.Mesh = config.Mesh(),  # noqa: B008 - frozen
+    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
 ) -> None:
     """Export what a training run learned; its directory stays as it is.
 

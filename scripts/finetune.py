@@ -6,15 +6,15 @@ from bioscan_jax import config
 
 
 def main(
-    model: config.Model,
-    data: config.Examples,
-    lora: config.LoRA = config.LoRA(),  # noqa: B008 - frozen
-    loss: config.Loss = config.Loss(),  # noqa: B008
-    train: config.Train = config.Train(),  # noqa: B008
-    checkpoint: config.Checkpoint = config.Checkpoint(),  # noqa: B008
-    tracking: config.Tracking = config.Tracking(),  # noqa: B008
-    mesh: config.Mesh = config.Mesh(),  # noqa: B008
-    simulate: config.Simulate | None = None,
+    model: config.ModelConfig,
+    data: config.ExamplesConfig,
+    lora: config.LoRAConfig = config.LoRAConfig(),  # noqa: B008 - frozen
+    loss: config.LossConfig = config.LossConfig(),  # noqa: B008
+    train: config.TrainConfig = config.TrainConfig(),  # noqa: B008
+    checkpoint: config.CheckpointConfig = config.CheckpointConfig(),  # noqa: B008
+    tracking: config.TrackingConfig = config.TrackingConfig(),  # noqa: B008
+    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008
+    simulate: config.SimulateConfig | None = None,
 ) -> None:
     """Fine-tune a model on labelled DNA barcodes; the same command goes on where it stopped.
 

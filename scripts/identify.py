@@ -8,8 +8,8 @@ from bioscan_jax import config
 
 
 def main(
-    reference: config.Reference,
-    query: config.Query,
+    reference: config.ReferenceConfig,
+    query: config.QueryConfig,
     output: str,
     rerank: Literal["none", "alignment"] = "none",
     k: int = 50,
@@ -26,8 +26,8 @@ def main(
     group_size: int = 3,
     check_recall: int = 0,
     seed: int = 0,
-    model: config.Model | None = None,
-    mesh: config.Mesh = config.Mesh(),  # noqa: B008 - frozen
+    model: config.ModelConfig | None = None,
+    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
 ) -> None:
     """Name barcodes by a table of vectors; one row each, with what it is worth.
 
@@ -55,7 +55,7 @@ def main(
     """
     from bioscan_jax.matching.identify import identify
 
-    settings = config.Identify(
+    settings = config.IdentifyConfig(
         k=k,
         rerank=rerank,
         aligned=aligned,

@@ -9,13 +9,13 @@ from bioscan_jax import config
 
 def main(
     sequence: str,
-    reference: config.Reference,
+    reference: config.ReferenceConfig,
     k: int = 10,
     filter: str | None = None,
     columns: list[str] | None = None,
     search: config.SearchKind = "auto",
-    model: config.Model | None = None,
-    mesh: config.Mesh = config.Mesh(),  # noqa: B008 - frozen
+    model: config.ModelConfig | None = None,
+    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
 ) -> None:
     """Print the nearest rows of a vector table to a sequence; the sequence comes first.
 

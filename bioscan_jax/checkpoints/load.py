@@ -83,7 +83,11 @@ def check_vocabulary(vocabulary: Vocabulary, transformer: TransformerConfig, whe
 
 
 def load(
-    wanted: config.Model, layout: Layout, *, lm_head: bool = False, on_bytes: Callable[[int], object] = lambda n: None
+    wanted: config.ModelConfig,
+    layout: Layout,
+    *,
+    lm_head: bool = False,
+    on_bytes: Callable[[int], object] = lambda n: None,
 ) -> LoadedModel:
     """Loads what `--model.checkpoint` names.
 
@@ -109,7 +113,9 @@ def load(
     return dataclasses.replace(loaded, described=lambda: provenance, adapter=adapter)
 
 
-def _load_base(wanted: config.Model, layout: Layout, lm_head: bool, on_bytes: Callable[[int], object]) -> LoadedModel:
+def _load_base(
+    wanted: config.ModelConfig, layout: Layout, lm_head: bool, on_bytes: Callable[[int], object]
+) -> LoadedModel:
     dtype = compute_dtype(wanted.dtype)
     if wanted.checkpoint.startswith(RANDOM):
         return _random(wanted, dtype, layout, lm_head)
@@ -145,13 +151,15 @@ def _behind(task: Callable[[], Provenance]) -> Future[Provenance]:
     return future
 
 
-def _check_attention(wanted: config.Model, transformer: TransformerConfig, dtype: DTypeLike, layout: Layout) -> None:
+def _check_attention(
+    wanted: config.ModelConfig, transformer: TransformerConfig, dtype: DTypeLike, layout: Layout
+) -> None:
     """Raises InputError where the attention asked for cannot work here, before any weight is read."""
     heads, head_dim = transformer.num_attention_heads, transformer.head_dim
     choose(wanted.attention, site(layout, heads=heads, head_dim=head_dim, dtype=dtype), tokens=0)
 
 
-def _random(wanted: config.Model, dtype: DTypeLike, layout: Layout, lm_head: bool) -> LoadedModel:
+def _random(wanted: config.ModelConfig, dtype: DTypeLike, layout: Layout, lm_head: bool) -> LoadedModel:
     preset = wanted.checkpoint.removeprefix(RANDOM)
     if preset not in PRESETS:
         raise InputError(f"--model.checkpoint {wanted.checkpoint!r}: no such preset; known are {', '.join(PRESETS)}")

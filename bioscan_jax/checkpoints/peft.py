@@ -54,7 +54,7 @@ _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 class Adapter:
     """What is known of an adapter that was read."""
 
-    lora: config.LoRA
+    lora: config.LoRAConfig
     """Its shape; alpha is what gives its scaling as alpha / rank."""
     sha256: str
     """Of what it does to the numbers: the file of its tensors and its scaling."""
@@ -65,7 +65,7 @@ class Adapter:
 def write_adapter(
     directory: Path,
     trunk: NucleotideTransformer,
-    lora: config.LoRA,
+    lora: config.LoRAConfig,
     *,
     provenance: Provenance,
     heads: Heads | None = None,
@@ -137,7 +137,7 @@ def read_adapter(directory: Path, model: NucleotideTransformer, layout: Layout, 
     rank, alpha = parsed["r"], parsed["lora_alpha"]
     # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root.
     scaling = alpha / math.sqrt(rank) if parsed.get("use_rslora") else alpha / rank
-    lora = config.LoRA(
+    lora = config.LoRAConfig(
         rank=rank,
         alpha=scaling * rank if parsed.get("use_rslora") else float(alpha),
         dropout=float(parsed["lora_dropout"]),
@@ -171,7 +171,7 @@ def _layer(model: NucleotideTransformer, target: str) -> Any:
     return getattr(getattr(model.layers, parent), attribute)
 
 
-def _tensors(trunk: NucleotideTransformer, lora: config.LoRA) -> Iterator[PendingTensor]:
+def _tensors(trunk: NucleotideTransformer, lora: config.LoRAConfig) -> Iterator[PendingTensor]:
     stems, targets = _stems(trunk.config), resolve_targets(lora.targets)
     for name in TARGETS:
         layer = _layer(trunk, name)

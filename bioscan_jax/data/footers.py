@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bioscan_jax.config import Data
+from bioscan_jax.config import DataConfig
 from bioscan_jax.data.files import Files, one_line
 from bioscan_jax.errors import InputError
 
@@ -132,7 +132,7 @@ def common_schema(parts: Sequence[Part]) -> pa.Schema:
     return pa.schema([(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in types.items()])
 
 
-def block_layout(schema: pa.Schema, data: Data, url: str) -> Layout:
+def block_layout(schema: pa.Schema, data: DataConfig, url: str) -> Layout:
     """Finds the sequence and the id column and puts sequence_id first.
 
     Raises:
@@ -177,7 +177,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _suggestion(schema: pa.Schema, data: Data) -> str:
+def _suggestion(schema: pa.Schema, data: DataConfig) -> str:
     text = {field.name.lower(): field.name for field in schema if _is_text(field.type) and field.name != data.id_column}
     likely = [name for name in _SEQUENCE_NAMES if name in text]
     for wanted in (data.sequence_column.lower(), "sequence"):

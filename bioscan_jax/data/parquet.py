@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
-from bioscan_jax.config import Data
+from bioscan_jax.config import DataConfig
 from bioscan_jax.data import fasta, files, footers
 from bioscan_jax.data.files import Files
 from bioscan_jax.data.footers import Layout, Origin, Part
@@ -242,7 +242,7 @@ class ParquetBlocks:
 
 
 def open_source(
-    data: Data,
+    data: DataConfig,
     *,
     scratch: Path | None,
     columns: Sequence[str] | None = None,

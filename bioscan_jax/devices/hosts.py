@@ -27,7 +27,7 @@ _LOOK_MILLISECONDS = 500
 _calls = itertools.count()
 
 
-def join(mesh: config.Mesh) -> None:
+def join(mesh: config.MeshConfig) -> None:
     """Makes this process one of several; once they are joined, another call changes nothing.
 
     Raises:

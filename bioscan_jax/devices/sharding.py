@@ -133,7 +133,7 @@ def parameter_axes(path: Sequence, variable: nnx.Variable) -> Axes:
     return ("layer", *axes) if "layers" in path else axes
 
 
-def make_layout(mesh: config.Mesh, *, local: bool = False) -> Layout:
+def make_layout(mesh: config.MeshConfig, *, local: bool = False) -> Layout:
     """Lays the available devices out as the config asks.
 
     Args:
@@ -154,7 +154,7 @@ def make_layout(mesh: config.Mesh, *, local: bool = False) -> Layout:
     return Layout(jax.sharding.Mesh(chosen, ("data", "model"), axis_types=(AxisType.Auto,) * 2), mesh.params)
 
 
-def start_devices(mesh: config.Mesh) -> None:
+def start_devices(mesh: config.MeshConfig) -> None:
     """Sets up what must precede the first use of a device: several processes, the compilation cache."""
     if mesh.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(mesh.compilation_cache).expanduser()))

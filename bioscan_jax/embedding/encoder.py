@@ -26,7 +26,7 @@ On 2 cores with 2 MiB of L2, of batches of 72 x 112 tokens: v2-50M 1.16 times th
 
 
 def make_embed_step(
-    model: NucleotideTransformer, layout: Layout, embed: config.Embed
+    model: NucleotideTransformer, layout: Layout, embed: config.EmbedConfig
 ) -> tuple[Callable[[nnx.State, Int[Array, "b s"]], Float[Array, "b d"]], nnx.State]:
     """The jitted step, and the parameters it takes.
 
@@ -82,7 +82,7 @@ class CompiledSteps:
 
     model: NucleotideTransformer
     layout: Layout
-    embed: config.Embed
+    embed: config.EmbedConfig
     seconds: float = 0.0
     shapes: dict[BatchShape, Callable] = field(default_factory=dict)
 

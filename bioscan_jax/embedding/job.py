@@ -36,9 +36,9 @@ class Job:
     loaded: LoadedModel
     encoding: Encoding
     shapes: tuple[BatchShape, ...]
-    data: config.Data
-    embed: config.Embed
-    sink: config.Sink
+    data: config.DataConfig
+    embed: config.EmbedConfig
+    sink: config.SinkConfig
 
     @property
     def schema(self) -> pa.Schema:
@@ -96,7 +96,11 @@ class Job:
 
 
 def prepare(
-    source: ParquetBlocks, loaded: LoadedModel, data: config.Data, embed: config.Embed, sink: config.Sink
+    source: ParquetBlocks,
+    loaded: LoadedModel,
+    data: config.DataConfig,
+    embed: config.EmbedConfig,
+    sink: config.SinkConfig,
 ) -> Job:
     """Settles a job; reads the first rows to choose the batch widths.
 
@@ -109,7 +113,9 @@ def prepare(
     return Job(source=source, loaded=loaded, encoding=encoding, shapes=shapes, data=data, embed=embed, sink=sink)
 
 
-def _encoding(source: ParquetBlocks, data: config.Data, embed: config.Embed, loaded: LoadedModel) -> Encoding:
+def _encoding(
+    source: ParquetBlocks, data: config.DataConfig, embed: config.EmbedConfig, loaded: LoadedModel
+) -> Encoding:
     limit = loaded.config.max_tokens
     if data.max_tokens is not None and data.max_tokens > limit:
         raise InputError(
@@ -143,14 +149,14 @@ class Sample:
         """Tokens of each row of tokens in each block."""
         return [tokens.lengths for tokens in self.blocks]
 
-    def shapes(self, embed: config.Embed, devices: int) -> tuple[BatchShape, ...]:
+    def shapes(self, embed: config.EmbedConfig, devices: int) -> tuple[BatchShape, ...]:
         """The batch shapes for blocks like these."""
         return choose_shapes(
             self.lengths, self.max_tokens, most=embed.max_shapes, devices=devices, tokens_per_device=embed.batch_tokens
         )
 
 
-def sample_blocks(source: ParquetBlocks, encoding: Encoding, embed: config.Embed) -> Sample:
+def sample_blocks(source: ParquetBlocks, encoding: Encoding, embed: config.EmbedConfig) -> Sample:
     """Reads the first blocks, as a run that starts there would, until SAMPLED_ROWS rows and one that is no reject.
 
     Raises:
@@ -177,7 +183,7 @@ def sample_blocks(source: ParquetBlocks, encoding: Encoding, embed: config.Embed
 
 
 @contextmanager
-def scratch_directory(sink: config.Sink, *, owned: bool) -> Iterator[Path]:
+def scratch_directory(sink: config.SinkConfig, *, owned: bool) -> Iterator[Path]:
     """Where FASTA input is kept as Parquet: beside the table, or in a temporary directory.
 
     It is removed at the end, and after a failure unless there is a table by then, which the next run goes on with.

@@ -67,7 +67,7 @@ class Window:
 class Known:
     """The vectors of the last blocks, as they are stored."""
 
-    sink: config.Sink
+    sink: config.SinkConfig
     blocks: int
     """How many blocks are kept."""
     _held: dict[int, Float[np.ndarray, "sequences d"]] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class Known:
         return found["vector"].combine_chunks().flatten().to_numpy().reshape(-1, width)[back]
 
 
-def window_blocks(embed: config.Embed, block_rows: int) -> int:
+def window_blocks(embed: config.EmbedConfig, block_rows: int) -> int:
     """Blocks whose sequences are remembered: those that `cache_rows` rows fill."""
     return embed.cache_rows // block_rows if embed.deduplicate else 0
 

@@ -28,11 +28,11 @@ from bioscan_jax.table.sink import VectorTable
 
 
 def embed(
-    model: config.Model,
-    data: config.Data,
-    sink: config.Sink,
-    embed: config.Embed | None = None,
-    mesh: config.Mesh | None = None,
+    model: config.ModelConfig,
+    data: config.DataConfig,
+    sink: config.SinkConfig,
+    embed: config.EmbedConfig | None = None,
+    mesh: config.MeshConfig | None = None,
     *,
     progress: bool = True,
 ) -> RunSummary:
@@ -60,16 +60,16 @@ def embed(
 @failing_together()
 def embed_with(
     load_model: Callable[[Layout], LoadedModel],
-    make_steps: Callable[[NucleotideTransformer, Layout, config.Embed], CompiledSteps],
-    data: config.Data,
-    sink: config.Sink,
-    embed: config.Embed | None = None,
-    mesh: config.Mesh | None = None,
+    make_steps: Callable[[NucleotideTransformer, Layout, config.EmbedConfig], CompiledSteps],
+    data: config.DataConfig,
+    sink: config.SinkConfig,
+    embed: config.EmbedConfig | None = None,
+    mesh: config.MeshConfig | None = None,
     *,
     progress: bool = True,
 ) -> RunSummary:
     """As `embed`, with a model that the caller loads and executables that the caller makes."""
-    embed, mesh = embed or config.Embed(), mesh or config.Mesh()
+    embed, mesh = embed or config.EmbedConfig(), mesh or config.MeshConfig()
     clock, begun = Clock(), time.perf_counter()
     start_devices(mesh)
     progress = progress and jax.process_index() == 0
@@ -114,7 +114,7 @@ def embed_with(
     return summary
 
 
-def _load(model: config.Model, layout: Layout, progress: bool) -> LoadedModel:
+def _load(model: config.ModelConfig, layout: Layout, progress: bool) -> LoadedModel:
     with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
         return load(model, layout, on_bytes=bar.update)
 

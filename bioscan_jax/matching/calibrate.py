@@ -56,13 +56,13 @@ class CalibrationSummary:
 
 
 def calibrate(
-    reference: config.Reference,
-    query: config.Query,
-    settings: config.Identify | None = None,
-    wanted: config.Calibrate | None = None,
+    reference: config.ReferenceConfig,
+    query: config.QueryConfig,
+    settings: config.IdentifyConfig | None = None,
+    wanted: config.CalibrateConfig | None = None,
     *,
-    model: config.Model | None = None,
-    mesh: config.Mesh | None = None,
+    model: config.ModelConfig | None = None,
+    mesh: config.MeshConfig | None = None,
     progress: bool = True,
 ) -> CalibrationSummary:
     """Fits a calibration on labelled barcodes and keeps it beside the table, as TABLE.calibration.json.
@@ -84,7 +84,11 @@ def calibrate(
     Raises:
         InputError: Something the user can mend; then nothing is written.
     """
-    settings, wanted, begun = settings or config.Identify(), wanted or config.Calibrate(), time.perf_counter()
+    settings, wanted, begun = (
+        settings or config.IdentifyConfig(),
+        wanted or config.CalibrateConfig(),
+        time.perf_counter(),
+    )
     with ExitStack() as held:
         source = open_queries(query, Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-"))))
         matcher = prepare(reference, settings, model, mesh)
@@ -129,7 +133,7 @@ def calibrate(
     )
 
 
-def parted(texts: Sequence[str], wanted: config.Calibrate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def parted(texts: Sequence[str], wanted: config.CalibrateConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows held out, rows to fit the confidences on, rows to fit the thresholds on; equal sequences stay together.
 
     Raises:
@@ -171,7 +175,7 @@ def figures(
 
 
 def find_calibration(
-    reference: config.Reference, matcher: Matcher, path: str | None = None
+    reference: config.ReferenceConfig, matcher: Matcher, path: str | None = None
 ) -> tuple[Calibration | None, str]:
     """The calibration for a table and settings, and a line that says which or why there is none.
 
@@ -206,7 +210,7 @@ def find_calibration(
     return None, f"none for these settings (there are some with {others}): confidences are shares of the vote"
 
 
-def save(reference: config.Reference, fitted: Calibration) -> str:
+def save(reference: config.ReferenceConfig, fitted: Calibration) -> str:
     """Puts a calibration into the file beside its table, in place of one of other rows or of the same settings."""
     where = _beside(reference)
     others = [e for e in _load(where) if e.table == fitted.table and e.settings != fitted.settings]
@@ -222,7 +226,7 @@ def save(reference: config.Reference, fitted: Calibration) -> str:
     return where
 
 
-def _beside(reference: config.Reference) -> str:
+def _beside(reference: config.ReferenceConfig) -> str:
     local = local_directory(reference.uri)
     return f"{reference.uri.rstrip('/') if local is None else local}/{reference.table}.calibration.json"
 
@@ -286,7 +290,7 @@ def _best_weights(matcher: Matcher, some: Matched) -> tuple[float, float]:
     return max(tried(), key=lambda one: one[0])[1:]
 
 
-def _novelty(parts: dict[str, tuple[Votes, Matched]], wanted: config.Calibrate) -> tuple[Any, float | None]:
+def _novelty(parts: dict[str, tuple[Votes, Matched]], wanted: config.CalibrateConfig) -> tuple[Any, float | None]:
     """How novel a barcode is, fitted, and from where on it is called so; (None, None) without both kinds."""
     features, labels = _of_novelty(parts["fit"])
     if labels.all() or not labels.any():

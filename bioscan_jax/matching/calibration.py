@@ -70,7 +70,7 @@ def table_binding(facts: dict[str, str], rows: int) -> dict[str, Any]:
     return {"plan": facts["plan"], "rows": rows, **model}
 
 
-def settings_binding(settings: config.Identify, search: str, heads: str | None) -> dict[str, Any]:
+def settings_binding(settings: config.IdentifyConfig, search: str, heads: str | None) -> dict[str, Any]:
     """The settings that a calibration is bound to.
 
     Args:
@@ -118,7 +118,7 @@ def answered(ranks: Sequence[RankFit], confidence: Float64[np.ndarray, "rows 7"]
 def fit_ranks(
     fitting: tuple[Votes, Int32[np.ndarray, "rows 7"]],
     testing: tuple[Votes, Int32[np.ndarray, "rows_2 7"]],
-    wanted: config.Calibrate,
+    wanted: config.CalibrateConfig,
 ) -> tuple[RankFit, ...]:
     """Fits the confidences on some labelled barcodes and the thresholds on others.
 

@@ -67,14 +67,14 @@ class IdentifySummary:
 
 
 def identify(
-    reference: config.Reference,
-    query: config.Query,
+    reference: config.ReferenceConfig,
+    query: config.QueryConfig,
     output: str,
-    settings: config.Identify | None = None,
+    settings: config.IdentifyConfig | None = None,
     *,
     format: Format | None = None,
-    model: config.Model | None = None,
-    mesh: config.Mesh | None = None,
+    model: config.ModelConfig | None = None,
+    mesh: config.MeshConfig | None = None,
     calibration: str | None = None,
     groups: str | None = None,
     group_size: int = 3,
@@ -109,7 +109,7 @@ def identify(
     Raises:
         InputError: Something the user can mend; then no file is written.
     """
-    settings, begun = settings or config.Identify(), time.perf_counter()
+    settings, begun = settings or config.IdentifyConfig(), time.perf_counter()
     form = output_format(output, format)
     group_form = None if groups is None else output_format(groups, None)
     if group_form == "sintax":

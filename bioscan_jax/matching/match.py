@@ -36,7 +36,7 @@ class Matcher:
     embedder: Embedder
     heads: Heads | None
     heads_sha256: str | None
-    settings: config.Identify
+    settings: config.IdentifyConfig
     search: Literal["exact", "index"]
 
 
@@ -65,7 +65,10 @@ class Matched:
 
 
 def prepare(
-    reference: config.Reference, settings: config.Identify, model: config.Model | None, mesh: config.Mesh | None
+    reference: config.ReferenceConfig,
+    settings: config.IdentifyConfig,
+    model: config.ModelConfig | None,
+    mesh: config.MeshConfig | None,
 ) -> Matcher:
     """Opens the table and loads its model.
 

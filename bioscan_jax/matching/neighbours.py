@@ -58,7 +58,7 @@ def search_kind(reference: Reference, wanted: config.SearchKind) -> Literal["exa
 
 
 def nearest(
-    vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, settings: config.Identify
+    vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, settings: config.IdentifyConfig
 ) -> Neighbours:
     """The `settings.k` nearest rows for which the reference's filter holds.
 
@@ -96,7 +96,7 @@ def exact(vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, 
 
 
 def by_index(
-    vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, settings: config.Identify
+    vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, settings: config.IdentifyConfig
 ) -> Neighbours:
     """Asks Lance's index, which looks only at rows for which the filter holds."""
     k = min(settings.k, len(reference.chosen))

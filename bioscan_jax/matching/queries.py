@@ -34,7 +34,7 @@ class Embedder:
 
     loaded: LoadedModel
     encoding: Encoding
-    embed: config.Embed
+    embed: config.EmbedConfig
     steps: CompiledSteps
     shapes: tuple[BatchShape, ...] = ()
     """Chosen from the first block."""
@@ -64,16 +64,18 @@ class Embedder:
         return encoded, vectors[encoded.sequence_of]
 
 
-def recorded_model(facts: dict[str, str]) -> config.Model:
+def recorded_model(facts: dict[str, str]) -> config.ModelConfig:
     """What the table's metadata says of the model, as one would ask for it again."""
     name, dtype = facts["model"], facts["dtype"]
     made: dict[str, Any] = {"revision": facts.get("revision"), "adapter": facts.get("adapter"), "dtype": dtype}
     if found := _RANDOM.fullmatch(name):
-        return config.Model(checkpoint=found[1], seed=int(found[2]), **made)
-    return config.Model(checkpoint=name, **made)
+        return config.ModelConfig(checkpoint=found[1], seed=int(found[2]), **made)
+    return config.ModelConfig(checkpoint=name, **made)
 
 
-def make_embedder(reference: Reference, model: config.Model | None, mesh: config.Mesh | None = None) -> Embedder:
+def make_embedder(
+    reference: Reference, model: config.ModelConfig | None, mesh: config.MeshConfig | None = None
+) -> Embedder:
     """Loads the model that made the reference's vectors, and makes sure that it is that one.
 
     Args:
@@ -84,7 +86,7 @@ def make_embedder(reference: Reference, model: config.Model | None, mesh: config
     Raises:
         InputError: The model cannot be loaded, or is another than the table's.
     """
-    mesh = mesh or config.Mesh()
+    mesh = mesh or config.MeshConfig()
     facts, plan = reference.facts, reference.plan
     recorded = recorded_model(facts)
     if model is not None:
@@ -102,7 +104,7 @@ def make_embedder(reference: Reference, model: config.Model | None, mesh: config
             "--model.checkpoint, with --model.adapter if there was one)"
         ) from error
     _check_same(loaded, plan["model"], reference)
-    embed = config.Embed(
+    embed = config.EmbedConfig(
         pooling=plan["embed"]["pooling"],
         layer=plan["embed"]["layer"],
         strand=plan["embed"]["strand"],
@@ -149,7 +151,7 @@ def _as_query_flags() -> Iterator[None]:
         raise InputError(str(error).replace("--data.", "--query.")) from error
 
 
-def open_queries(query: config.Query, scratch: Path) -> ParquetBlocks:
+def open_queries(query: config.QueryConfig, scratch: Path) -> ParquetBlocks:
     """Opens the barcodes to identify.
 
     Args:
@@ -159,7 +161,7 @@ def open_queries(query: config.Query, scratch: Path) -> ParquetBlocks:
     Raises:
         InputError: There is nothing to read, or a column is missing.
     """
-    data = config.Data(
+    data = config.DataConfig(
         path=query.path, sequence_column=query.sequence_column, id_column=query.id_column, block_rows=_BLOCK_ROWS
     )
     with _as_query_flags():

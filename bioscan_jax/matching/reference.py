@@ -146,7 +146,7 @@ def numbered(column: pa.Array, names: pa.Array) -> Int32[np.ndarray, " rows"]:
     return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
 
 
-def open_reference(given: config.Reference, condition: str | None = None) -> Reference:
+def open_reference(given: config.ReferenceConfig, condition: str | None = None) -> Reference:
     """Opens a table of vectors.
 
     Args:

@@ -20,10 +20,10 @@ from bioscan_jax.table.lock import table_path
 class Table:
     """A vector table that answers to DNA; the model that made it is loaded at the first search."""
 
-    where: config.Reference
-    model: config.Model | None = None
+    where: config.ReferenceConfig
+    model: config.ModelConfig | None = None
     """Where that model is now, if not where the table says."""
-    mesh: config.Mesh | None = None
+    mesh: config.MeshConfig | None = None
 
     @cached_property
     def _whole(self) -> Reference:
@@ -62,7 +62,7 @@ class Table:
         Raises:
             InputError: The sequence has no vector, the filter or a column is wrong, or the model is another.
         """
-        settings = config.Identify(k=k, filter=filter, search=search)
+        settings = config.IdentifyConfig(k=k, filter=filter, search=search)
         reference = self._whole if filter is None else open_reference(self.where, filter)
         there = reference.dataset.schema.names
         wanted = [name for name in there if name != "vector"] if columns is None else list(columns)
@@ -80,7 +80,11 @@ class Table:
 
 
 def open_table(
-    uri: str, table: str = "sequences", *, model: config.Model | None = None, mesh: config.Mesh | None = None
+    uri: str,
+    table: str = "sequences",
+    *,
+    model: config.ModelConfig | None = None,
+    mesh: config.MeshConfig | None = None,
 ) -> Table:
     """Opens a vector table to search it: `open_table(uri).search("ACGT...")`.
 
@@ -93,7 +97,7 @@ def open_table(
     Raises:
         InputError: There is no such table, or it has no vectors.
     """
-    found = Table(config.Reference(uri=uri, table=table), model, mesh)
+    found = Table(config.ReferenceConfig(uri=uri, table=table), model, mesh)
     _ = found._whole
     return found
 

@@ -56,7 +56,11 @@ def is_new(path: tuple, variable: Any) -> bool:
 
 
 def abstract_classifier(
-    transformer: TransformerConfig, dtype: Any, loss: config.Loss, lora: config.LoRA | None, tree: TaxonTree | None
+    transformer: TransformerConfig,
+    dtype: Any,
+    loss: config.LossConfig,
+    lora: config.LoRAConfig | None,
+    tree: TaxonTree | None,
 ) -> Classifier:
     """A classifier with shapes in place of arrays; allocates nothing."""
     return nnx.eval_shape(lambda: _build(transformer, dtype, loss, lora, tree, 0))
@@ -64,8 +68,8 @@ def abstract_classifier(
 
 def make_classifier(
     trunk: NucleotideTransformer,
-    loss: config.Loss,
-    lora: config.LoRA | None,
+    loss: config.LossConfig,
+    lora: config.LoRAConfig | None,
     tree: TaxonTree | None,
     layout: Layout,
     *,
@@ -125,8 +129,8 @@ def _dotted(path: tuple) -> str:
 def _build(
     transformer: TransformerConfig,
     dtype: Any,
-    loss: config.Loss,
-    lora: config.LoRA | None,
+    loss: config.LossConfig,
+    lora: config.LoRAConfig | None,
     tree: TaxonTree | None,
     seed: int,
 ) -> Classifier:

@@ -65,7 +65,7 @@ def resolve_targets(names: Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def add_adapters(model: NucleotideTransformer, lora: config.LoRA, rngs: nnx.Rngs) -> None:
+def add_adapters(model: NucleotideTransformer, lora: config.LoRAConfig, rngs: nnx.Rngs) -> None:
     """Puts adapters around the targets of `model`, in place; b is zero, so the outputs do not change yet.
 
     Raises:

@@ -83,7 +83,7 @@ class TooLarge:
 class _Request:
     program: Program
     tpu: Slice
-    mesh: config.Mesh
+    mesh: config.MeshConfig
     traced: tuple[BatchShape, ...]
     compiled: BatchShape | None
 
@@ -94,7 +94,7 @@ def has_compiler() -> bool:
 
 
 def trace_and_compile(
-    program: Program, tpu: Slice, mesh: config.Mesh, traced: Sequence[BatchShape], compiled: BatchShape | None
+    program: Program, tpu: Slice, mesh: config.MeshConfig, traced: Sequence[BatchShape], compiled: BatchShape | None
 ) -> tuple[list[Traced], Compiled | TooLarge | None]:
     """Traces a step for some batch shapes and compiles it for one, in a process that ends with it.
 

@@ -25,8 +25,14 @@ from bioscan_jax.training.step import parts_of
 
 Params = Literal["replicated", "fsdp"]
 _GIB = 2**30
-_NO_DATA, _NO_EXAMPLES = config.Data(path=""), config.Examples(path="")
-_EMBED, _MESH, _LORA, _LOSS, _TRAIN = config.Embed(), config.Mesh(), config.LoRA(), config.Loss(), config.Train()
+_NO_DATA, _NO_EXAMPLES = config.DataConfig(path=""), config.ExamplesConfig(path="")
+_EMBED, _MESH, _LORA, _LOSS, _TRAIN = (
+    config.EmbedConfig(),
+    config.MeshConfig(),
+    config.LoRAConfig(),
+    config.LossConfig(),
+    config.TrainConfig(),
+)
 _HUB = "InstaDeepAI/nucleotide-transformer-"
 _PUBLISHED = {
     "500m-human-ref": "nt-v1-500m",
@@ -43,10 +49,10 @@ _PUBLISHED = {
 
 def plan_embed(
     topology: str,
-    model: config.Model,
-    data: config.Data = _NO_DATA,
-    embed: config.Embed = _EMBED,
-    mesh: config.Mesh = _MESH,
+    model: config.ModelConfig,
+    data: config.DataConfig = _NO_DATA,
+    embed: config.EmbedConfig = _EMBED,
+    mesh: config.MeshConfig = _MESH,
     batch: int | None = None,
     tokens: int | None = None,
     params: Params | None = None,
@@ -92,12 +98,12 @@ def plan_embed(
 
 def plan_finetune(
     topology: str,
-    model: config.Model,
-    data: config.Examples = _NO_EXAMPLES,
-    lora: config.LoRA = _LORA,
-    loss: config.Loss = _LOSS,
-    train: config.Train = _TRAIN,
-    mesh: config.Mesh = _MESH,
+    model: config.ModelConfig,
+    data: config.ExamplesConfig = _NO_EXAMPLES,
+    lora: config.LoRAConfig = _LORA,
+    loss: config.LossConfig = _LOSS,
+    train: config.TrainConfig = _TRAIN,
+    mesh: config.MeshConfig = _MESH,
     batch: int | None = None,
     tokens: int | None = None,
     params: Params | None = None,
@@ -164,7 +170,7 @@ def write_json(plan: Plan, path: str) -> None:
         raise InputError(f"--json {path}: cannot be written ({error.strerror}); pass another path") from error
 
 
-def model_size(model: config.Model) -> TransformerConfig:
+def model_size(model: config.ModelConfig) -> TransformerConfig:
     """The sizes of a checkpoint, without its weights.
 
     Raises:
@@ -189,8 +195,8 @@ def model_size(model: config.Model) -> TransformerConfig:
 def _plan(
     program: Program,
     topology: str,
-    model: config.Model,
-    mesh: config.Mesh,
+    model: config.ModelConfig,
+    mesh: config.MeshConfig,
     shape: BatchShape,
     *,
     workload: Workload | None,
@@ -323,7 +329,7 @@ def _not_padding(workload: Workload | None, program: Program, devices: int) -> f
     return sum(flops_of(int(n), int(n), layers) for n in workload.lengths) / computed
 
 
-def _check_attention(program: Program, chip: Chip, mesh: config.Mesh) -> None:
+def _check_attention(program: Program, chip: Chip, mesh: config.MeshConfig) -> None:
     """Raises InputError where the attention asked for cannot work on such devices."""
     where = Site(
         platform="tpu",
@@ -337,7 +343,7 @@ def _check_attention(program: Program, chip: Chip, mesh: config.Mesh) -> None:
     choose(program.attention, where, tokens=0)
 
 
-def _dtype(model: config.Model) -> str:
+def _dtype(model: config.ModelConfig) -> str:
     return "bfloat16" if model.dtype == "auto" else model.dtype
 
 
@@ -349,7 +355,7 @@ def _width(transformer: TransformerConfig, max_tokens: int | None, tokens: int |
     return tokens or max_tokens or limit
 
 
-def _data_devices(tpu: Slice, mesh: config.Mesh) -> int:
+def _data_devices(tpu: Slice, mesh: config.MeshConfig) -> int:
     if tpu.devices % mesh.model:
         raise InputError(f"--mesh.model {mesh.model} does not divide the {tpu.devices} devices that share a batch")
     return tpu.devices // mesh.model

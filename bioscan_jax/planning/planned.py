@@ -23,7 +23,7 @@ class Plan:
     tpu: Slice
     model: str
     program: Program
-    mesh: config.Mesh
+    mesh: config.MeshConfig
     shape: BatchShape
     """Rows of the whole slice at once."""
     traced: Traced

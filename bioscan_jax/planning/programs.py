@@ -37,7 +37,7 @@ class EmbedProgram:
     transformer: TransformerConfig
     dtype: str
     """Of parameters and products."""
-    embed: config.Embed
+    embed: config.EmbedConfig
     attention: Choice = "auto"
 
     def build(self, layout: Layout, shape: BatchShape) -> tuple[Any, tuple]:
@@ -60,9 +60,9 @@ class FinetuneProgram:
     transformer: TransformerConfig
     dtype: str
     """Of the frozen parameters, and of the products; a model that is trained whole is kept in float32."""
-    lora: config.LoRA
-    loss: config.Loss
-    train: config.Train
+    lora: config.LoRAConfig
+    loss: config.LossConfig
+    train: config.TrainConfig
     species: int
     """Of the heads; their other ranks are in proportion."""
     attention: Choice = "auto"

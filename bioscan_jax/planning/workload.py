@@ -35,7 +35,7 @@ class Workload:
 
 
 def embedding_workload(
-    data: config.Data, embed: config.Embed, transformer: TransformerConfig, devices: int
+    data: config.DataConfig, embed: config.EmbedConfig, transformer: TransformerConfig, devices: int
 ) -> Workload:
     """What `embed` computes for the first rows: de-duplicated within blocks, cut into views, batched.
 
@@ -70,7 +70,9 @@ def embedding_workload(
     return Workload(rows=counts.rows, vectors=counts.vectors, lengths=lengths, batches=dict(batches))
 
 
-def training_workload(data: config.Examples, train: config.Train, transformer: TransformerConfig) -> Workload:
+def training_workload(
+    data: config.ExamplesConfig, train: config.TrainConfig, transformer: TransformerConfig
+) -> Workload:
     """What an epoch of `finetune` computes for the first rows, as whole sequences: labels and splits are not read.
 
     Args:
@@ -82,7 +84,7 @@ def training_workload(data: config.Examples, train: config.Train, transformer: T
         InputError: The input cannot be read, or nothing in it can be trained on.
     """
     limit = data.max_tokens or transformer.max_tokens
-    source_of = config.Data(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column)
+    source_of = config.DataConfig(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column)
     read, every = 0, []
     with tempfile.TemporaryDirectory() as scratch:
         source = _sequences(source_of, scratch)
@@ -110,7 +112,7 @@ def training_workload(data: config.Examples, train: config.Train, transformer: T
     )
 
 
-def _sequences(data: config.Data, scratch: str) -> ParquetBlocks:
+def _sequences(data: config.DataConfig, scratch: str) -> ParquetBlocks:
     source = open_source(data, scratch=Path(scratch))
     return source.select([source.sequence_column], source.block_rows)
 

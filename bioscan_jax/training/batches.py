@@ -112,7 +112,7 @@ def augment(
 class TrainingBatches:
     """A grain RandomAccessDataSource: element n is the batch of optimizer step n, counted over all epochs."""
 
-    def __init__(self, examples: Examples, train: config.Train, vocabulary: Vocabulary, max_tokens: int):
+    def __init__(self, examples: Examples, train: config.TrainConfig, vocabulary: Vocabulary, max_tokens: int):
         self._examples, self._train, self._vocabulary = examples, train, vocabulary
         self.rows = examples.rows("train")
         self._tokens = np.minimum(examples.tokens[self.rows], max_tokens)

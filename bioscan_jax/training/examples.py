@@ -62,7 +62,7 @@ class Examples:
 
 def prepare_examples(
     source: ParquetBlocks,
-    wanted: config.Examples,
+    wanted: config.ExamplesConfig,
     vocabulary: Vocabulary,
     scratch: Path,
     *,

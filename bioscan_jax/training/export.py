@@ -29,7 +29,7 @@ def export(
     format: Literal["peft", "merged"] = "peft",
     which: Literal["best", "last"] = "best",
     checkpoint: str | None = None,
-    mesh: config.Mesh | None = None,
+    mesh: config.MeshConfig | None = None,
 ) -> str:
     """Writes what a run has trained.
 
@@ -52,7 +52,7 @@ def export(
     loss, lora, train = _settings(record["decided_by"])
     if format == "peft" and lora is None:
         raise InputError(f"{run} trained the whole model and has no adapter; pass --format merged")
-    mesh = mesh or config.Mesh()
+    mesh = mesh or config.MeshConfig()
     start_devices(mesh)
     loaded = _base(record, checkpoint, mesh)
     space = LabelSpace.load(directory / LABEL_SPACE_FILE) if train.objective == "taxonomy" else None
@@ -93,18 +93,18 @@ def _read_run(directory: Path) -> dict[str, Any]:
     return record
 
 
-def _settings(facts: dict[str, Any]) -> tuple[config.Loss, config.LoRA | None, config.Train]:
+def _settings(facts: dict[str, Any]) -> tuple[config.LossConfig, config.LoRAConfig | None, config.TrainConfig]:
     """The settings of the run, as far as they decide what is exported."""
-    loss = config.Loss(**facts["loss"] | {"rank_weights": tuple(facts["loss"]["rank_weights"])})
+    loss = config.LossConfig(**facts["loss"] | {"rank_weights": tuple(facts["loss"]["rank_weights"])})
     lora = facts["lora"]
     if lora is not None:
-        lora = config.LoRA(**lora | {"targets": tuple(lora["targets"])})
-    return loss, lora, config.Train(**facts["train"])
+        lora = config.LoRAConfig(**lora | {"targets": tuple(lora["targets"])})
+    return loss, lora, config.TrainConfig(**facts["train"])
 
 
-def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.Mesh) -> LoadedModel:
+def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfig) -> LoadedModel:
     """The weights the run began with, in the dtype it kept them in, with their language-model head."""
-    wanted = config.Model(
+    wanted = config.ModelConfig(
         checkpoint=checkpoint or record["model"]["checkpoint"],
         revision=record["model"]["revision"],
         seed=record["model"]["seed"],
@@ -124,9 +124,9 @@ def _trained(
     directory: Path,
     which: Literal["best", "last"],
     loaded: LoadedModel,
-    loss: config.Loss,
-    lora: config.LoRA | None,
-    train: config.Train,
+    loss: config.LossConfig,
+    lora: config.LoRAConfig | None,
+    train: config.TrainConfig,
     space: LabelSpace | None,
 ) -> tuple[int, Classifier]:
     """The step, and the classifier after it, with the language-model head of the base if that was not trained."""

@@ -54,14 +54,14 @@ class Course:
     learner: Learner
     batches: TrainingBatches
     examples: Examples
-    checkpoint: config.Checkpoint
+    checkpoint: config.CheckpointConfig
     checkpoints: Checkpoints
     log: Log
     evaluate: Evaluate | None
     """None without validation rows."""
 
     @property
-    def train(self) -> config.Train:
+    def train(self) -> config.TrainConfig:
         """How training goes."""
         return self.learner.train
 

@@ -19,11 +19,11 @@ LABEL_SPACE_FILE = "label_space.json"
 
 def decided_by(
     source: ParquetBlocks,
-    data: config.Examples,
+    data: config.ExamplesConfig,
     loaded: LoadedModel,
-    lora: config.LoRA,
-    loss: config.Loss,
-    train: config.Train,
+    lora: config.LoRAConfig,
+    loss: config.LossConfig,
+    train: config.TrainConfig,
     space: LabelSpace | None,
 ) -> dict[str, Any]:
     """All that decides the parameters of a run; devices, logging and how a batch is worked do not."""
@@ -48,7 +48,7 @@ def decided_by(
 
 
 def claim(
-    directory: Path, facts: dict[str, Any], model: config.Model, loaded: LoadedModel, space: LabelSpace | None
+    directory: Path, facts: dict[str, Any], model: config.ModelConfig, loaded: LoadedModel, space: LabelSpace | None
 ) -> None:
     """Makes the directory this run's, or checks that it is.
 

@@ -98,14 +98,14 @@ class TrainingSummary:
 
 @failing_together()
 def finetune(
-    model: config.Model,
-    data: config.Examples,
-    lora: config.LoRA | None = None,
-    loss: config.Loss | None = None,
-    train: config.Train | None = None,
-    checkpoint: config.Checkpoint | None = None,
-    tracking: config.Tracking | None = None,
-    mesh: config.Mesh | None = None,
+    model: config.ModelConfig,
+    data: config.ExamplesConfig,
+    lora: config.LoRAConfig | None = None,
+    loss: config.LossConfig | None = None,
+    train: config.TrainConfig | None = None,
+    checkpoint: config.CheckpointConfig | None = None,
+    tracking: config.TrackingConfig | None = None,
+    mesh: config.MeshConfig | None = None,
     *,
     progress: bool = True,
 ) -> TrainingSummary:
@@ -126,9 +126,9 @@ def finetune(
         InputError: Something the user can mend; the checkpoints there are stay.
         Interrupted: Ctrl-C or SIGTERM; the same call goes on.
     """
-    lora, loss, train = lora or config.LoRA(), loss or config.Loss(), train or config.Train()
-    checkpoint, tracking = checkpoint or config.Checkpoint(), tracking or config.Tracking()
-    mesh = mesh or config.Mesh()
+    lora, loss, train = lora or config.LoRAConfig(), loss or config.LossConfig(), train or config.TrainConfig()
+    checkpoint, tracking = checkpoint or config.CheckpointConfig(), tracking or config.TrackingConfig()
+    mesh = mesh or config.MeshConfig()
     _check(model, lora, loss, train)
     directory, output_dir = local_directory(train.output_dir, flag=_FLAG), train.output_dir
     if directory is None:
@@ -183,7 +183,9 @@ def finetune(
     return _summary(at, before, examples, learner)
 
 
-def _check(model: config.Model, lora: config.LoRA, loss: config.Loss, train: config.Train) -> None:
+def _check(
+    model: config.ModelConfig, lora: config.LoRAConfig, loss: config.LossConfig, train: config.TrainConfig
+) -> None:
     if model.adapter is not None:
         raise InputError("--model.adapter cannot be trained on; merge it first (scripts/export.py --format merged)")
     if train.mode == "lora":
@@ -194,11 +196,11 @@ def _check(model: config.Model, lora: config.LoRA, loss: config.Loss, train: con
                 raise InputError(f"{flag} needs labels; leave it out, or pass --train.objective taxonomy")
 
 
-def _as_data(data: config.Examples) -> config.Data:
-    return config.Data(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column)
+def _as_data(data: config.ExamplesConfig) -> config.DataConfig:
+    return config.DataConfig(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column)
 
 
-def _max_tokens(data: config.Examples, loaded: LoadedModel) -> int:
+def _max_tokens(data: config.ExamplesConfig, loaded: LoadedModel) -> int:
     limit = loaded.config.max_tokens
     if data.max_tokens is not None and data.max_tokens > limit:
         raise InputError(f"--data.max_tokens {data.max_tokens} exceeds the {limit} positions of the model; lower it")
@@ -222,7 +224,7 @@ def _scratch(directory: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _load(model: config.Model, train: config.Train, layout: Layout, progress: bool) -> LoadedModel:
+def _load(model: config.ModelConfig, train: config.TrainConfig, layout: Layout, progress: bool) -> LoadedModel:
     """The checkpoint; a model that is trained whole is kept in float32 whatever its products are computed in."""
     wanted = dataclasses.replace(model, dtype="float32") if train.mode == "full" else model
     with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
@@ -234,9 +236,9 @@ def _load(model: config.Model, train: config.Train, layout: Layout, progress: bo
 
 def _prepare(
     source: ParquetBlocks,
-    data: config.Examples,
-    loss: config.Loss,
-    train: config.Train,
+    data: config.ExamplesConfig,
+    loss: config.LossConfig,
+    train: config.TrainConfig,
     loaded: LoadedModel,
     scratch: Path,
     progress: bool,
@@ -254,7 +256,11 @@ def _prepare(
 
 
 def _learner(
-    loaded: LoadedModel, lora: config.LoRA, loss: config.Loss, train: config.Train, space: LabelSpace | None
+    loaded: LoadedModel,
+    lora: config.LoRAConfig,
+    loss: config.LossConfig,
+    train: config.TrainConfig,
+    space: LabelSpace | None,
 ) -> Learner:
     tree = None if space is None else taxon_tree(space)
     adapters = lora if train.mode == "lora" else None
@@ -268,11 +274,11 @@ def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def _rng(train: config.Train) -> list[int]:
+def _rng(train: config.TrainConfig) -> list[int]:
     return np.asarray(jax.random.key_data(jax.random.key(train.seed))).tolist()
 
 
-def _check_rng(before: Progress, train: config.Train) -> None:
+def _check_rng(before: Progress, train: config.TrainConfig) -> None:
     if before.rng != _rng(train):
         raise InputError(
             f"{train.output_dir}: this version of JAX draws otherwise; go on with the one that began the run"
@@ -280,7 +286,7 @@ def _check_rng(before: Progress, train: config.Train) -> None:
 
 
 def _log(
-    held: ExitStack, tracking: config.Tracking, directory: Path, facts: dict[str, Any], at: Progress
+    held: ExitStack, tracking: config.TrackingConfig, directory: Path, facts: dict[str, Any], at: Progress
 ) -> tuple[Log, str | None]:
     """Where metrics go, on process 0; nowhere on the others."""
     if jax.process_index() != 0:

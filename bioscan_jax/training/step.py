@@ -72,8 +72,8 @@ class Learner:
     """The trained parameters; the step uses their places and kinds, not their values."""
     frozen: nnx.State
     layout: Layout
-    loss: config.Loss
-    train: config.Train
+    loss: config.LossConfig
+    train: config.TrainConfig
     transformer: TransformerConfig
     tree: TaxonTree | None
     special_ids: tuple[int, ...]
@@ -93,8 +93,8 @@ class Learner:
 def take_apart(
     classifier: Classifier,
     layout: Layout,
-    loss: config.Loss,
-    train: config.Train,
+    loss: config.LossConfig,
+    train: config.TrainConfig,
     *,
     tree: TaxonTree | None,
     special_ids: tuple[int, ...],
@@ -115,13 +115,13 @@ def take_apart(
     )
 
 
-def learning_rate(train: config.Train, steps: int) -> optax.Schedule:
+def learning_rate(train: config.TrainConfig, steps: int) -> optax.Schedule:
     """Linear warm-up (over at most half of all steps), then a cosine down to 0."""
     warmup = min(train.warmup_steps, steps // 2)
     return optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, warmup, steps)
 
 
-def make_optimizer(train: config.Train, steps: int) -> optax.GradientTransformation:
+def make_optimizer(train: config.TrainConfig, steps: int) -> optax.GradientTransformation:
     """AdamW after clipping by the norm; no weight decay on biases and norms."""
 
     def decayed(params: Arrays) -> dict[str, bool]:
@@ -282,7 +282,7 @@ def make_evaluation(learner: Learner) -> Callable[[Arrays, nnx.State, Array, Par
 
 
 def _taxonomic(
-    classifier: Classifier, pooled: Array, part: Parts, counts: Array, loss: config.Loss, layout: Layout
+    classifier: Classifier, pooled: Array, part: Parts, counts: Array, loss: config.LossConfig, layout: Layout
 ) -> tuple[Float32[Array, "kinds 7"], Float32[Array, ""]]:
     """Losses at each rank, of the sequences and of the metadata if asked for, and the total."""
     assert classifier.head is not None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from urllib.parse import urlsplit
 
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.config import Tracking
+from bioscan_jax.config import TrackingConfig
 from bioscan_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Tracker:
 
 @contextmanager
 def open_tracking(
-    tracking: Tracking, directory: Path, *, settings: dict[str, Any], resumed_at: int, run_id: str | None
+    tracking: TrackingConfig, directory: Path, *, settings: dict[str, Any], resumed_at: int, run_id: str | None
 ) -> Iterator[Tracker]:
     """Opens metrics.jsonl and Weights & Biases for one process of a run.
 
@@ -200,7 +200,7 @@ def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
     return [record for _, record in kept]
 
 
-def _mode(tracking: Tracking) -> Literal["online", "offline", "disabled"]:
+def _mode(tracking: TrackingConfig) -> Literal["online", "offline", "disabled"]:
     asked, flag = tracking.mode, f"--tracking.mode {tracking.mode}"
     if asked == "auto":
         chosen = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
@@ -239,7 +239,7 @@ def _has_key() -> bool:
 
 
 def _start(
-    tracking: Tracking,
+    tracking: TrackingConfig,
     mode: Literal["online", "offline"],
     directory: Path,
     settings: dict[str, Any],

@@ -14,12 +14,12 @@ from bioscan_jax.data.parquet import open_source
 _BARCODE_BASES = 658
 
 
-def describe_input(data: config.Data | None, seed: int) -> str:
+def describe_input(data: config.DataConfig | None, seed: int) -> str:
     """What the rows are, for the figures."""
     return f"simulated, seed {seed}" if data is None else f"{data.path}, seed {seed}"
 
 
-def barcodes(data: config.Data | None, rows: int, seed: int) -> pa.ChunkedArray:
+def barcodes(data: config.DataConfig | None, rows: int, seed: int) -> pa.ChunkedArray:
     """Consecutive sequences, from a random row on; fewer where there are fewer.
 
     Args:

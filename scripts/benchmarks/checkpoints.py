@@ -30,7 +30,7 @@ def preset_size(preset: str) -> TransformerConfig:
 
 def write_random(directory: Path, transformer: TransformerConfig, seed: int) -> NucleotideTransformer:
     """Writes a float32 checkpoint in one safetensors file under the published names, and gives its model."""
-    model = random_model(transformer, jnp.float32, make_layout(config.Mesh(data=1)), seed=seed, lm_head=True)
+    model = random_model(transformer, jnp.float32, make_layout(config.MeshConfig(data=1)), seed=seed, lm_head=True)
     nothing = Provenance(model="random", revision=None, weights_sha256="none", license=None, dtype="float32")
     vocabulary = Vocabulary.published("v2" if transformer.gated else "v1")
     write_merged(directory, model, vocabulary, provenance=nothing, base=None, max_shard_bytes=_ONE_FILE)

@@ -24,7 +24,7 @@ _OURS = "benchmarks.embedding:embed_ours"
 
 
 def embed(
-    data: config.Data | None = None,
+    data: config.DataConfig | None = None,
     rows: int = 2000,
     preset: str = "nt-v2-50m",
     seed: int = 0,
@@ -115,11 +115,11 @@ def _compared(prefix: str, rows: int, ours: list[dict[str, float]], seconds: dic
 def embed_ours(checkpoint: str, path: str, sink: str, batch_tokens: int) -> dict[str, float]:
     """One run in this process: seconds after loading, of which those for compiling apart."""
     summary = run_embed(
-        config.Model(checkpoint=checkpoint, dtype="float32"),
-        config.Data(path=path),
-        config.Sink(uri=sink),
-        config.Embed(batch_tokens=batch_tokens),
-        config.Mesh(compilation_cache=None),
+        config.ModelConfig(checkpoint=checkpoint, dtype="float32"),
+        config.DataConfig(path=path),
+        config.SinkConfig(uri=sink),
+        config.EmbedConfig(batch_tokens=batch_tokens),
+        config.MeshConfig(compilation_cache=None),
         progress=False,
     )
     taken = summary.seconds

@@ -52,8 +52,8 @@ def finetune(
     require("torch", "peft")
     ids = _rows(transformer, batch_size, tokens, seed)
     lora, train = (
-        config.LoRA(rank=rank),
-        config.Train(objective="mlm", batch_size=batch_size, batch_tokens=batch_size * tokens),
+        config.LoRAConfig(rank=rank),
+        config.TrainConfig(objective="mlm", batch_size=batch_size, batch_tokens=batch_size * tokens),
     )
     with tempfile.TemporaryDirectory() as directory:
         trunk = write_random(Path(directory) / "model", transformer, seed)
@@ -98,8 +98,8 @@ def check_same_loss(ours: NucleotideTransformer, theirs: Any, ids: np.ndarray) -
         raise RuntimeError(f"the loss is {mine}, that of PyTorch {other}")
 
 
-def _our_step(trunk: NucleotideTransformer, ids: np.ndarray, lora: config.LoRA, train: config.Train) -> Any:
-    layout, loss = make_layout(config.Mesh(data=1)), config.Loss()
+def _our_step(trunk: NucleotideTransformer, ids: np.ndarray, lora: config.LoRAConfig, train: config.TrainConfig) -> Any:
+    layout, loss = make_layout(config.MeshConfig(data=1)), config.LossConfig()
     classifier = make_classifier(trunk, loss, lora, None, layout, seed=train.seed)
     learner = take_apart(classifier, layout, loss, train, tree=None, special_ids=(0, 1, 2, _CLS))
     params = jax.tree.map(jnp.copy, flat(learner.trainable))
@@ -118,7 +118,7 @@ def _our_step(trunk: NucleotideTransformer, ids: np.ndarray, lora: config.LoRA, 
     return run
 
 
-def _their_step(model: Any, ids: np.ndarray, lora: config.LoRA, train: config.Train) -> Any:
+def _their_step(model: Any, ids: np.ndarray, lora: config.LoRAConfig, train: config.TrainConfig) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -130,7 +130,7 @@ def _their_step(model: Any, ids: np.ndarray, lora: config.LoRA, train: config.Tr
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
     whole = torch.from_numpy(ids.astype(np.int64))
-    mask, share = model.config.mask_token_id, config.Loss().mask_rate
+    mask, share = model.config.mask_token_id, config.LossConfig().mask_rate
 
     def run() -> None:
         hidden = torch.rand(whole.shape) < share

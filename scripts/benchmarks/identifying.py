@@ -83,11 +83,11 @@ def identify(
         library, asked = _read(reference, at / "reference.fasta"), _read(queries, at / "queries.fasta")
         uri, begun = str(at / "db"), time.perf_counter()
         embed(
-            config.Model(checkpoint=checkpoint, seed=seed),
-            config.Data(path=reference),
-            config.Sink(uri=uri),
-            config.Embed(layer=layer, phases=phases),
-            config.Mesh(compilation_cache=None),
+            config.ModelConfig(checkpoint=checkpoint, seed=seed),
+            config.DataConfig(path=reference),
+            config.SinkConfig(uri=uri),
+            config.EmbedConfig(layer=layer, phases=phases),
+            config.MeshConfig(compilation_cache=None),
             progress=False,
         )
         found: Figures = {"input": told, "checkpoint": checkpoint, "references": library.num_rows}
@@ -128,11 +128,11 @@ def identify_ours(
 ) -> str | None:
     """One run in this process; what `--check_recall` found."""
     summary = run_identify(
-        config.Reference(uri=uri),
-        config.Query(path=queries),
+        config.ReferenceConfig(uri=uri),
+        config.QueryConfig(path=queries),
         output,
-        config.Identify(k=k, rerank="alignment", processes=processes),
-        mesh=config.Mesh(compilation_cache=cache),
+        config.IdentifyConfig(k=k, rerank="alignment", processes=processes),
+        mesh=config.MeshConfig(compilation_cache=cache),
         check_recall=check_recall,
         seed=seed,
         progress=False,
@@ -154,7 +154,7 @@ def _simulated(at: Path, seed: int) -> tuple[str, str]:
 
 def _read(path: str, fasta: Path) -> pa.Table:
     """All rows of a file; their DNA goes to a FASTA file under the numbers of the rows."""
-    source = open_queries(config.Query(path=path), fasta.parent)
+    source = open_queries(config.QueryConfig(path=path), fasta.parent)
     table = pa.concat_tables([source[block].table for block in range(len(source))])
     if not {"taxonomy", "species"} & set(table.column_names):
         raise InputError(f"{path} has no labels; pass barcodes with taxonomy or the seven rank columns")

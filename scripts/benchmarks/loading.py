@@ -105,9 +105,9 @@ def _as_in_the_hub_cache(checkpoint: Path) -> Path:
 
 def load_ours(directory: str) -> dict[str, float]:
     """One load in this process."""
-    layout = make_layout(config.Mesh(data=1))
+    layout = make_layout(config.MeshConfig(data=1))
     before, start = resident_bytes(), time.perf_counter()
-    loaded = load_model(config.Model(checkpoint=directory, dtype="float32"), layout, lm_head=True)
+    loaded = load_model(config.ModelConfig(checkpoint=directory, dtype="float32"), layout, lm_head=True)
     jax.block_until_ready(jax.tree.leaves(loaded.model))
     loaded.provenance  # noqa: B018 - waits until the file is hashed
     return _taken(start, before)

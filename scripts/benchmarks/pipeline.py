@@ -62,13 +62,13 @@ class NoCompute(CompiledSteps):
 
 
 def pipeline(
-    data: config.Data | None = None,
+    data: config.DataConfig | None = None,
     rows: int = 60_000,
     more_rows: int = 0,
     resume_at: int = 0,
     seed: int = 0,
     repeats: int = 1,
-    embed: config.Embed | None = None,
+    embed: config.EmbedConfig | None = None,
 ) -> Figures:
     """Measure the pipeline around a model that costs nothing, its vectors 2,560 wide as those of the 2.5B models.
 
@@ -131,10 +131,10 @@ def _median(runs: list[dict[str, Any]], key: str) -> float | int:
 
 
 def _run(
-    directory: str, source: str, sink: str, settings: dict, embed: config.Embed | None, stop_at: int = 0
+    directory: str, source: str, sink: str, settings: dict, embed: config.EmbedConfig | None, stop_at: int = 0
 ) -> dict[str, Any]:
     data = settings | {"path": f"{directory}/{source}"}
-    wanted = dataclasses.asdict(embed or config.Embed())
+    wanted = dataclasses.asdict(embed or config.EmbedConfig())
     rest(_MEMORY)
     return in_a_process(f"{_HERE}:run_once", data=data, sink=f"{directory}/{sink}", embed=wanted, stop_at=stop_at)
 
@@ -144,16 +144,16 @@ def run_once(data: dict[str, Any], sink: str, embed: dict[str, Any], stop_at: in
     ended = threading.Event()
     if stop_at:
         # The block that is being written, and the one after it, are committed before the run stops.
-        safe = max(1, stop_at - 2 * config.Data(**data).block_rows)
+        safe = max(1, stop_at - 2 * config.DataConfig(**data).block_rows)
         threading.Thread(target=_stop_at, args=(sink, safe, ended), daemon=True).start()
     try:
         summary = embed_with(
             _sized_like_the_largest,
             NoCompute,
-            config.Data(**data),
-            config.Sink(uri=sink),
-            config.Embed(**embed),
-            config.Mesh(compilation_cache=None),
+            config.DataConfig(**data),
+            config.SinkConfig(uri=sink),
+            config.EmbedConfig(**embed),
+            config.MeshConfig(compilation_cache=None),
             progress=False,
         )
     except Interrupted:

@@ -17,7 +17,7 @@ from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 from bioscan_jax.errors import InputError
 
 
-def tokenizer(data: config.Data | None = None, rows: int = 2000, seed: int = 0, repeats: int = 7) -> Figures:
+def tokenizer(data: config.DataConfig | None = None, rows: int = 2000, seed: int = 0, repeats: int = 7) -> Figures:
     """Compare our tokenizer with transformers.EsmTokenizer on the same rows, on one core.
 
     Both get the cleaned sequences in the form they take, and EsmTokenizer all of them in one call. Rates are rows per

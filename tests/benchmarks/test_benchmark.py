@@ -68,9 +68,9 @@ def test_a_mistaken_flag_exits_2_with_a_line() -> None:
     assert done.stderr == "error: --rows 0 is too small; pass at least 1\n"
 
 
-def barcodes(directory: Path, texts: list[str | None]) -> config.Data:
+def barcodes(directory: Path, texts: list[str | None]) -> config.DataConfig:
     pq.write_table(pa.table({"dna_sequence": texts, "other": range(len(texts))}), directory / "barcodes.parquet")
-    return config.Data(path=str(directory / "barcodes.parquet"), block_rows=4)
+    return config.DataConfig(path=str(directory / "barcodes.parquet"), block_rows=4)
 
 
 @pytest.mark.parametrize("seed", range(4))

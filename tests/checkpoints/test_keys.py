@@ -23,7 +23,7 @@ from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import PRESETS
 
-ONE = config.Mesh(data=1)
+ONE = config.MeshConfig(data=1)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def edit(checkpoint, change):
 
 
 def read(checkpoint):
-    return load(config.Model(checkpoint=str(checkpoint)), make_layout(ONE))
+    return load(config.ModelConfig(checkpoint=str(checkpoint)), make_layout(ONE))
 
 
 def test_a_missing_tensor_is_named(checkpoint):
@@ -107,7 +107,9 @@ def test_the_key_table_names_each_parameter_once(family):
 
 @pytest.mark.parametrize("family", ["v1", "v2"])
 @pytest.mark.parametrize(
-    "mesh", [config.Mesh(data=8), config.Mesh(data=8, params="fsdp"), config.Mesh(data=4, model=2)], ids=str
+    "mesh",
+    [config.MeshConfig(data=8), config.MeshConfig(data=8, params="fsdp"), config.MeshConfig(data=4, model=2)],
+    ids=str,
 )
 def test_loading_onto_a_mesh_gives_the_same_numbers(family, mesh):
     transformer = golden_config(family)
@@ -132,11 +134,11 @@ def test_bfloat16_is_float32_rounded():
 
 @pytest.mark.parametrize("family", ["v1", "v2"])
 def test_converted_weights_are_the_same_model(family, tmp_path):
-    loaded = load(config.Model(checkpoint=str(GOLDEN / family)), make_layout(ONE), lm_head=True)
+    loaded = load(config.ModelConfig(checkpoint=str(GOLDEN / family)), make_layout(ONE), lm_head=True)
     save(tmp_path / "out", loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
     assert is_converted(tmp_path / "out")
-    for mesh in (ONE, config.Mesh(data=8, params="fsdp")):
-        again = load(config.Model(checkpoint=str(tmp_path / "out")), make_layout(mesh), lm_head=True)
+    for mesh in (ONE, config.MeshConfig(data=8, params="fsdp")):
+        again = load(config.ModelConfig(checkpoint=str(tmp_path / "out")), make_layout(mesh), lm_head=True)
         assert again.config == loaded.config
         assert again.provenance == loaded.provenance
         assert again.vocabulary == loaded.vocabulary
@@ -145,14 +147,14 @@ def test_converted_weights_are_the_same_model(family, tmp_path):
             jax.device_get(nnx.state(loaded.model)),
             jax.device_get(nnx.state(again.model)),
         )
-    trunk = load(config.Model(checkpoint=str(tmp_path / "out"), dtype="bfloat16"), make_layout(ONE))
+    trunk = load(config.ModelConfig(checkpoint=str(tmp_path / "out"), dtype="bfloat16"), make_layout(ONE))
     assert trunk.model.lm_head is None
     assert trunk.provenance == dataclasses.replace(loaded.provenance, dtype="bfloat16")
     assert trunk.model.word_embeddings.dtype == jnp.bfloat16
 
 
 def test_damaged_converted_weights_are_refused(tmp_path):
-    loaded = load(config.Model(checkpoint=str(GOLDEN / "v2")), make_layout(ONE), lm_head=True)
+    loaded = load(config.ModelConfig(checkpoint=str(GOLDEN / "v2")), make_layout(ONE), lm_head=True)
     out = tmp_path / "out"
     save(out, loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
     with pytest.raises(InputError, match="not empty"):
@@ -180,7 +182,7 @@ def anonymous():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 directory = Path(sys.argv[1])
-transformer, layout = read_config(directory), make_layout(config.Mesh(data=1))
+transformer, layout = read_config(directory), make_layout(config.MeshConfig(data=1))
 load_model(Path(sys.argv[2]), read_config(Path(sys.argv[2])), jnp.float32, layout, lm_head=True)  # warms up the compiler
 before, peak, done = anonymous(), 0, False
 def watch():

@@ -29,7 +29,7 @@ from support.adapted import (
 )
 from support.places import SCRIPTS
 
-from bioscan_jax import Data, Embed, InputError, Model, Sink, config
+from bioscan_jax import DataConfig, EmbedConfig, InputError, ModelConfig, SinkConfig, config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.converted import Provenance, read_provenance, save
 from bioscan_jax.checkpoints.facts import FACTS_FILE
@@ -105,9 +105,9 @@ def test_what_is_read_is_what_was_written(family, targets, tmp_path):
 @pytest.mark.parametrize(
     ("mesh", "of_a", "of_b"),
     [
-        (config.Mesh(data=8), 1, 1),
-        (config.Mesh(data=8, params="fsdp"), 8, 1),
-        (config.Mesh(data=4, model=2, params="fsdp"), 4, 2),
+        (config.MeshConfig(data=8), 1, 1),
+        (config.MeshConfig(data=8, params="fsdp"), 8, 1),
+        (config.MeshConfig(data=4, model=2, params="fsdp"), 4, 2),
     ],
     ids=["replicated", "fsdp", "fsdp and tensor parallel"],
 )
@@ -128,7 +128,7 @@ def test_adapters_lie_where_their_layers_do(mesh, of_a, of_b, exported):
 
 
 def test_the_files_are_peft_s(family, tmp_path):
-    lora = config.LoRA(rank=2, targets=("query", "feed_forward_in", "feed_forward_out"))
+    lora = config.LoRAConfig(rank=2, targets=("query", "feed_forward_in", "feed_forward_out"))
     write_adapter(tmp_path / "out", adapt(golden_model(family), lora), lora, provenance=BASE)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {CONFIG_FILE, WEIGHTS, FACTS_FILE, "README.md"}
     tensors = load_file(tmp_path / "out" / WEIGHTS)
@@ -321,7 +321,7 @@ def test_adapters_that_are_not_those_of_the_settings(tmp_path):
 def test_heads_come_back_bit_for_bit(kind, encoder, tmp_path):
     given = random_heads(kind, encoder=encoder)
     write_adapter(tmp_path / "out", adapt(golden_model("v2")), EVERY, provenance=BASE, heads=given)
-    for mesh in (ONE, config.Mesh(data=8, params="fsdp")):
+    for mesh in (ONE, config.MeshConfig(data=8, params="fsdp")):
         layout = make_layout(mesh)
         again = read_heads(tmp_path / "out", layout)
         assert (again.kind, again.pooling, again.space.sha256) == (kind, "mean", given.space.sha256)
@@ -380,7 +380,7 @@ def golden_provenance():
 def test_load_applies_the_adapter_and_says_so(tmp_path):
     base, model = golden_provenance(), adapt(golden_model("v2"))
     write_adapter(tmp_path / "a", model, EVERY, provenance=base)
-    given = Model(checkpoint=str(GOLDEN / "v2"), adapter=str(tmp_path / "a"))
+    given = ModelConfig(checkpoint=str(GOLDEN / "v2"), adapter=str(tmp_path / "a"))
     loaded = load(given, make_layout(ONE), lm_head=True)
     for path, values in arrays(model).items():
         np.testing.assert_array_equal(values, arrays(loaded.model)[path])
@@ -402,7 +402,7 @@ def write_input(path):
 
 
 def test_the_plan_of_a_table_has_the_adapter(tmp_path):
-    data = Data(path=write_input(tmp_path / "in.parquet"))
+    data = DataConfig(path=write_input(tmp_path / "in.parquet"))
     adapter = {"adapter": "a", "adapter_sha256": "c" * 64}
     jobs = [
         prepare(
@@ -415,8 +415,8 @@ def test_the_plan_of_a_table_has_the_adapter(tmp_path):
                 described=partial(dataclasses.replace, BASE, **changes),
             ),
             data,
-            Embed(),
-            Sink(uri=str(tmp_path / "db")),
+            EmbedConfig(),
+            SinkConfig(uri=str(tmp_path / "db")),
         )
         for changes in ({}, adapter)
     ]

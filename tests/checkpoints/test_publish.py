@@ -14,7 +14,7 @@ from make_golden import golden_config
 from safetensors.numpy import load_file, save_file
 from support.adapted import BASE, GOLDEN, ONE, adapt, arrays, golden_model, random_heads, relative, token_rows
 
-from bioscan_jax import InputError, Model, config
+from bioscan_jax import InputError, ModelConfig, config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.converted import save
 from bioscan_jax.checkpoints.facts import FACTS_FILE
@@ -65,7 +65,7 @@ def test_a_merged_checkpoint_is_the_adapted_model(family, tmp_path):
     assert nnx.graphdef(model) == graph
     for path, value in arrays(model).items():
         np.testing.assert_array_equal(value, before[path])
-    again = load(Model(checkpoint=str(tmp_path / "out")), make_layout(ONE), lm_head=True)
+    again = load(ModelConfig(checkpoint=str(tmp_path / "out")), make_layout(ONE), lm_head=True)
     assert again.config == model.config
     assert again.vocabulary == Vocabulary.published(family)
     assert again.provenance.license == "cc-by-nc-sa-4.0"
@@ -82,7 +82,9 @@ def test_a_merged_checkpoint_is_the_adapted_model(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", [config.Mesh(data=8, params="fsdp"), config.Mesh(data=4, model=2)], ids=["fsdp", "tensor parallel"]
+    "mesh",
+    [config.MeshConfig(data=8, params="fsdp"), config.MeshConfig(data=4, model=2)],
+    ids=["fsdp", "tensor parallel"],
 )
 def test_the_files_do_not_depend_on_the_mesh(mesh, tmp_path):
     one, many = (golden_model("v2", where) for where in (ONE, mesh))
@@ -146,7 +148,7 @@ def test_large_checkpoints_are_split(tmp_path):
         assert {name for name, file in index["weight_map"].items() if file == shard} == tensors.keys()
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(tensor, whole[name])
-    again = load(Model(checkpoint=str(tmp_path / "many")), make_layout(ONE), lm_head=True)
+    again = load(ModelConfig(checkpoint=str(tmp_path / "many")), make_layout(ONE), lm_head=True)
     assert_merged(again.model, model)
 
 

@@ -24,7 +24,7 @@ from kill_campaign import Table, environment, files, lines, run, start, unnamed_
 from safetensors.numpy import load_file, save_file
 from support.places import GOLDEN, ROOT, SCRIPTS
 
-from bioscan_jax import Data, Embed, InputError, Mesh, Model, Sink, embed
+from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, embed
 from bioscan_jax.embedding import job
 from bioscan_jax.table.lock import writer_lock
 
@@ -60,11 +60,11 @@ def write(path: Path, sequences: list | pa.Array, **columns) -> Path:
 def embed_here(tmp_path: Path, data: dict, model: dict | None = None, sink: dict | None = None, **rest):
     """The job in this process on one device."""
     return embed(
-        Model(**({"checkpoint": str(CHECKPOINTS["v2"])} | (model or {}))),
-        Data(**({"path": str(tmp_path / "in.parquet")} | data)),
-        Sink(**({"uri": str(tmp_path / "db")} | (sink or {}))),
-        Embed(**rest.get("embed", {"max_shapes": 1})),
-        Mesh(**({"data": 1, "compilation_cache": None} | rest.get("mesh", {}))),
+        ModelConfig(**({"checkpoint": str(CHECKPOINTS["v2"])} | (model or {}))),
+        DataConfig(**({"path": str(tmp_path / "in.parquet")} | data)),
+        SinkConfig(**({"uri": str(tmp_path / "db")} | (sink or {}))),
+        EmbedConfig(**rest.get("embed", {"max_shapes": 1})),
+        MeshConfig(**({"data": 1, "compilation_cache": None} | rest.get("mesh", {}))),
         progress=False,
     )
 
@@ -403,12 +403,12 @@ def test_settings_that_do_not_fit_the_model(tmp_path, settings, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Data(path="x", max_tokens=1), ["--data.max_tokens 1", "at least 2"]),
-        (lambda: Data(path="x", block_rows=0), ["--data.block_rows 0", "at least 1"]),
-        (lambda: Embed(phases=7), ["--embed.phases 7", "1 to 6"]),
-        (lambda: Mesh(data=0), ["--mesh.data 0", "at least 1"]),
-        (lambda: Sink(uri="x", table="a/b"), ["--sink.table 'a/b'", "letters, digits"]),
-        (lambda: Sink(uri="x", max_bytes_per_file=9), ["--sink.max_bytes_per_file 9", "at least"]),
+        (lambda: DataConfig(path="x", max_tokens=1), ["--data.max_tokens 1", "at least 2"]),
+        (lambda: DataConfig(path="x", block_rows=0), ["--data.block_rows 0", "at least 1"]),
+        (lambda: EmbedConfig(phases=7), ["--embed.phases 7", "1 to 6"]),
+        (lambda: MeshConfig(data=0), ["--mesh.data 0", "at least 1"]),
+        (lambda: SinkConfig(uri="x", table="a/b"), ["--sink.table 'a/b'", "letters, digits"]),
+        (lambda: SinkConfig(uri="x", max_bytes_per_file=9), ["--sink.max_bytes_per_file 9", "at least"]),
     ],
 )
 def test_settings_that_are_wrong_by_themselves(make, words):

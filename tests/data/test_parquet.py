@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bioscan_jax.config import Data
+from bioscan_jax.config import DataConfig
 from bioscan_jax.data import parquet as source_module
 from bioscan_jax.data.parquet import ParquetBlocks, _hash_text, check_unique_ids, open_source
 from bioscan_jax.errors import InputError
@@ -39,7 +39,7 @@ def write(path: Path, table: pa.Table, **kwargs) -> Path:
 
 
 def opened(path: Path | str, columns=None, scratch: Path | None = None, **kwargs) -> ParquetBlocks:
-    return open_source(Data(path=str(path), **kwargs), scratch=scratch, columns=columns)
+    return open_source(DataConfig(path=str(path), **kwargs), scratch=scratch, columns=columns)
 
 
 def whole(source: ParquetBlocks) -> pa.Table:
@@ -555,7 +555,7 @@ def test_fasta_becomes_blocks(tmp_path):
     (tmp_path / "in/a.fa").write_text("".join(f">a{i} x\nACGT\n" for i in range(10)))
     (tmp_path / "in/b.fa.gz").write_bytes(gzip.compress(b">b0\nAC\n>b1\n\n"))
     steps: list[int] = []
-    data = Data(path=str(tmp_path / "in"), sequence_column="other", id_column="another", block_rows=5)
+    data = DataConfig(path=str(tmp_path / "in"), sequence_column="other", id_column="another", block_rows=5)
     source = open_source(data, scratch=tmp_path / "scratch", on_rows=steps.append)
     assert steps == [12]
     assert source.schema.names == ["sequence_id", "description", "dna_sequence"]

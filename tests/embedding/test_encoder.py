@@ -19,16 +19,16 @@ from bioscan_jax.model.pooling import pool
 DEEP = dataclasses.replace(PRESETS["tiny-v1"], num_hidden_layers=12, hidden_size=128, intermediate_size=512)
 
 
-@pytest.mark.parametrize("mesh", [config.Mesh(data=1), config.Mesh(data=2)])
+@pytest.mark.parametrize("mesh", [config.MeshConfig(data=1), config.MeshConfig(data=2)])
 def test_bfloat16_layers_are_not_widened_all_at_once_on_cpu(mesh):
     """The vectors are those of the model itself, and the program keeps no second copy of the layers."""
     layout = make_layout(mesh)
     model = random_model(DEEP, jnp.bfloat16, layout, seed=0)
     ids = np.random.default_rng(0).integers(6, 4000, (8, 16)).astype(np.int32)
-    vectors = CompiledSteps(model, layout, config.Embed())(ids)
+    vectors = CompiledSteps(model, layout, config.EmbedConfig())(ids)
     plain = pool(model.hidden_state(jnp.asarray(ids)), jnp.asarray(ids), "mean", 1)
     np.testing.assert_allclose(vectors, plain, rtol=2e-2, atol=2e-2)
-    step, state = make_embed_step(model, layout, config.Embed())
+    step, state = make_embed_step(model, layout, config.EmbedConfig())
     abstract = jax.ShapeDtypeStruct(ids.shape, jnp.int32, sharding=layout.batched(2))
     memory = step.lower(state, abstract).compile().memory_analysis()
     layers = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint16)
@@ -42,13 +42,13 @@ def test_bfloat16_layers_are_not_widened_all_at_once_on_cpu(mesh):
 @pytest.mark.parametrize("data", [1, 2])
 def test_one_cpu_device_takes_a_layer_in_parts_that_stay_in_its_cache(data):
     """24 rows of 64 tokens are three parts of 512 tokens; the vectors are those of the model itself."""
-    layout = make_layout(config.Mesh(data=data))
+    layout = make_layout(config.MeshConfig(data=data))
     model = random_model(dataclasses.replace(PRESETS["tiny-v2"], initializer_range=0.15), jnp.float32, layout, seed=0)
     ids = np.random.default_rng(0).integers(6, 4000, (24, 64)).astype(np.int32)
-    step, state = make_embed_step(model, layout, config.Embed())
+    step, state = make_embed_step(model, layout, config.EmbedConfig())
     assert ("length=3" in str(step.trace(state, ids).jaxpr)) == (data == 1)
     plain = np.asarray(pool(model.hidden_state(jnp.asarray(ids)), jnp.asarray(ids), "mean", 1))
-    assert np.abs(CompiledSteps(model, layout, config.Embed())(ids) - plain).max() < 1e-5 * np.abs(plain).max()
+    assert np.abs(CompiledSteps(model, layout, config.EmbedConfig())(ids) - plain).max() < 1e-5 * np.abs(plain).max()
 
 
 @given(st.integers(1, 300), st.integers(1, 2048))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioscan_jax import Data, Embed, InputError, Mesh, Model, Sink
+from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig
 from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.barcodes.views import Views
 from bioscan_jax.checkpoints.load import load
@@ -20,7 +20,7 @@ from bioscan_jax.embedding.repeats import Known, Repeats, Window, digests, fresh
 from bioscan_jax.embedding.run import embed, embed_with
 from bioscan_jax.table.sink import VectorTable
 
-MODEL, MESH = Model(checkpoint="random:tiny-v2"), Mesh(compilation_cache=None, data=1)
+MODEL, MESH = ModelConfig(checkpoint="random:tiny-v2"), MeshConfig(compilation_cache=None, data=1)
 BLOCK_ROWS, ROWS = 16, 320
 
 
@@ -83,8 +83,8 @@ class Companions(CompiledSteps):
 
 
 def settings(barcodes, uri, **embed):
-    data = Data(path=str(barcodes), block_rows=BLOCK_ROWS)
-    return data, Sink(uri=str(uri)), Embed(**{"batch_tokens": 512, "max_shapes": 1} | embed), MESH
+    data = DataConfig(path=str(barcodes), block_rows=BLOCK_ROWS)
+    return data, SinkConfig(uri=str(uri)), EmbedConfig(**{"batch_tokens": 512, "max_shapes": 1} | embed), MESH
 
 
 def vectors(uri):
@@ -112,7 +112,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(barcodes, tmp_path, monkeyp
 
     def once(uri):
         data, sink, wanted, mesh = settings(barcodes, uri, **cache)
-        sink = Sink(uri=sink.uri, vector_dtype=dtype)
+        sink = SinkConfig(uri=sink.uri, vector_dtype=dtype)
         return embed_with(lambda at: load(MODEL, at), Companions, data, sink, wanted, mesh, progress=False)
 
     whole = once(tmp_path / "whole")
@@ -165,7 +165,7 @@ def test_a_table_altered_behind_the_run_is_told(tmp_path):
     rows = pa.array([0, 1, 3], pa.uint64())
     lance.write_dataset(pa.table({"source_row": rows, "vector": stored}), str(tmp_path / "sequences.lance"))
     repeats = Repeats(np.array([False, True]), np.array([4]), np.array([1]))
-    known = Known(Sink(uri=str(tmp_path)), 1)
+    known = Known(SinkConfig(uri=str(tmp_path)), 1)
     known.committed(4, np.array([0, 3], np.uint64))
     values = np.zeros((2, 2), np.float32)
     known.copy_into(values, repeats)
@@ -173,7 +173,7 @@ def test_a_table_altered_behind_the_run_is_told(tmp_path):
     known.committed(4, np.array([0, 2], np.uint64))
     with pytest.raises(InputError, match=r"sequences\.lance was altered while this run went on; run the same command"):
         known.copy_into(values, repeats)
-    absent = Known(Sink(uri=str(tmp_path / "absent")), 1)
+    absent = Known(SinkConfig(uri=str(tmp_path / "absent")), 1)
     absent.committed(4, np.array([0, 3], np.uint64))
     with pytest.raises(InputError, match=r"absent/sequences\.lance is absent; pass a --sink\.uri"):
         absent.copy_into(values, repeats)

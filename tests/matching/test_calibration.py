@@ -47,7 +47,7 @@ def made(**changed) -> Calibration:
     ranks = tuple(RankFit(Logistic((1.0, -0.5, 0.25), 0.1 * i), None if i == 6 else 0.9) for i in range(len(RANKS)))
     fitted = Calibration(
         table=table_binding(FACTS, 3),
-        settings=settings_binding(config.Identify(), "exact", None),
+        settings=settings_binding(config.IdentifyConfig(), "exact", None),
         power=8.0,
         head_weight=0.0,
         ranks=ranks,
@@ -97,7 +97,7 @@ def test_no_threshold_where_few_rows_or_few_right_ones() -> None:
 
 
 def test_ranks_are_answered_from_kingdom_down_and_keep_their_precision() -> None:
-    ranks = fit_ranks(drawn(3000, 0), drawn(3000, 1), config.Calibrate(precision=0.9))
+    ranks = fit_ranks(drawn(3000, 0), drawn(3000, 1), config.CalibrateConfig(precision=0.9))
     votes, truth = drawn(20_000, 2)
     confidence = confidences(ranks, votes)
     assert (np.diff(confidence, axis=1) <= 0).all()
@@ -157,15 +157,17 @@ def test_a_damaged_file_is_one_line(damage) -> None:
 
 
 def test_settings_that_do_not_matter_do_not_bind() -> None:
-    plain = settings_binding(config.Identify(), "exact", None)
-    assert plain == settings_binding(config.Identify(nprobes=7, refine_factor=3, aligned=5, processes=1), "exact", None)
+    plain = settings_binding(config.IdentifyConfig(), "exact", None)
+    assert plain == settings_binding(
+        config.IdentifyConfig(nprobes=7, refine_factor=3, aligned=5, processes=1), "exact", None
+    )
     for changed in (
-        settings_binding(config.Identify(k=49), "exact", None),
-        settings_binding(config.Identify(rerank="alignment"), "exact", None),
-        settings_binding(config.Identify(filter="depth > 3"), "exact", None),
-        settings_binding(config.Identify(), "index", None),
-        settings_binding(config.Identify(), "exact", "heads"),
+        settings_binding(config.IdentifyConfig(k=49), "exact", None),
+        settings_binding(config.IdentifyConfig(rerank="alignment"), "exact", None),
+        settings_binding(config.IdentifyConfig(filter="depth > 3"), "exact", None),
+        settings_binding(config.IdentifyConfig(), "index", None),
+        settings_binding(config.IdentifyConfig(), "exact", "heads"),
     ):
         assert changed != plain
-    aligned = settings_binding(config.Identify(rerank="alignment"), "exact", None)
-    assert aligned != settings_binding(config.Identify(rerank="alignment", aligned=5), "exact", None)
+    aligned = settings_binding(config.IdentifyConfig(rerank="alignment"), "exact", None)
+    assert aligned != settings_binding(config.IdentifyConfig(rerank="alignment", aligned=5), "exact", None)

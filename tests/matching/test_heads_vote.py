@@ -46,7 +46,7 @@ def width_of(world: World) -> int:
 def test_the_most_probable_taxa_of_each_rank_get_a_voice(world: World, tmp_path: Path, kind: HeadKind):
     width = width_of(world)
     directory = make_heads(world, tmp_path / "heads", kind, width=width)
-    matcher = prepare(config.Reference(uri=world.uri), config.Identify(heads=str(directory)), None, None)
+    matcher = prepare(config.ReferenceConfig(uri=world.uri), config.IdentifyConfig(heads=str(directory)), None, None)
     assert matcher.heads is not None
     vectors = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
     found = head_votes(matcher.heads, vectors, matcher.taxa)
@@ -69,11 +69,11 @@ def test_the_most_probable_taxa_of_each_rank_get_a_voice(world: World, tmp_path:
 
 def test_the_vote_changes_and_the_names_stay_a_path(world: World, tmp_path: Path):
     directory = make_heads(world, tmp_path / "heads", "marginal", width=width_of(world))
-    reference, query = config.Reference(uri=world.uri), config.Query(path=world.queries)
+    reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
     answers = {}
     for name, heads in (("plain", None), ("heads", str(directory))):
         output = tmp_path / f"{name}.parquet"
-        settings = config.Identify(k=5, heads=heads, processes=1)
+        settings = config.IdentifyConfig(k=5, heads=heads, processes=1)
         identify(reference, query, str(output), settings, progress=False)
         answers[name] = pq.read_table(output)
     # The nearest reference's species has nearly all of the references' half; the head's half goes elsewhere.
@@ -90,7 +90,7 @@ def test_the_vote_changes_and_the_names_stay_a_path(world: World, tmp_path: Path
 
 
 def test_heads_of_other_vectors_are_refused(world: World, tmp_path: Path):
-    reference = config.Reference(uri=world.uri)
+    reference = config.ReferenceConfig(uri=world.uri)
     width = width_of(world)
     for number, (changed, said) in enumerate(
         [
@@ -101,6 +101,6 @@ def test_heads_of_other_vectors_are_refused(world: World, tmp_path: Path):
         for kind in ("marginal", "independent"):
             directory = make_heads(world, tmp_path / f"{kind}{number}", kind, **changed)
             with pytest.raises(InputError, match=f"^--heads .*{said}"):
-                prepare(reference, config.Identify(heads=str(directory)), None, None)
+                prepare(reference, config.IdentifyConfig(heads=str(directory)), None, None)
     with pytest.raises(InputError, match="has no heads.safetensors"):
-        prepare(reference, config.Identify(heads=str(tmp_path)), None, None)
+        prepare(reference, config.IdentifyConfig(heads=str(tmp_path)), None, None)

@@ -29,9 +29,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def ask(world: World, path: str, output: Path, **more) -> IdentifySummary:
     chosen = {"k": more.pop("k", 10), "filter": more.pop("filter", None)}
-    settings = config.Identify(rerank="alignment", processes=1, **chosen)
-    reference = config.Reference(uri=more.pop("uri", world.uri))
-    return identify(reference, config.Query(path=path), str(output), settings, progress=False, **more)
+    settings = config.IdentifyConfig(rerank="alignment", processes=1, **chosen)
+    reference = config.ReferenceConfig(uri=more.pop("uri", world.uri))
+    return identify(reference, config.QueryConfig(path=path), str(output), settings, progress=False, **more)
 
 
 def test_names_known_species_and_keeps_the_published_columns(world: World, tmp_path: Path):
@@ -74,10 +74,10 @@ def test_a_missing_table_or_empty_input_is_one_line(world: World, tmp_path: Path
 
 
 def calibrated(world: World, **more) -> CalibrationSummary:
-    settings = config.Identify(k=10, rerank="alignment", processes=1)
-    wanted = config.Calibrate(precision=0.8, risk=0.2, held_out=0.4, **more)
+    settings = config.IdentifyConfig(k=10, rerank="alignment", processes=1)
+    wanted = config.CalibrateConfig(precision=0.8, risk=0.2, held_out=0.4, **more)
     return calibrate(
-        config.Reference(uri=world.uri), config.Query(path=world.queries), settings, wanted, progress=False
+        config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries), settings, wanted, progress=False
     )
 
 
@@ -117,11 +117,11 @@ def test_a_calibration_is_the_same_again_and_stays_beside_one_for_other_settings
     again = calibrated(world)
     assert again.calibration == summary.calibration
     assert Path(summary.path).read_bytes() == before
-    settings = config.Identify(k=5)
-    reference, query = config.Reference(uri=world.uri), config.Query(path=world.queries)
+    settings = config.IdentifyConfig(k=5)
+    reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
     other = identify(reference, query, str(tmp_path / "a.tsv"), settings, progress=False)
     assert "none for these settings (there are some with k 10, rerank alignment, aligned 32)" in other.calibration
-    calibrate(reference, query, settings, config.Calibrate(precision=0.8, risk=0.2), progress=False)
+    calibrate(reference, query, settings, config.CalibrateConfig(precision=0.8, risk=0.2), progress=False)
     both = json.loads(Path(summary.path).read_text())["calibrations"]
     assert [entry["settings"]["k"] for entry in both] == [10, 5]
     Path(summary.path).write_bytes(before)
@@ -138,7 +138,7 @@ def test_a_calibration_of_another_table_is_refused(judged, world: World, tmp_pat
 
 def test_labels_are_needed_to_calibrate(world: World):
     with pytest.raises(InputError, match="queries.fasta has no labels; pass barcodes with taxonomy"):
-        calibrate(config.Reference(uri=world.uri), config.Query(path=world.fasta), progress=False)
+        calibrate(config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.fasta), progress=False)
     assert not Path(world.uri, "sequences.calibration.json").exists()
 
 
@@ -170,15 +170,15 @@ def test_what_is_not_told_is_checked(world: World, tmp_path: Path):
     assert 0.5 <= float(told.recall[0].split()[0]) < 1.0
     told = ask(world, world.queries, tmp_path / "a.parquet", check_recall=30, k=1000)
     assert told.recall[0].startswith("1.0000 ")
-    reference, query = config.Reference(uri=world.uri), config.Query(path=world.queries)
+    reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
     with pytest.raises(InputError, match="--check_recall has nothing to check"):
         identify(reference, query, str(tmp_path / "b.tsv"), check_recall=3, progress=False)
 
 
 def test_the_index_finds_what_an_exact_search_does(tmp_path: Path):
     world = make_world(tmp_path, index="ivf_sq")
-    reference, query = config.Reference(uri=world.uri), config.Query(path=world.queries)
-    settings = config.Identify(k=10, search="index")
+    reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
+    settings = config.IdentifyConfig(k=10, search="index")
     told = identify(reference, query, str(tmp_path / "b.tsv"), settings, check_recall=40, progress=False)
     assert told.search.startswith("index, ")
     [line] = told.recall
@@ -219,9 +219,9 @@ def test_a_row_without_a_vector_has_its_id_and_nothing_else(world: World, tmp_pa
 
 def test_another_model_is_refused(world: World, tmp_path: Path):
     with pytest.raises(InputError, match="was made by another model \\(weights_sha256 "):
-        ask(world, world.fasta, tmp_path / "a.parquet", model=config.Model(checkpoint="random:tiny-v2", seed=4))
+        ask(world, world.fasta, tmp_path / "a.parquet", model=config.ModelConfig(checkpoint="random:tiny-v2", seed=4))
     with pytest.raises(InputError, match="was made by another model"):
-        open_table(world.uri, model=config.Model(checkpoint="random:tiny-v1")).search("ACGT" * 20)
+        open_table(world.uri, model=config.ModelConfig(checkpoint="random:tiny-v1")).search("ACGT" * 20)
 
 
 def test_search_finds_a_row_by_its_dna(world: World):

@@ -24,7 +24,7 @@ def clustered(rows: int, width: int, seed: int, scatter: float = 0.3) -> np.ndar
     return (vectors + 2.0).astype(np.float32)
 
 
-def write(directory: Path, vectors: np.ndarray, kind: str = "none", per_file: int = 1000) -> config.Reference:
+def write(directory: Path, vectors: np.ndarray, kind: str = "none", per_file: int = 1000) -> config.ReferenceConfig:
     schema = pa.schema(
         [("sequence_id", pa.string()), ("depth", pa.int64()), ("vector", pa.list_(pa.float32(), vectors.shape[1]))],
         metadata=FACTS,
@@ -34,7 +34,7 @@ def write(directory: Path, vectors: np.ndarray, kind: str = "none", per_file: in
     table = pa.table([pa.array(rows.astype(str)), pa.array(rows % 7), column], schema=schema)
     dataset = lance.write_dataset(table, str(directory / "t.lance"), max_rows_per_file=per_file)
     build_indexes(dataset, kind)  # pyright: ignore[reportArgumentType]
-    return config.Reference(uri=str(directory), table="t")
+    return config.ReferenceConfig(uri=str(directory), table="t")
 
 
 def by_hand(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +80,7 @@ def test_the_index_looks_only_at_what_the_filter_leaves(tmp_path: Path, conditio
     vectors = clustered(6000, 32, 0)
     reference = open_reference(write(tmp_path, vectors, "ivf_sq"), condition)
     queries = clustered(40, 32, 1)
-    settings = config.Identify(k=10, search="index")
+    settings = config.IdentifyConfig(k=10, search="index")
     found = nearest(queries, reference, settings)
     assert (np.diff(found.similarity, axis=1) <= 0).all()
     assert np.isin(found.rows, reference.chosen).all()
@@ -96,7 +96,7 @@ def test_recall_at_10_over_60000_rows(tmp_path: Path) -> None:
     reference = open_reference(write(tmp_path, vectors[:60_000], "ivf_sq", per_file=8192))
     queries = vectors[60_000:]
     assert search_kind(reference, "auto") == "index"
-    settings = config.Identify(k=10)
+    settings = config.IdentifyConfig(k=10)
     assert recall(by_index(queries, reference, settings).rows, exact(queries, reference, 10).rows) >= 0.95
 
 

@@ -32,7 +32,7 @@ V5E = Site(
 V3 = dataclasses.replace(V5E, device_kind="TPU v3")
 CPU = dataclasses.replace(V5E, platform="cpu", device_kind="cpu", dtype="float32")
 A100 = dataclasses.replace(V5E, platform="gpu", device_kind="NVIDIA A100-SXM4-40GB", capability="8.0")
-MESHES = [None, config.Mesh(data=1), config.Mesh(data=8), config.Mesh(data=2, model=4)]
+MESHES = [None, config.MeshConfig(data=1), config.MeshConfig(data=8), config.MeshConfig(data=2, model=4)]
 
 
 def rows(tokens, lengths, *, heads=4, head_dim=8, dtype=jnp.float32):
@@ -103,10 +103,12 @@ def test_blocks_hold_the_row_and_are_whole_lanes(tokens):
 
 
 @pytest.mark.parametrize("preset", ["tiny-v1", "tiny-v2"])
-@pytest.mark.parametrize("mesh", [config.Mesh(data=1), config.Mesh(data=4, model=2, params="fsdp")], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [config.MeshConfig(data=1), config.MeshConfig(data=4, model=2, params="fsdp")], ids=str
+)
 def test_a_whole_model_and_its_gradients_do_not_depend_on_the_kind(preset, mesh):
     layout = make_layout(mesh)
-    model = load(config.Model(checkpoint=f"random:{preset}"), layout).model
+    model = load(config.ModelConfig(checkpoint=f"random:{preset}"), layout).model
     ids = np.random.default_rng(0).integers(6, model.config.vocab_size, (4, 24)).astype(np.int32)
     ids[:, 0] = 3
     for row, length in zip(ids, [24, 2, 11, 17], strict=True):
@@ -116,7 +118,7 @@ def test_a_whole_model_and_its_gradients_do_not_depend_on_the_kind(preset, mesh)
     def run(kind, remat):
         model.attention = kind
         graph, state = nnx.split(model)
-        vectors = make_embed_step(model, layout, config.Embed())[0](state, ids)
+        vectors = make_embed_step(model, layout, config.EmbedConfig())[0](state, ids)
 
         def loss(state):
             hidden = nnx.merge(graph, state).hidden_state(ids, layout=layout, remat=remat)
@@ -191,7 +193,7 @@ def test_what_cannot_work_is_refused(choice, where, message):
 @pytest.mark.parametrize("choice", ["splash", "cudnn"])
 def test_a_model_is_not_loaded_for_what_cannot_work_here(choice):
     with pytest.raises(InputError, match=rf"--model\.attention {choice} needs .*, not cpu; pass auto or dense"):
-        load(config.Model(checkpoint="random:tiny-v2", attention=choice), make_layout(config.Mesh(data=1)))
+        load(config.ModelConfig(checkpoint="random:tiny-v2", attention=choice), make_layout(config.MeshConfig(data=1)))
 
 
 def test_what_is_asked_for_by_name_is_taken_at_any_length():
@@ -199,19 +201,21 @@ def test_what_is_asked_for_by_name_is_taken_at_any_length():
     assert choose("dense", V5E, 2048) == "dense"
     assert choose("cudnn", A100, 16) == "cudnn"
     assert (
-        load(config.Model(checkpoint="random:tiny-v2", attention="dense"), make_layout(config.Mesh())).model.attention
+        load(
+            config.ModelConfig(checkpoint="random:tiny-v2", attention="dense"), make_layout(config.MeshConfig())
+        ).model.attention
         == "dense"
     )
 
 
 def test_adapters_and_heads_leave_a_model_its_attention():
-    layout = make_layout(config.Mesh(data=1))
-    trunk = load(config.Model(checkpoint="random:tiny-v2", attention="dense"), layout, lm_head=True).model
-    classifier = make_classifier(trunk, config.Loss(), config.LoRA(), None, layout, seed=0)
+    layout = make_layout(config.MeshConfig(data=1))
+    trunk = load(config.ModelConfig(checkpoint="random:tiny-v2", attention="dense"), layout, lm_head=True).model
+    classifier = make_classifier(trunk, config.LossConfig(), config.LoRAConfig(), None, layout, seed=0)
     assert (trunk.attention, classifier.trunk.attention) == ("dense", "dense")
 
 
 def test_the_site_is_that_of_the_mesh():
-    layout = make_layout(config.Mesh(data=2, model=4))
+    layout = make_layout(config.MeshConfig(data=2, model=4))
     assert site(layout, heads=20, head_dim=128, dtype=jnp.float32) == dataclasses.replace(CPU, sharing=4)
     assert site(None, heads=20, head_dim=128, dtype=jnp.float32) == CPU

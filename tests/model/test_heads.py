@@ -242,7 +242,7 @@ def gradient_step(kind, tree, width, layout):
 def test_100_000_species_are_split_over_eight_devices(kind):
     """Nothing of leaves x taxa, no kernel on one device, an eighth of the head on each."""
     species, width, rows = 100_000, 2560, 32
-    layout = make_layout(config.Mesh(data=8))
+    layout = make_layout(config.MeshConfig(data=8))
     step, state = gradient_step(kind, flat_tree(species), width, layout)
     x = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=layout.batched(2))
     labels = jax.ShapeDtypeStruct((rows, 7), jnp.int32, sharding=layout.batched(2))
@@ -272,7 +272,7 @@ def test_devices_do_not_change_the_loss_or_the_gradient(kind, split, monkeypatch
     results = []
     x, labels = vectors(8), random_labels(1, TREE, 8)
     for devices in (1, 2, 8):
-        layout = make_layout(config.Mesh(data=devices, params="fsdp"))
+        layout = make_layout(config.MeshConfig(data=devices, params="fsdp"))
         step, abstract = gradient_step(kind, TREE, WIDTH, layout)
         state = jax.tree.map(lambda p, at: jax.device_put(p, at.sharding), nnx.state(head_of(kind)), abstract)
         kernel = jax.tree.leaves(state)[-1]

@@ -20,8 +20,8 @@ from bioscan_jax.model.lora import TARGETS, LoRALinear, add_adapters, merge_adap
 from bioscan_jax.training.losses import rank_losses, total_loss
 from bioscan_jax.training.step import Parts, take_apart
 
-ONE = config.Mesh(data=1)
-EVERY = config.LoRA(rank=4, alpha=8.0, dropout=0.0, targets=("all_linear",))
+ONE = config.MeshConfig(data=1)
+EVERY = config.LoRAConfig(rank=4, alpha=8.0, dropout=0.0, targets=("all_linear",))
 PEFT_NAMES = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -117,7 +117,7 @@ def test_what_is_dropped_for_a_row_does_not_depend_on_its_batch(model):
 
 
 def test_adapters_are_stacked_with_the_layers(model):
-    add_adapters(model, config.LoRA(rank=3, targets=("query", "feed_forward_in")), nnx.Rngs(0))
+    add_adapters(model, config.LoRAConfig(rank=3, targets=("query", "feed_forward_in")), nnx.Rngs(0))
     up = model.layers.feed_forward.up
     assert up.a[...].shape == (2, 64, 3)
     assert up.b[...].shape == (2, 3, *up.base.kernel[...].shape[2:])
@@ -165,10 +165,10 @@ def test_gradients_and_sgd_agree_with_peft(family, kind, tmp_path):
     reference = torch_model(transformer, seed=2)
     save_checkpoint(reference, transformer, tmp_path, "safetensors")
     trunk = load_model(tmp_path, transformer, jnp.float32, layout)
-    loss = config.Loss(head=kind)
+    loss = config.LossConfig(head=kind)
     classifier = make_classifier(trunk, loss, EVERY, tree, layout, seed=3)
     randomised(classifier.trunk, 0.05)
-    learner = take_apart(classifier, layout, loss, config.Train(), tree=tree, special_ids=())
+    learner = take_apart(classifier, layout, loss, config.TrainConfig(), tree=tree, special_ids=())
     targets = r"esm\.encoder\.layer\.\d+\.(" + "|".join(PEFT_NAMES.values()).replace(".", r"\.") + ")"
     theirs = get_peft_model(reference, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets)).eval()
     sizes = dict(zip(RANKS, tree.sizes, strict=True)) if kind == "independent" else {"leaves": len(tree.leaf_paths)}

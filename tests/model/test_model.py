@@ -45,7 +45,9 @@ def test_there_are_eight_devices():
 
 def test_golden_outputs_of_pytorch(family):
     """Ids, every hidden state, logits and the pooled vector, from files that PyTorch wrote (v1 a .bin)."""
-    loaded = load(config.Model(checkpoint=str(GOLDEN / family)), make_layout(config.Mesh(data=1)), lm_head=True)
+    loaded = load(
+        config.ModelConfig(checkpoint=str(GOLDEN / family)), make_layout(config.MeshConfig(data=1)), lm_head=True
+    )
     assert loaded.config == golden_config(family)
     expected = np.load(GOLDEN / family / "outputs.npz")
     sequences = clean(pa.array(json.loads((GOLDEN / family / "sequences.json").read_text()))).sequences
@@ -79,7 +81,7 @@ def embed_on(model_state, transformer, ids, mesh, **changes):
     shardings = stored_shardings(abstract, layout)
     placed = [(p, v.replace(jax.device_put(model_state[p], shardings[p]))) for p, v in nnx.to_flat_state(abstract)]
     step, state = make_embed_step(
-        nnx.merge(graph, nnx.from_flat_state(placed)), layout, dataclasses.replace(config.Embed(), **changes)
+        nnx.merge(graph, nnx.from_flat_state(placed)), layout, dataclasses.replace(config.EmbedConfig(), **changes)
     )
     return np.asarray(step(state, jax.device_put(ids, layout.batched(2))))
 
@@ -88,14 +90,14 @@ def embed_on(model_state, transformer, ids, mesh, **changes):
 def tiny(request):
     """A model with weights of ordinary size, so that layers matter, and its values by path."""
     transformer = dataclasses.replace(PRESETS[f"tiny-{request.param}"], initializer_range=0.15, num_attention_heads=8)
-    model = random_model(transformer, jnp.float32, make_layout(config.Mesh(data=1)), seed=1)
+    model = random_model(transformer, jnp.float32, make_layout(config.MeshConfig(data=1)), seed=1)
     return transformer, {p: np.asarray(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(model))}
 
 
 def test_a_vector_does_not_depend_on_batch_or_padding(tiny):
     transformer, values = tiny
     lengths = (30, 2, 17, 9, 30, 5, 24, 11)
-    one = config.Mesh(data=1)
+    one = config.MeshConfig(data=1)
     together = embed_on(values, transformer, rows(transformer, lengths), one)
     wide = embed_on(values, transformer, rows(transformer, lengths, width=64), one)
     alone = [embed_on(values, transformer, rows(transformer, lengths)[i : i + 1, : lengths[i]], one) for i in (0, 1, 5)]
@@ -107,19 +109,19 @@ def test_a_vector_does_not_depend_on_batch_or_padding(tiny):
 @pytest.mark.parametrize(
     "mesh",
     [
-        config.Mesh(data=2),
-        config.Mesh(data=8),
-        config.Mesh(data=2, params="fsdp"),
-        config.Mesh(data=8, params="fsdp"),
-        config.Mesh(data=1, model=8),
-        config.Mesh(data=2, model=4, params="fsdp"),
+        config.MeshConfig(data=2),
+        config.MeshConfig(data=8),
+        config.MeshConfig(data=2, params="fsdp"),
+        config.MeshConfig(data=8, params="fsdp"),
+        config.MeshConfig(data=1, model=8),
+        config.MeshConfig(data=2, model=4, params="fsdp"),
     ],
     ids=["data 2", "data 8", "fsdp 2", "fsdp 8", "model 8", "fsdp 2 x model 4"],
 )
 def test_a_vector_does_not_depend_on_the_devices(tiny, mesh):
     transformer, values = tiny
     ids = rows(transformer, (30, 2, 17, 9, 30, 5, 24, 11))
-    one = embed_on(values, transformer, ids, config.Mesh(data=1))
+    one = embed_on(values, transformer, ids, config.MeshConfig(data=1))
     assert relative(embed_on(values, transformer, ids, mesh), one) < BOUND
 
 
@@ -132,7 +134,7 @@ def test_a_layer_is_that_hidden_state(tiny, layer):
     model = nnx.merge(graph, nnx.from_flat_state([(p, v.replace(values[p])) for p, v in nnx.to_flat_state(state)]))
     states = np.asarray(model.hidden_states(jnp.asarray(ids)))
     expected = pool(jnp.asarray(states[layer]), jnp.asarray(ids), "mean", 1)
-    assert relative(embed_on(values, transformer, ids, config.Mesh(data=1), layer=layer), expected) < BOUND
+    assert relative(embed_on(values, transformer, ids, config.MeshConfig(data=1), layer=layer), expected) < BOUND
 
 
 def test_a_layer_may_take_some_rows_at_a_time(tiny):
@@ -153,7 +155,7 @@ def test_a_layer_may_take_some_rows_at_a_time(tiny):
 def test_the_step_is_traced_once_a_shape():
     transformer = PRESETS["tiny-v2"]
     chex.clear_trace_counter()
-    layout = make_layout(config.Mesh(data=8))
+    layout = make_layout(config.MeshConfig(data=8))
     model = random_model(transformer, jnp.float32, layout, seed=0)
     graph, state = nnx.split(model)
 
@@ -178,7 +180,7 @@ def lowered(name, mesh, shape):
         (p, v.replace(jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype, sharding=shardings[p])))
         for p, v in nnx.to_flat_state(state)
     ]
-    step, state = make_embed_step(nnx.merge(graph, nnx.from_flat_state(flat)), layout, config.Embed())
+    step, state = make_embed_step(nnx.merge(graph, nnx.from_flat_state(flat)), layout, config.EmbedConfig())
     return step, state, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batched(2))
 
 
@@ -204,7 +206,7 @@ def test_published_sizes(name):
 
 @pytest.mark.parametrize(("rows", "tokens"), [(128, 1000), (1024, 128)])
 def test_the_2_5b_step_compiles_without_collectives_when_replicated(rows, tokens):
-    step, state, ids = lowered("nt-v1-2.5b", config.Mesh(data=8), (rows, tokens))
+    step, state, ids = lowered("nt-v1-2.5b", config.MeshConfig(data=8), (rows, tokens))
     out = jax.eval_shape(step, state, ids)
     assert (out.shape, out.dtype) == ((rows, 2560), jnp.float32)
     text = step.trace(state, ids).lower(lowering_platforms=("tpu",)).as_text()
@@ -216,7 +218,7 @@ def test_collectives_of_a_compiled_step():
     """Replicated has none; FSDP gathers parameters and never moves activations."""
     text = {}
     for params in ("replicated", "fsdp"):
-        step, state, ids = lowered("tiny-v1", config.Mesh(data=8, params=params), (8, 32))
+        step, state, ids = lowered("tiny-v1", config.MeshConfig(data=8, params=params), (8, 32))
         text[params] = step.lower(state, ids).compile().as_text()
     for op in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert op not in text["replicated"]
@@ -226,7 +228,7 @@ def test_collectives_of_a_compiled_step():
 
 
 def test_weight_products_take_bfloat16_and_give_float32():
-    step, state, ids = lowered("nt-v1-2.5b", config.Mesh(data=8), (1024, 128))
+    step, state, ids = lowered("nt-v1-2.5b", config.MeshConfig(data=8), (1024, 128))
     jaxpr = str(jax.make_jaxpr(step)(state, ids))
     assert "preferred_element_type=float32" in jaxpr
     text = step.trace(state, ids).lower(lowering_platforms=("tpu",)).as_text()
@@ -242,13 +244,13 @@ def test_weight_products_take_bfloat16_and_give_float32():
 
 def test_parameters_that_do_not_divide_are_refused():
     with pytest.raises(InputError, match=r"heads 64 is not divisible by --mesh.model 3"):
-        random_model(PRESETS["tiny-v2"], jnp.float32, make_layout(config.Mesh(data=1, model=3)), seed=0)
+        random_model(PRESETS["tiny-v2"], jnp.float32, make_layout(config.MeshConfig(data=1, model=3)), seed=0)
     with pytest.raises(InputError, match="needs more than the 8 cpu"):
-        make_layout(config.Mesh(data=9))
+        make_layout(config.MeshConfig(data=9))
 
 
 def test_fsdp_splits_every_matrix_over_the_data_axis():
-    layout = make_layout(config.Mesh(data=8, params="fsdp"))
+    layout = make_layout(config.MeshConfig(data=8, params="fsdp"))
     model = random_model(PRESETS["tiny-v2"], jnp.float32, layout, seed=0)
     kernel = model.layers.attention.query.kernel.get_value()
     assert isinstance(kernel.sharding, NamedSharding)
@@ -256,8 +258,8 @@ def test_fsdp_splits_every_matrix_over_the_data_axis():
 
 
 def test_random_weights_do_not_depend_on_the_devices():
-    one = random_model(PRESETS["tiny-v2"], jnp.float32, make_layout(config.Mesh(data=1)), seed=5)
-    many = random_model(PRESETS["tiny-v2"], jnp.float32, make_layout(config.Mesh(data=8, params="fsdp")), seed=5)
+    one = random_model(PRESETS["tiny-v2"], jnp.float32, make_layout(config.MeshConfig(data=1)), seed=5)
+    many = random_model(PRESETS["tiny-v2"], jnp.float32, make_layout(config.MeshConfig(data=8, params="fsdp")), seed=5)
     chex.assert_trees_all_equal(jax.device_get(nnx.state(one)), jax.device_get(nnx.state(many)))
 
 

@@ -67,7 +67,7 @@ def test_float32_agrees(family, form, eps, ids, tmp_path):
     reference = torch_model(transformer, seed=3)
     save_checkpoint(reference, transformer, tmp_path, form.replace(" ", "-"))
     assert read_config(tmp_path) == transformer
-    model = load_model(tmp_path, transformer, jnp.float32, make_layout(config.Mesh(data=1)), lm_head=True)
+    model = load_model(tmp_path, transformer, jnp.float32, make_layout(config.MeshConfig(data=1)), lm_head=True)
     expected = reference_outputs(reference, ids, transformer.pad_token_id)
     real = ids != transformer.pad_token_id
     states = np.asarray(model.hidden_states(jnp.asarray(ids)))
@@ -87,7 +87,7 @@ def test_bfloat16_stays_within_its_bound(family, ids, tmp_path):
     transformer = PRESETS[f"tiny-{family}"]
     reference = torch_model(transformer, seed=4)
     save_checkpoint(reference, transformer, tmp_path, "safetensors")
-    model = load_model(tmp_path, transformer, jnp.bfloat16, make_layout(config.Mesh(data=1)))
+    model = load_model(tmp_path, transformer, jnp.bfloat16, make_layout(config.MeshConfig(data=1)))
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype(jnp.bfloat16)}
     expected = reference_outputs(reference, ids, transformer.pad_token_id)
     last = model.hidden_state(jnp.asarray(ids))

@@ -97,8 +97,8 @@ def test_a_kernel_counts_its_grid():
 @pytest.mark.parametrize("name", ["nt-v1-2.5b", "nt-v2-500m", "tiny-v2"])
 def test_the_embedding_step_is_what_the_formula_says(name):
     transformer, shape = PRESETS[name], BatchShape(16, 128)
-    program = EmbedProgram(transformer=transformer, dtype="bfloat16", embed=config.Embed())
-    step, arguments = program.build(make_layout(config.Mesh()), shape)
+    program = EmbedProgram(transformer=transformer, dtype="bfloat16", embed=config.EmbedConfig())
+    step, arguments = program.build(make_layout(config.MeshConfig()), shape)
     found = dots(step.trace(*arguments).jaxpr)
     assert sum(dot.flops for dot in found) == transformer.forward_flops(16 * 128, 128)
     weights = [dot for dot in found if not dot.batched]

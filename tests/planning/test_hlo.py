@@ -78,8 +78,8 @@ def test_rounds_of_a_tpu_loop():
 
 @pytest.mark.parametrize("params", ["replicated", "fsdp"])
 def test_a_program_compiled_here(params):
-    layout = make_layout(config.Mesh(params=params))
-    program = EmbedProgram(transformer=PRESETS["tiny-v1"], dtype="float32", embed=config.Embed())
+    layout = make_layout(config.MeshConfig(params=params))
+    program = EmbedProgram(transformer=PRESETS["tiny-v1"], dtype="float32", embed=config.EmbedConfig())
     step, arguments = program.build(layout, BatchShape(8, 32))
     text = step.lower(*arguments).compile().as_text()
     found = collectives(text)

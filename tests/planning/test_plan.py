@@ -14,7 +14,7 @@ import pytest
 import yaml
 from support.places import ROOT
 
-from bioscan_jax import InputError, Mesh, Model, config
+from bioscan_jax import InputError, MeshConfig, ModelConfig, config
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.chips import CHIPS, find_slice
 from bioscan_jax.devices.sharding import make_layout
@@ -25,8 +25,8 @@ from bioscan_jax.planning.plan import model_size, plan_embed, plan_finetune
 from bioscan_jax.planning.planned import roofline
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram
 
-TINY = Model(checkpoint="random:tiny-v1")
-BIG = Model(checkpoint="random:nt-v1-2.5b")
+TINY = ModelConfig(checkpoint="random:tiny-v1")
+BIG = ModelConfig(checkpoint="random:nt-v1-2.5b")
 KEYS = {
     *("topology", "devices", "step", "batch", "tokens", "params", "hbm_gib", "hbm_available_gib", "fits"),
     *("matmul_flops", "collectives", "while_loops", "compile_seconds", "roofline_seconds", "vectors_per_hour_bound"),
@@ -74,8 +74,8 @@ print(json.dumps(answers))
 def test_arithmetic_without_the_compiler(without_compiler, tmp_path):
     path = tmp_path / "barcodes.parquet"
     pq.write_table(pa.table({"dna_sequence": ["ACGTAC" * 11, "ACGTAC" * 30] * 20}), path)
-    data = config.Data(path=str(path))
-    settings = config.Embed(batch_tokens=64, deduplicate=False, strand="both")
+    data = config.DataConfig(path=str(path))
+    settings = config.EmbedConfig(batch_tokens=64, deduplicate=False, strand="both")
     found = plan_embed("v3-32", TINY, data, settings, batch=64, tokens=16, params="fsdp")
     told = json.loads(found.to_json())
     assert told.keys() >= KEYS
@@ -106,9 +106,9 @@ def test_arithmetic_without_the_compiler(without_compiler, tmp_path):
 def test_the_training_step_s_arithmetic(without_compiler, tmp_path):
     path = tmp_path / "barcodes.parquet"
     pq.write_table(pa.table({"dna_sequence": ["ACGTAC" * 11] * 20 + ["ACGTAC" * 31] * 20}), path)
-    train = config.Train(batch_size=20, batch_tokens=64)
-    data = config.Examples(path=str(path))
-    found = plan_finetune("v5e-16", TINY, data, train=train, tokens=32, species=50, mesh=Mesh(data=4))
+    train = config.TrainConfig(batch_size=20, batch_tokens=64)
+    data = config.ExamplesConfig(path=str(path))
+    found = plan_finetune("v5e-16", TINY, data, train=train, tokens=32, species=50, mesh=MeshConfig(data=4))
     told = json.loads(found.to_json())
     assert (told["step"], told["devices"], told["batch"], told["hosts"]) == ("finetune", 16, 20, 4)
     flops = PRESETS["tiny-v1"].forward_flops
@@ -119,7 +119,7 @@ def test_the_training_step_s_arithmetic(without_compiler, tmp_path):
 
 
 def test_arguments_alone_can_be_too_much(without_compiler):
-    found = plan_finetune("v3-8", BIG, train=config.Train(mode="full"), tokens=128, species=9)
+    found = plan_finetune("v3-8", BIG, train=config.TrainConfig(mode="full"), tokens=128, species=9)
     assert found.fits is False
     assert found.traced.argument_bytes > 3 * 4 * 2.5e9
     assert any("--train.remat layer" in note for note in found.notes)
@@ -141,14 +141,23 @@ def test_bounds_are_from_the_chip():
         ({"batch": 0}, "--batch 0 is too small; pass at least 1"),
         ({"tokens": 1001}, "--tokens 1001 is outside 2 to the 1000 positions of the model"),
         ({"tokens": 1}, "--tokens 1 is outside 2 to"),
-        ({"data": config.Data(path="", max_tokens=2000)}, "--data.max_tokens 2000 is outside 2 to the 1000 positions"),
-        ({"mesh": Mesh(model=3)}, "--mesh.model 3 does not divide the 8 devices that share a batch"),
-        ({"embed": config.Embed(layer=9)}, "--embed.layer 9 is outside the hidden states 0 to 2"),
-        ({"model": Model(checkpoint="a/b")}, "'a/b' is not a directory here and its size is not known; pass a"),
-        ({"model": Model(checkpoint="random:x")}, "'random:x' is not a directory here .* one of random:nt-v1-500m"),
-        ({"model": Model(checkpoint="random:tiny-v1", adapter="x")}, "--model.adapter is not planned for; leave it"),
         (
-            {"model": Model(checkpoint="random:tiny-v1", attention="splash")},
+            {"data": config.DataConfig(path="", max_tokens=2000)},
+            "--data.max_tokens 2000 is outside 2 to the 1000 positions",
+        ),
+        ({"mesh": MeshConfig(model=3)}, "--mesh.model 3 does not divide the 8 devices that share a batch"),
+        ({"embed": config.EmbedConfig(layer=9)}, "--embed.layer 9 is outside the hidden states 0 to 2"),
+        ({"model": ModelConfig(checkpoint="a/b")}, "'a/b' is not a directory here and its size is not known; pass a"),
+        (
+            {"model": ModelConfig(checkpoint="random:x")},
+            "'random:x' is not a directory here .* one of random:nt-v1-500m",
+        ),
+        (
+            {"model": ModelConfig(checkpoint="random:tiny-v1", adapter="x")},
+            "--model.adapter is not planned for; leave it",
+        ),
+        (
+            {"model": ModelConfig(checkpoint="random:tiny-v1", attention="splash")},
             "--model.attention splash needs a TPU v4 or newer, not TPU v3; pass auto or dense",
         ),
     ],
@@ -166,18 +175,18 @@ def test_mistakes_of_training():
 
 
 def test_what_the_compiler_s_process_refuses_is_an_input_error():
-    program = EmbedProgram(transformer=PRESETS["tiny-v1"], dtype="bfloat16", embed=config.Embed())
+    program = EmbedProgram(transformer=PRESETS["tiny-v1"], dtype="bfloat16", embed=config.EmbedConfig())
     narrow = dataclasses.replace(program, transformer=dataclasses.replace(program.transformer, hidden_size=60))
     with pytest.raises(InputError, match=r"hidden 60 is not divisible by --mesh.data 8"):
-        aot.trace_and_compile(narrow, find_slice("v3-8"), Mesh(params="fsdp"), [BatchShape(8, 8)], None)
+        aot.trace_and_compile(narrow, find_slice("v3-8"), MeshConfig(params="fsdp"), [BatchShape(8, 8)], None)
 
 
 def test_sizes_come_from_names_or_config_json(tmp_path):
     hub = "InstaDeepAI/nucleotide-transformer-"
-    assert model_size(Model(checkpoint=f"{hub}2.5b-multi-species")) == PRESETS["nt-v1-2.5b"]
-    assert model_size(Model(checkpoint=f"{hub}v2-500m-multi-species")) == PRESETS["nt-v2-500m"]
+    assert model_size(ModelConfig(checkpoint=f"{hub}2.5b-multi-species")) == PRESETS["nt-v1-2.5b"]
+    assert model_size(ModelConfig(checkpoint=f"{hub}v2-500m-multi-species")) == PRESETS["nt-v2-500m"]
     (tmp_path / "config.json").write_text(PRESETS["tiny-v2"].to_json())
-    assert model_size(Model(checkpoint=str(tmp_path))) == PRESETS["tiny-v2"]
+    assert model_size(ModelConfig(checkpoint=str(tmp_path))) == PRESETS["tiny-v2"]
 
 
 def test_the_script_reads_every_config_file_of_a_run_and_refuses_in_one_line():
@@ -251,16 +260,16 @@ def big_finetuning(remat):
     return FinetuneProgram(
         transformer=PRESETS["nt-v1-2.5b"],
         dtype="bfloat16",
-        lora=config.LoRA(),
-        loss=config.Loss(),
-        train=config.Train(remat=remat),
+        lora=config.LoRAConfig(),
+        loss=config.LossConfig(),
+        train=config.TrainConfig(remat=remat),
         species=10_000,
     )
 
 
 @pytest.mark.parametrize(("remat", "most"), [("none", 2.1), ("layer", 2.8)])
 def test_2_5b_lora_makes_no_gradients_of_frozen_weights(remat, most):
-    step, arguments = big_finetuning(remat).build(make_layout(Mesh()), BatchShape(32, 1000))
+    step, arguments = big_finetuning(remat).build(make_layout(MeshConfig()), BatchShape(32, 1000))
     forward = PRESETS["nt-v1-2.5b"].forward_flops(32 * 1000, 1000)
     assert forward < sum(dot.flops for dot in dots(step.trace(*arguments).jaxpr)) <= most * forward
 
@@ -268,12 +277,12 @@ def test_2_5b_lora_makes_no_gradients_of_frozen_weights(remat, most):
 @compiles
 @pytest.mark.parametrize("topology", ["v3-8", "v5e-8"])
 def test_2_5b_trains_adapters(topology):
-    train = config.Train(remat="layer")
+    train = config.TrainConfig(remat="layer")
     found = plan_finetune(topology, BIG, train=train, batch=32, tokens=1000, params="replicated")
     assert isinstance(found.compiled, aot.Compiled)
     assert found.hbm_gib <= 8.2
     assert found.compiled.trip_counts == (32, 32)
-    params = big_finetuning("layer").build(make_layout(Mesh()), BatchShape(32, 1000))[1][0]
+    params = big_finetuning("layer").build(make_layout(MeshConfig()), BatchShape(32, 1000))[1][0]
     trained = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     reduced = [one for one in found.compiled.collectives if one.kind == "all-reduce"]
     assert {one.dtype for one in reduced} == {"f32"}

@@ -25,8 +25,8 @@ TINY = PRESETS["tiny-v2"]
 
 
 def test_the_embedding_program_is_the_step_of_a_real_model():
-    layout = make_layout(config.Mesh(params="fsdp"))
-    program = EmbedProgram(transformer=TINY, dtype="float32", embed=config.Embed(layer=1, pooling="max"))
+    layout = make_layout(config.MeshConfig(params="fsdp"))
+    program = EmbedProgram(transformer=TINY, dtype="float32", embed=config.EmbedConfig(layer=1, pooling="max"))
     step, arguments = program.build(layout, BatchShape(16, 24))
     real, state = make_embed_step(random_model(TINY, jnp.float32, layout, seed=0), layout, program.embed)
     ids = jax.device_put(np.ones((16, 24), np.int32), layout.batched(2))
@@ -44,8 +44,12 @@ def test_the_embedding_program_is_the_step_of_a_real_model():
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_training_program_is_the_step_of_a_real_classifier(mode):
     """Traced on the arrays that `finetune` makes; 9 species as in `regular_tree`."""
-    layout = make_layout(config.Mesh(params="fsdp"))
-    lora, loss, train = config.LoRA(rank=4), config.Loss(), config.Train(mode=mode, batch_tokens=64, remat="layer")
+    layout = make_layout(config.MeshConfig(params="fsdp"))
+    lora, loss, train = (
+        config.LoRAConfig(rank=4),
+        config.LossConfig(),
+        config.TrainConfig(mode=mode, batch_tokens=64, remat="layer"),
+    )
     program = FinetuneProgram(transformer=TINY, dtype="float32", lora=lora, loss=loss, train=train, species=9)
     step, arguments = program.build(layout, BatchShape(32, 32))
 
@@ -74,10 +78,15 @@ def test_the_training_program_is_the_step_of_a_real_classifier(mode):
 
 
 def test_programs_have_the_attention_they_are_asked_for():
-    layout, shape = make_layout(config.Mesh(data=1)), BatchShape(2, 16)
-    embed = EmbedProgram(transformer=TINY, dtype="float32", embed=config.Embed())
+    layout, shape = make_layout(config.MeshConfig(data=1)), BatchShape(2, 16)
+    embed = EmbedProgram(transformer=TINY, dtype="float32", embed=config.EmbedConfig())
     finetune = FinetuneProgram(
-        transformer=TINY, dtype="float32", lora=config.LoRA(), loss=config.Loss(), train=config.Train(), species=9
+        transformer=TINY,
+        dtype="float32",
+        lora=config.LoRAConfig(),
+        loss=config.LossConfig(),
+        train=config.TrainConfig(),
+        species=9,
     )
     for program in (embed, finetune):
         for attention, kernel in (("dense", False), ("interpreted", True)):
@@ -91,12 +100,12 @@ def test_the_training_program_takes_only_what_is_trained_as_float32(mode, object
     program = FinetuneProgram(
         transformer=TINY,
         dtype="bfloat16",
-        lora=config.LoRA(rank=4),
-        loss=config.Loss(),
-        train=config.Train(objective=objective, mode=mode, batch_tokens=64),
+        lora=config.LoRAConfig(rank=4),
+        loss=config.LossConfig(),
+        train=config.TrainConfig(objective=objective, mode=mode, batch_tokens=64),
         species=300,
     )
-    layout = make_layout(config.Mesh())
+    layout = make_layout(config.MeshConfig())
     step, (params, moments, frozen, number, batch) = program.build(layout, BatchShape(32, 32))
     assert batch.ids.shape == (2, 16, 32)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
@@ -118,7 +127,7 @@ def test_a_regular_tree_has_the_species_asked_for():
 
 
 def test_argument_bytes_count_a_device_s_share():
-    layout = make_layout(config.Mesh())
+    layout = make_layout(config.MeshConfig())
     split = jax.ShapeDtypeStruct((16, 4), jnp.int32, sharding=layout.batched(2))
     whole = jax.ShapeDtypeStruct((3,), jnp.bfloat16, sharding=layout.replicated())
     assert argument_bytes((split, {"a": whole}, nnx.State({}))) == 2 * 4 * 4 + 3 * 2

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bioscan_jax import Data, Embed, InputError, Mesh, Model, Sink, config, embed
+from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, config, embed
 from bioscan_jax.barcodes.simulate import simulate
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.data.batching import BatchShape
@@ -34,11 +34,13 @@ def barcodes(tmp_path_factory):
 
 
 def test_embedding_as_foreseen(barcodes, tmp_path):
-    settings = Embed(batch_tokens=2048, max_shapes=2, strand="both", phases=2)
-    data = Data(path=str(barcodes), max_tokens=64, block_rows=48, overlong="window")
+    settings = EmbedConfig(batch_tokens=2048, max_shapes=2, strand="both", phases=2)
+    data = DataConfig(path=str(barcodes), max_tokens=64, block_rows=48, overlong="window")
     foreseen = embedding_workload(data, settings, TINY, devices=8)
-    model = Model(checkpoint="random:tiny-v2")
-    done = embed(model, data, Sink(uri=str(tmp_path)), settings, Mesh(compilation_cache=None), progress=False)
+    model = ModelConfig(checkpoint="random:tiny-v2")
+    done = embed(
+        model, data, SinkConfig(uri=str(tmp_path)), settings, MeshConfig(compilation_cache=None), progress=False
+    )
     assert foreseen.rows == done.rows == 120
     assert foreseen.vectors == done.vectors == 118
     assert foreseen.lengths.sum() == done.tokens_real
@@ -47,10 +49,10 @@ def test_embedding_as_foreseen(barcodes, tmp_path):
 
 
 def test_training_as_foreseen(barcodes, tmp_path):
-    wanted = config.Examples(path=str(barcodes), max_tokens=64, validation=0.0)
-    train = config.Train(epochs=1, batch_size=16, max_shapes=3, reverse_complement=0.0, subsequence=0.0)
+    wanted = config.ExamplesConfig(path=str(barcodes), max_tokens=64, validation=0.0)
+    train = config.TrainConfig(epochs=1, batch_size=16, max_shapes=3, reverse_complement=0.0, subsequence=0.0)
     foreseen = training_workload(wanted, train, TINY)
-    source, vocabulary = open_source(Data(path=str(barcodes)), scratch=None), Vocabulary.published("v2")
+    source, vocabulary = open_source(DataConfig(path=str(barcodes)), scratch=None), Vocabulary.published("v2")
     examples = prepare_examples(source, wanted, vocabulary, tmp_path, labelled=False)
     batches = TrainingBatches(examples, train, vocabulary, 64)
     assert (foreseen.rows, foreseen.vectors) == (120, 118)
@@ -60,10 +62,10 @@ def test_training_as_foreseen(barcodes, tmp_path):
 def test_only_the_widest_is_as_wide_as_what_was_seen(tmp_path):
     path = tmp_path / "short.parquet"
     pq.write_table(pa.table({"dna_sequence": ["ACGTAC" * 11] * 40}), path)
-    work = embedding_workload(config.Data(path=str(path)), Embed(batch_tokens=64), TINY, devices=4)
+    work = embedding_workload(config.DataConfig(path=str(path)), EmbedConfig(batch_tokens=64), TINY, devices=4)
     assert work.lengths.tolist() == [12]
     assert work.batches == {BatchShape(4, 16): 1}
-    assert training_workload(config.Examples(path=str(path)), config.Train(batch_size=7), TINY).batches == {
+    assert training_workload(config.ExamplesConfig(path=str(path)), config.TrainConfig(batch_size=7), TINY).batches == {
         BatchShape(7, 16): 6
     }
 
@@ -74,6 +76,6 @@ def test_nothing_usable_is_said(tmp_path):
     with pytest.raises(
         InputError, match="no sequence in column 'dna_sequence' can be embedded .*; is it DNA. pass another"
     ):
-        embedding_workload(config.Data(path=str(path)), Embed(), TINY, devices=1)
+        embedding_workload(config.DataConfig(path=str(path)), EmbedConfig(), TINY, devices=1)
     with pytest.raises(InputError, match="no sequence in column 'dna_sequence' can be trained on; pass another"):
-        training_workload(config.Examples(path=str(path)), config.Train(), TINY)
+        training_workload(config.ExamplesConfig(path=str(path)), config.TrainConfig(), TINY)

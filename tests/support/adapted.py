@@ -22,8 +22,8 @@ from bioscan_jax.model.heads import make_head
 from bioscan_jax.model.lora import TARGETS, LoRALinear, add_adapters
 from bioscan_jax.model.metadata import MetadataEncoder
 
-ONE = config.Mesh(data=1)
-EVERY = config.LoRA(rank=8, alpha=12.0, dropout=0.25, targets=("all_linear",))
+ONE = config.MeshConfig(data=1)
+EVERY = config.LoRAConfig(rank=8, alpha=12.0, dropout=0.25, targets=("all_linear",))
 BASE = Provenance(
     model="mine/v", revision="a" * 40, weights_sha256="b" * 64, license="cc-by-nc-sa-4.0", dtype="float32"
 )

@@ -11,7 +11,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.simulate import simulate
 from bioscan_jax.embedding.run import embed
 
-MODEL = config.Model(checkpoint="random:tiny-v2", seed=3)
+MODEL = config.ModelConfig(checkpoint="random:tiny-v2", seed=3)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def make_world(
     rows = queries.slice(0, 20).to_pylist()
     (directory / "queries.fasta").write_text("".join(f">{r['sequence_id']}\n{r['dna_sequence']}\n" for r in rows))
     uri = str(directory / "db")
-    data, sink = config.Data(path=str(directory / "reference.parquet")), config.Sink(uri=uri, index=index)
-    how = config.Embed(layer=layer, phases=6, max_shapes=1)
-    embed(MODEL, data, sink, how, config.Mesh(compilation_cache=None), progress=False)
+    data, sink = config.DataConfig(path=str(directory / "reference.parquet")), config.SinkConfig(uri=uri, index=index)
+    how = config.EmbedConfig(layer=layer, phases=6, max_shapes=1)
+    embed(MODEL, data, sink, how, config.MeshConfig(compilation_cache=None), progress=False)
     return World(uri, str(directory / "queries.parquet"), str(directory / "queries.fasta"), unseen)

@@ -16,7 +16,7 @@ from support.carried import make_table, read, same_bits
 from support.killed import run_killed
 from support.places import GOLDEN, SCRIPTS
 
-from bioscan_jax import Data, Model, Sink, embed
+from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.annotate import ANNOTATED, annotate
 from bioscan_jax.table.lock import writer_lock
@@ -256,7 +256,11 @@ def test_an_annotated_table_is_still_the_run_s(tmp_path):
     rows = {"sequence_id": ["a", "b"], "dna_sequence": ["ACGTACGTAC", "GGGTACGTAC"]}
     pq.write_table(pa.table(rows), tmp_path / "in.parquet")
     checkpoint = GOLDEN / "v2"
-    wanted = (Model(checkpoint=str(checkpoint)), Data(path=str(tmp_path / "in.parquet")), Sink(uri=f"{tmp_path}/db"))
+    wanted = (
+        ModelConfig(checkpoint=str(checkpoint)),
+        DataConfig(path=str(tmp_path / "in.parquet")),
+        SinkConfig(uri=f"{tmp_path}/db"),
+    )
     embed(*wanted, progress=False)
     annotate(f"{tmp_path}/db", metadata(tmp_path / "m.parquet", sequence_id=["b"], cruise=["SO 242"]))
     again = embed(*wanted, progress=False)

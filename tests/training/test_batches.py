@@ -10,7 +10,7 @@ from bioscan_jax import config
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.training.batches import TrainingBatches, augment, balanced, epoch_order, evaluation_batches
 
-PLAIN = config.Train(batch_size=8, epochs=3, reverse_complement=0.0, subsequence=0.0)
+PLAIN = config.TrainConfig(batch_size=8, epochs=3, reverse_complement=0.0, subsequence=0.0)
 
 
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(0, 3), st.integers(0, 2))
@@ -85,7 +85,7 @@ def examples(tmp_path):
 
 
 def test_any_batch_comes_from_its_number(examples):
-    train = config.Train(batch_size=8, epochs=3, seed=4)
+    train = config.TrainConfig(batch_size=8, epochs=3, seed=4)
     batches = TrainingBatches(examples, train, V2, 200)
     again = TrainingBatches(examples, train, V2, 200)
     rows = len(examples.rows("train"))
@@ -97,7 +97,7 @@ def test_any_batch_comes_from_its_number(examples):
         one, other = forwards[number], again[number]
         assert np.array_equal(one.rows, other.rows)
         assert np.array_equal(one.ids, other.ids)
-    other = TrainingBatches(examples, config.Train(batch_size=8, epochs=3, seed=5), V2, 200)
+    other = TrainingBatches(examples, config.TrainConfig(batch_size=8, epochs=3, seed=5), V2, 200)
     assert any(not np.array_equal(other[n].rows, forwards[n].rows) for n in numbers)
 
 

@@ -37,8 +37,8 @@ def write(path, rows=40, **columns):
 
 
 def prepare(path, scratch, *, labelled=True, with_metadata=False, **wanted):
-    source = open_source(config.Data(path=str(path)), scratch=None)
-    examples = config.Examples(path=str(path), **wanted)
+    source = open_source(config.DataConfig(path=str(path)), scratch=None)
+    examples = config.ExamplesConfig(path=str(path), **wanted)
     return prepare_examples(source, examples, V2, scratch, labelled=labelled, with_metadata=with_metadata)
 
 

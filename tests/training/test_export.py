@@ -17,13 +17,13 @@ from bioscan_jax.model.pooling import pool
 from bioscan_jax.training.export import export
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
-ONE = config.Mesh(data=1, compilation_cache=None)
+ONE = config.MeshConfig(data=1, compilation_cache=None)
 
 
 @pytest.fixture(scope="module")
 def run(barcodes, tmp_path_factory):  # noqa: F811
     directory = tmp_path_factory.mktemp("runs") / "run"
-    return directory, train(barcodes, directory, loss=config.Loss(metadata=True), epochs=2)
+    return directory, train(barcodes, directory, loss=config.LossConfig(metadata=True), epochs=2)
 
 
 def vectors(loaded, ids):
@@ -31,7 +31,7 @@ def vectors(loaded, ids):
 
 
 def loaded_from(checkpoint, adapter=None):
-    return load(config.Model(checkpoint=str(checkpoint), adapter=adapter), make_layout(ONE))
+    return load(config.ModelConfig(checkpoint=str(checkpoint), adapter=adapter), make_layout(ONE))
 
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(6, 4000, (3, 15)))

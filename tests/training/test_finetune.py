@@ -23,7 +23,7 @@ from bioscan_jax.training.run import finetune
 from bioscan_jax.training.tracking import Tracker
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
-ONE = config.Mesh(data=1, compilation_cache=None)
+ONE = config.MeshConfig(data=1, compilation_cache=None)
 NOT_COMPARED = ("hardware/",)
 
 
@@ -39,13 +39,13 @@ def train(barcodes, directory, *, mesh=ONE, data=None, lora=None, loss=None, tra
     chosen = {"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 5, "max_shapes": 1, "log_every": 1}
     chosen |= {"shortest": 60, "seed": 1, "output_dir": str(directory)}
     return finetune(
-        config.Model(checkpoint="random:tiny-v2"),
-        config.Examples(path=str(barcodes), **({"validation": 0.25} | (data or {}))),
-        lora or config.LoRA(rank=4),
+        config.ModelConfig(checkpoint="random:tiny-v2"),
+        config.ExamplesConfig(path=str(barcodes), **({"validation": 0.25} | (data or {}))),
+        lora or config.LoRAConfig(rank=4),
         loss,
-        config.Train(**(chosen | settings)),
-        config.Checkpoint(interval_minutes=0.0),
-        config.Tracking(mode=tracking),
+        config.TrainConfig(**(chosen | settings)),
+        config.CheckpointConfig(interval_minutes=0.0),
+        config.TrackingConfig(mode=tracking),
         mesh,
         progress=False,
     )
@@ -162,16 +162,16 @@ def test_bad_input(barcodes, tmp_path):
     with pytest.raises(InputError, match="--data.max_tokens 3000 exceeds the 2048 positions"):
         train(barcodes, tmp_path / "a", data={"max_tokens": 3000})
     with pytest.raises(InputError, match="--lora.targets 'dense' is unknown"):
-        train(barcodes, tmp_path / "a", lora=config.LoRA(targets=("dense",)))
+        train(barcodes, tmp_path / "a", lora=config.LoRAConfig(targets=("dense",)))
     assert not (tmp_path / "a" / "run.json").exists()  # the mended command may take the directory
     with pytest.raises(InputError, match="--loss.metadata needs labels"):
-        train(barcodes, tmp_path / "b", objective="mlm", loss=config.Loss(metadata=True))
+        train(barcodes, tmp_path / "b", objective="mlm", loss=config.LossConfig(metadata=True))
     with pytest.raises(InputError, match="--train.balance needs labels"):
         train(barcodes, tmp_path / "b", objective="mlm", balance="species")
     table = pq.read_table(barcodes)
     pq.write_table(table.drop_columns(["depth"]), tmp_path / "surface.parquet")
     with pytest.raises(InputError, match="there is no column depth, which metadata needs"):
-        train(tmp_path / "surface.parquet", tmp_path / "c", loss=config.Loss(metadata=True))
+        train(tmp_path / "surface.parquet", tmp_path / "c", loss=config.LossConfig(metadata=True))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file.* a file stands where .* pass another --train.output_dir"):
         train(barcodes, tmp_path / "file")
@@ -183,23 +183,31 @@ def test_bad_input(barcodes, tmp_path):
 
 
 def test_a_weight_asks_for_metadata():
-    assert not config.Loss().with_metadata
-    assert config.Loss(metadata=True).metadata_share == 0.3
-    assert config.Loss(metadata_weight=0.2).with_metadata
-    assert config.Loss(metadata_weight=0.2).metadata_share == 0.2
+    assert not config.LossConfig().with_metadata
+    assert config.LossConfig(metadata=True).metadata_share == 0.3
+    assert config.LossConfig(metadata_weight=0.2).with_metadata
+    assert config.LossConfig(metadata_weight=0.2).metadata_share == 0.2
 
 
 @pytest.mark.parametrize(
     ("make", "settings", "line"),
     [
-        (config.Loss, {"metadata": False, "metadata_weight": 0.2}, "--loss.metadata_weight 0.2 needs --loss.metadata"),
-        (config.Loss, {"metadata_weight": 1.0}, "--loss.metadata_weight 1.0 is not between 0 and 1"),
-        (config.Loss, {"rank_weights": (0.0,) * 7}, "--loss.rank_weights .* must be at least 0, and not all 0"),
-        (config.Loss, {"rank_weights": (float("nan"), *(1.0,) * 6)}, "--loss.rank_weights .nan, 1.0.* at least 0"),
-        (config.LoRA, {"alpha": float("inf")}, "--lora.alpha inf must be more than 0"),
-        (config.Train, {"seed": -1}, "--train.seed -1 is too small; pass at least 0"),
-        (config.Train, {"weight_decay": -0.1}, "--train.weight_decay -0.1 must be at least 0"),
-        (config.Train, {"learning_rate": float("nan")}, "--train.learning_rate nan must be more than 0"),
+        (
+            config.LossConfig,
+            {"metadata": False, "metadata_weight": 0.2},
+            "--loss.metadata_weight 0.2 needs --loss.metadata",
+        ),
+        (config.LossConfig, {"metadata_weight": 1.0}, "--loss.metadata_weight 1.0 is not between 0 and 1"),
+        (config.LossConfig, {"rank_weights": (0.0,) * 7}, "--loss.rank_weights .* must be at least 0, and not all 0"),
+        (
+            config.LossConfig,
+            {"rank_weights": (float("nan"), *(1.0,) * 6)},
+            "--loss.rank_weights .nan, 1.0.* at least 0",
+        ),
+        (config.LoRAConfig, {"alpha": float("inf")}, "--lora.alpha inf must be more than 0"),
+        (config.TrainConfig, {"seed": -1}, "--train.seed -1 is too small; pass at least 0"),
+        (config.TrainConfig, {"weight_decay": -0.1}, "--train.weight_decay -0.1 must be at least 0"),
+        (config.TrainConfig, {"learning_rate": float("nan")}, "--train.learning_rate nan must be more than 0"),
     ],
 )
 def test_settings_that_cannot_be(make, settings, line):
@@ -235,7 +243,7 @@ def test_a_whole_model_learns(tmp_path, head):
     write_simulated(str(tmp_path / "b.parquet"), species=30, per_species=16, length=240, seed=0)
     chosen = {"mode": "full", "epochs": 12, "learning_rate": 3e-3, "batch_size": 16, "log_every": 100}
     chosen |= {"reverse_complement": 0.0, "subsequence": 0.0}
-    summary = train(tmp_path / "b.parquet", tmp_path / "run", loss=config.Loss(head=head), **chosen)
+    summary = train(tmp_path / "b.parquet", tmp_path / "run", loss=config.LossConfig(head=head), **chosen)
     assert summary.taxa["family"] > 1
     evaluated = [line for line in lines(tmp_path / "run") if "eval/loss" in line]
     for rank in ("family", "genus", "species"):
@@ -259,7 +267,10 @@ def test_masked_language_modelling_needs_no_labels(barcodes, tmp_path):
 def test_a_run_goes_on_with_other_devices(whole, barcodes, tmp_path, monkeypatch):
     """8, then 4, then 1: the losses agree within 1e-5 with those of one device."""
     directory, summary = whole
-    meshes = [config.Mesh(data=8, params="fsdp", compilation_cache=None), config.Mesh(data=4, compilation_cache=None)]
+    meshes = [
+        config.MeshConfig(data=8, params="fsdp", compilation_cache=None),
+        config.MeshConfig(data=4, compilation_cache=None),
+    ]
     for mesh, step in zip(meshes, (6, 21), strict=True):
         with monkeypatch.context() as patch:
             stopping_at(patch, step)

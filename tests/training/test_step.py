@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 TINY = dataclasses.replace(PRESETS["tiny-v2"], hidden_size=32, intermediate_size=64, initializer_range=0.1)
 TREE = flat_tree(48, (1, 2, 2, 4, 8, 16))
 STEPS = 100
-TRAIN = config.Train(learning_rate=5e-3, warmup_steps=2, seed=3)
-LORA = config.LoRA(rank=4, dropout=0.3)
+TRAIN = config.TrainConfig(learning_rate=5e-3, warmup_steps=2, seed=3)
+LORA = config.LoRAConfig(rank=4, dropout=0.3)
 
 
 def batch_of(number, rows=12, width=24):
@@ -54,7 +54,7 @@ def batch_of(number, rows=12, width=24):
 
 
 def learner_on(mesh, loss=None, train=TRAIN, lora=LORA, dtype=jnp.float32):
-    loss, taxonomic = loss or config.Loss(), train.objective == "taxonomy"
+    loss, taxonomic = loss or config.LossConfig(), train.objective == "taxonomy"
     layout = make_layout(mesh)
     trunk = random_model(TINY, dtype, layout, seed=0, lm_head=not taxonomic)
     tree = TREE if taxonomic else None
@@ -77,17 +77,17 @@ def train_on(learner, steps, batches=batch_of, params=None):
 @pytest.fixture(scope="module")
 def alone():
     """Losses and parameters on one device, the batch in one part."""
-    params, numbers = train_on(learner_on(config.Mesh(data=1)), 20)
+    params, numbers = train_on(learner_on(config.MeshConfig(data=1)), 20)
     return jax.device_get(params), [n.loss for n in numbers]
 
 
 MESHES = [
-    config.Mesh(data=8, params="fsdp"),
-    pytest.param(config.Mesh(data=1, params="fsdp"), marks=pytest.mark.slow),
-    pytest.param(config.Mesh(data=2), marks=pytest.mark.slow),
-    pytest.param(config.Mesh(data=8), marks=pytest.mark.slow),
-    pytest.param(config.Mesh(data=2, params="fsdp"), marks=pytest.mark.slow),
-    pytest.param(config.Mesh(data=4, model=2), marks=pytest.mark.slow),
+    config.MeshConfig(data=8, params="fsdp"),
+    pytest.param(config.MeshConfig(data=1, params="fsdp"), marks=pytest.mark.slow),
+    pytest.param(config.MeshConfig(data=2), marks=pytest.mark.slow),
+    pytest.param(config.MeshConfig(data=8), marks=pytest.mark.slow),
+    pytest.param(config.MeshConfig(data=2, params="fsdp"), marks=pytest.mark.slow),
+    pytest.param(config.MeshConfig(data=4, model=2), marks=pytest.mark.slow),
 ]
 
 
@@ -105,7 +105,7 @@ def test_devices_and_parts_do_not_change_20_steps(alone, mesh):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_learns_and_leaves_the_rest(dtype):
-    learner = learner_on(config.Mesh(data=1), dtype=dtype)
+    learner = learner_on(config.MeshConfig(data=1), dtype=dtype)
     before = jax.device_get(jax.tree.leaves(learner.frozen))
     assert {leaf.dtype for leaf in before} == {jnp.dtype(dtype)}
     params, numbers = train_on(learner, 20, lambda number: batch_of(number % 2))
@@ -119,7 +119,7 @@ def test_it_learns_and_leaves_the_rest(dtype):
 
 
 def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
-    learner = learner_on(config.Mesh(data=1))  # with dropout: b is zero, so nothing that is dropped matters yet
+    learner = learner_on(config.MeshConfig(data=1))  # with dropout: b is zero, so nothing that is dropped matters yet
     _, [numbers] = train_on(learner, 1)
     batch = batch_of(0)
     classifier = learner.classifier(flat(learner.trainable), learner.frozen)
@@ -136,7 +136,7 @@ def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
 
 
 def test_what_is_not_finite_changes_nothing():
-    learner = learner_on(config.Mesh(data=1))
+    learner = learner_on(config.MeshConfig(data=1))
     started = jax.device_get(flat(learner.trainable))
     name = "trunk.layers.attention.query.b"
     started[name] = np.full_like(started[name], np.nan)
@@ -148,8 +148,8 @@ def test_what_is_not_finite_changes_nothing():
 
 
 def test_metadata_is_a_share_of_the_loss_and_learns():
-    loss = config.Loss(metadata=True, head="independent", metadata_weight=0.4)
-    learner = learner_on(config.Mesh(data=1), loss, lora=dataclasses.replace(LORA, dropout=0.0))
+    loss = config.LossConfig(metadata=True, head="independent", metadata_weight=0.4)
+    learner = learner_on(config.MeshConfig(data=1), loss, lora=dataclasses.replace(LORA, dropout=0.0))
     params, numbers = train_on(learner, 2)
     batch = batch_of(0)
     classifier = learner.classifier(flat(learner.trainable), learner.frozen)
@@ -162,7 +162,7 @@ def test_metadata_is_a_share_of_the_loss_and_learns():
 
 def test_masked_language_modelling_trains_the_whole_model():
     train = dataclasses.replace(TRAIN, mode="full", objective="mlm", learning_rate=2e-2)
-    learner = learner_on(config.Mesh(data=1), train=train)
+    learner = learner_on(config.MeshConfig(data=1), train=train)
     assert not jax.tree.leaves(learner.frozen)
     params, numbers = train_on(learner, 25, lambda number: batch_of(number % 3))
     assert numbers[0].loss == pytest.approx(np.log(TINY.vocab_size), rel=0.1)
@@ -173,15 +173,15 @@ def test_masked_language_modelling_trains_the_whole_model():
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    rate = learning_rate(config.Train(), 5000)
+    rate = learning_rate(config.TrainConfig(), 5000)
     assert float(rate(0)) == 0.0
     np.testing.assert_allclose([rate(250), rate(500), rate(2750), rate(5000)], [1e-4, 2e-4, 1e-4, 0.0], atol=1e-9)
-    assert float(learning_rate(config.Train(), 100)(50)) == pytest.approx(2e-4)  # a short run still gets there
+    assert float(learning_rate(config.TrainConfig(), 100)(50)) == pytest.approx(2e-4)  # a short run still gets there
 
 
 def test_biases_and_norms_do_not_decay():
     params = {"x.kernel": jnp.ones(2), "x.bias": jnp.ones(2), "norm.scale": jnp.ones(2), "x.a": jnp.ones(2)}
-    optimizer = make_optimizer(config.Train(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10)
+    optimizer = make_optimizer(config.TrainConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     moved = {name for name, update in updates.items() if np.abs(update).max() > 0}
     assert moved == {"x.kernel", "x.a"}
@@ -191,9 +191,9 @@ def test_biases_and_norms_do_not_decay():
 
 def test_the_2_5b_step_sums_nothing_but_gradients_of_adapters_and_heads():
     """NT-2.5B, bfloat16, eight devices, full size and nothing allocated: what the devices tell each other."""
-    layout, loss, train = make_layout(config.Mesh()), config.Loss(), config.Train(remat="layer")
+    layout, loss, train = make_layout(config.MeshConfig()), config.LossConfig(), config.TrainConfig(remat="layer")
     tree = flat_tree(5000)
-    abstract = abstract_classifier(PRESETS["nt-v1-2.5b"], jnp.bfloat16, loss, config.LoRA(), tree)
+    abstract = abstract_classifier(PRESETS["nt-v1-2.5b"], jnp.bfloat16, loss, config.LoRAConfig(), tree)
     learner = take_apart(abstract, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
     frozen = {leaf.dtype for leaf in jax.tree.leaves(learner.frozen)}
     assert frozen == {jnp.dtype(jnp.bfloat16)}
@@ -213,18 +213,18 @@ def test_the_2_5b_step_sums_nothing_but_gradients_of_adapters_and_heads():
 
 def test_frozen_parameters_are_not_differentiated():
     """The backward pass of a LoRA step costs what the forward one does: no product for a frozen kernel's gradient."""
-    learner = learner_on(config.Mesh(data=1))
+    learner = learner_on(config.MeshConfig(data=1))
     text = make_train_step(learner, STEPS).lower(*abstract_arguments(learner, STEPS, 1, 8, 24)).as_text()
     outputs = re.findall(r"dot_general.*-> tensor<([^>]*)>", text)
     assert outputs
     assert not [o for o in outputs if o in ("32x32xf32", "32x2x64xf32", "64x32xf32", "2x64x32xf32")]
-    whole = learner_on(config.Mesh(data=1), train=dataclasses.replace(TRAIN, mode="full"))
+    whole = learner_on(config.MeshConfig(data=1), train=dataclasses.replace(TRAIN, mode="full"))
     text = make_train_step(whole, STEPS).lower(*abstract_arguments(whole, STEPS, 1, 8, 24)).as_text()
     outputs = re.findall(r"dot_general.*-> tensor<([^>]*)>", text)
     assert [o for o in outputs if o == "32x32xf32"]
 
 
 def test_a_pickle_free_state_is_apart_from_the_frozen(alone):
-    learner = learner_on(config.Mesh(data=1))
+    learner = learner_on(config.MeshConfig(data=1))
     assert set(flat(learner.trainable)) == set(alone[0])
     assert not isinstance(next(iter(flat(learner.trainable).values())), nnx.Variable)

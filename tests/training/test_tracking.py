@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.config import Tracking
+from bioscan_jax.config import TrackingConfig
 from bioscan_jax.errors import InputError
 from bioscan_jax.training.tracking import draw_curves, open_tracking
 
-DISABLED = Tracking(mode="disabled")
+DISABLED = TrackingConfig(mode="disabled")
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def test_a_damaged_line_is_refused_and_the_file_left_alone(tmp_path, line):
 def test_disabled_leaves_metrics_alone_and_keeps_the_id_for_later(tmp_path, capfd, monkeypatch, asked):
     monkeypatch.setenv("WANDB_MODE", "disabled" if asked == "auto" else "offline")
     for given_id in (None, "abcd1234"):
-        with open_tracking(Tracking(mode=asked), tmp_path, settings={}, resumed_at=0, run_id=given_id) as tracker:
+        with open_tracking(TrackingConfig(mode=asked), tmp_path, settings={}, resumed_at=0, run_id=given_id) as tracker:
             assert tracker.run_id == given_id
             tracker.log({"train/loss": 1.0}, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -143,7 +143,7 @@ def test_disabled_leaves_metrics_alone_and_keeps_the_id_for_later(tmp_path, capf
 def test_online_without_a_key_is_refused_before_anything_is_written(tmp_path, monkeypatch, asked, environment, message):
     monkeypatch.setenv("WANDB_MODE", environment)
     with pytest.raises(InputError, match=message):
-        write(tmp_path / "run", [1], tracking=Tracking(mode=asked))
+        write(tmp_path / "run", [1], tracking=TrackingConfig(mode=asked))
     assert not (tmp_path / "run").exists()
 
 
@@ -188,7 +188,7 @@ def history(directory):
 
 
 def test_each_offline_run_of_one_id_holds_all_the_numbers_from_the_first_step_on(tmp_path, capfd):
-    tracking = Tracking(project="barcodes", name="first")
+    tracking = TrackingConfig(project="barcodes", name="first")
     settings = {"train": {"epochs": 3}}
     with open_tracking(tracking, tmp_path, settings=settings, resumed_at=0, run_id=None) as tracker:
         run_id = tracker.run_id
@@ -249,7 +249,7 @@ def test_a_bad_key_makes_the_run_an_offline_one_and_a_dead_dashboard_does_not_en
         netrc.write_text("machine api.wandb.ai\n  login user\n  password short\n")
         monkeypatch.setenv("NETRC", str(netrc))
     directory = tmp_path / "run"
-    with open_tracking(Tracking(), directory, settings={}, resumed_at=0, run_id="abcd1234") as tracker:
+    with open_tracking(TrackingConfig(), directory, settings={}, resumed_at=0, run_id="abcd1234") as tracker:
         assert tracker.run_id == "abcd1234"
         tracker.log({"train/loss": 1.0}, 1)
         tracker._run.finish()
