@@ -76,7 +76,7 @@ class MeshConfig:
     process_id: int | None = None
     """This process's number; found by itself as above."""
     compilation_cache: str | None = "~/.cache/bioscan_jax/xla"
-    """Directory that keeps compiled programs between runs; null switches it off."""
+    """Directory that keeps compiled programs between runs; null switches it off, JAX_COMPILATION_CACHE_DIR replaces it."""
 
     def __post_init__(self) -> None:
         _at_least("mesh.model", self.model, 1)

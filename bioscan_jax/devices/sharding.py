@@ -1,5 +1,6 @@
 """The device mesh and the rules from logical axes to mesh axes: the only place that names mesh axes."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ def make_layout(mesh: config.MeshConfig, *, local: bool = False) -> Layout:
 
 def start_devices(mesh: config.MeshConfig) -> None:
     """Sets up what must precede the first use of a device: several processes, the compilation cache."""
-    if mesh.compilation_cache is not None:
+    if mesh.compilation_cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(mesh.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if mesh.distributed:

@@ -16,7 +16,6 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.model.pooling import pool
 from bioscan_jax.training.export import export
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 ONE = config.MeshConfig(data=1, compilation_cache=None)
 
 

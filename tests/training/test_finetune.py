@@ -22,7 +22,6 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.training.run import finetune
 from bioscan_jax.training.tracking import Tracker
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 ONE = config.MeshConfig(data=1, compilation_cache=None)
 NOT_COMPARED = ("hardware/",)
 

@@ -29,7 +29,6 @@ from bioscan_jax.training.step import (
     take_apart,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 TINY = dataclasses.replace(PRESETS["tiny-v2"], hidden_size=32, intermediate_size=64, initializer_range=0.1)
 TREE = flat_tree(48, (1, 2, 2, 4, 8, 16))
 STEPS = 100
