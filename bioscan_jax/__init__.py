@@ -21,11 +21,10 @@ from bioscan_jax.config import (
     TrackingConfig,
     TrainConfig,
 )
-from bioscan_jax.devices.interrupt import Interrupted
 from bioscan_jax.devices.sharding import Layout, make_layout
 from bioscan_jax.embedding.run import embed
 from bioscan_jax.embedding.summary import RunSummary
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.matching.calibrate import CalibrationSummary, calibrate
 from bioscan_jax.matching.identify import IdentifySummary, identify
 from bioscan_jax.matching.search import Table, open_table

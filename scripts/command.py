@@ -31,8 +31,7 @@ def run(function: Callable[..., object]) -> None:
 
     Exit codes: 0 done, 2 something to mend (one line on stderr), 128 + signal when asked to stop or nobody reads on.
     """
-    from bioscan_jax.devices.interrupt import Interrupted
-    from bioscan_jax.errors import InputError
+    from bioscan_jax.errors import InputError, Interrupted
 
     try:
         function(**arguments(function))

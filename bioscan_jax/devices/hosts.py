@@ -17,8 +17,7 @@ import jax
 from jax._src import distributed
 
 from bioscan_jax import config
-from bioscan_jax.devices.interrupt import Interrupted
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, Interrupted
 
 _GATHERED = "bioscan_jax/gathered"
 _FAILED = "bioscan_jax/failed"

@@ -9,18 +9,6 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and did, with everything committed so far safe.
-
-    Attributes:
-        exit_code: 128 plus the signal's number, as shells have it.
-    """
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
-
-
 class StopRequest:
     """Set by the first SIGINT or SIGTERM."""
 

@@ -15,13 +15,13 @@ from bioscan_jax.checkpoints.load import LoadedModel, load
 from bioscan_jax.data.encode import BlockCounts
 from bioscan_jax.data.parquet import check_unique_ids, open_source
 from bioscan_jax.devices.hosts import failing_together, gather_bytes
-from bioscan_jax.devices.interrupt import Interrupted, stop_on_signals
+from bioscan_jax.devices.interrupt import stop_on_signals
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
 from bioscan_jax.embedding.encoder import CompiledSteps
 from bioscan_jax.embedding.job import Job, prepare, scratch_directory
 from bioscan_jax.embedding.pipeline import Work, run_rounds
 from bioscan_jax.embedding.summary import Clock, RunSummary, peak_device_bytes, peak_host_bytes, versions
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.table.lock import drop_empty, storage_errors, table_exists, table_path, writer_lock
 from bioscan_jax.table.sink import VectorTable

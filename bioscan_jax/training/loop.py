@@ -22,9 +22,9 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.devices.chips import peak_flops
 from bioscan_jax.devices.hosts import agree
-from bioscan_jax.devices.interrupt import Interrupted, StopRequest
+from bioscan_jax.devices.interrupt import StopRequest
 from bioscan_jax.embedding.summary import device_bytes_in_use, resident_bytes
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.classifier import Arrays
 from bioscan_jax.training.batches import ExampleBatch, TrainingBatches
 from bioscan_jax.training.examples import Examples

@@ -22,11 +22,10 @@ from bioscan_jax.checkpoints.converted import Provenance
 from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.data.batching import BatchShape
-from bioscan_jax.devices.interrupt import Interrupted
 from bioscan_jax.devices.sharding import Layout
 from bioscan_jax.embedding.encoder import CompiledSteps
 from bioscan_jax.embedding.run import embed_with
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.table.lock import open_dataset, table_path
 

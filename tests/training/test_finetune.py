@@ -17,8 +17,7 @@ from support.places import SCRIPTS
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.simulate import write_simulated
-from bioscan_jax.devices.interrupt import Interrupted
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.training.run import finetune
 from bioscan_jax.training.tracking import Tracker
 
