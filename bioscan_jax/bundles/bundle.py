@@ -38,8 +38,9 @@ from bioscan_jax.bundles.manifest import (
 from bioscan_jax.bundles.parts import BLOCK_ROWS, Rows, coded, open_rows, write_part
 from bioscan_jax.bundles.quantise import Precision, Quantiser, fit
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import local_directory, storage_errors, writer_lock
+from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.reading import metadata, vector_index
+from bioscan_jax.table.storage import local_directory, storage_errors
 
 QUANTISER = "quantiser.safetensors"
 RUN = "run.json"

@@ -19,8 +19,9 @@ from bioscan_jax.bundles.parts import codes_of
 from bioscan_jax.bundles.quantise import PRECISIONS, Quantiser
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.index import build_indexes
-from bioscan_jax.table.lock import open_dataset, storage_errors, table_path, writer_lock
+from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.reading import check_finished, check_name, metadata, vector_index
+from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance

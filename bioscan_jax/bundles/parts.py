@@ -14,8 +14,8 @@ from jaxtyping import Float32, Shaped
 
 from bioscan_jax.bundles.quantise import Precision, Quantiser
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import open_dataset, storage_errors, table_path
 from bioscan_jax.table.reading import check_condition, existing
+from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance

@@ -22,7 +22,8 @@ from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.repeats import Window, digests, fresh_views, window_blocks
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.columns import vector_schema
-from bioscan_jax.table.lock import Plan, local_directory, table_exists
+from bioscan_jax.table.plan import Plan
+from bioscan_jax.table.storage import local_directory, table_exists
 
 SAMPLED_ROWS = 65536
 """Rows from the start of the input whose lengths choose the batch widths."""

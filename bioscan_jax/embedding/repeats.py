@@ -18,7 +18,7 @@ from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.barcodes.views import Views
 from bioscan_jax.data.encode import EncodedBlock
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import open_dataset, storage_errors, table_path
+from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
 
 _DIGEST_BYTES = 16
 

@@ -23,8 +23,9 @@ from bioscan_jax.embedding.pipeline import Work, run_rounds
 from bioscan_jax.embedding.summary import Clock, RunSummary, peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.transformer import NucleotideTransformer
-from bioscan_jax.table.lock import drop_empty, storage_errors, table_exists, table_path, writer_lock
+from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.sink import VectorTable
+from bioscan_jax.table.storage import drop_empty, storage_errors, table_exists, table_path
 
 
 def embed(

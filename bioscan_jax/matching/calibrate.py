@@ -35,7 +35,7 @@ from bioscan_jax.matching.calibration import (
 from bioscan_jax.matching.match import Matched, Matcher, match, prepare, votes
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import HeadVotes, Votes
-from bioscan_jax.table.lock import local_directory, storage_errors
+from bioscan_jax.table.storage import local_directory, storage_errors
 
 POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)
 HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)

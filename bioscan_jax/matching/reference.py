@@ -18,8 +18,8 @@ from jaxtyping import Float32, Int32, Int64, UInt64
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import storage_errors
 from bioscan_jax.table.reading import check_condition, existing, metadata
+from bioscan_jax.table.storage import storage_errors
 
 if TYPE_CHECKING:
     import lance

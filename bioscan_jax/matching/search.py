@@ -13,7 +13,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.matching.neighbours import nearest as nearest_rows
 from bioscan_jax.matching.queries import Embedder, embed_sequences, make_embedder
 from bioscan_jax.matching.reference import Reference, open_reference
-from bioscan_jax.table.lock import table_path
+from bioscan_jax.table.storage import table_path
 
 
 @dataclass(frozen=True, eq=False)

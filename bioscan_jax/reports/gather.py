@@ -12,8 +12,8 @@ from jaxtyping import Float32, Float64, Int32, Int64
 
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import local_directory, open_dataset, storage_errors, table_path
 from bioscan_jax.table.reading import existing, metadata
+from bioscan_jax.table.storage import local_directory, open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.columns import check_values, vector_schema
-from bioscan_jax.table.lock import storage_errors, table_path, writer_lock
+from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.reading import check_finished, existing, metadata
+from bioscan_jax.table.storage import storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.output import written_whole
-from bioscan_jax.table.lock import open_dataset, table_path
 from bioscan_jax.table.reading import existing
+from bioscan_jax.table.storage import open_dataset, table_path
 
 if TYPE_CHECKING:
     import duckdb

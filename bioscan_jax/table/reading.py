@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING, Literal
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import local_directory, open_dataset, table_path
+from bioscan_jax.table.storage import local_directory, open_dataset, table_path
 
 if TYPE_CHECKING:
     import lance

@@ -11,7 +11,7 @@ from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.summary import versions
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import differences
+from bioscan_jax.table.plan import differences
 
 RUN_FILE = "run.json"
 LABEL_SPACE_FILE = "label_space.json"

@@ -27,7 +27,8 @@ from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.classifier import Arrays, flat, make_classifier
 from bioscan_jax.model.lora import resolve_targets
-from bioscan_jax.table.lock import local_directory, storage_errors, writer_lock
+from bioscan_jax.table.lock import writer_lock
+from bioscan_jax.table.storage import local_directory, storage_errors
 from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
 from bioscan_jax.training.evaluate import Evaluation
 from bioscan_jax.training.examples import Examples, prepare_examples

@@ -16,7 +16,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.embedding.run import embed as run_embed
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import open_dataset
+from bioscan_jax.table.storage import open_dataset
 
 _AGREE = 1e-4
 _PEERS = "benchmarks.peers:embed_rows"

@@ -27,7 +27,7 @@ from bioscan_jax.embedding.encoder import CompiledSteps
 from bioscan_jax.embedding.run import embed_with
 from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.config import PRESETS
-from bioscan_jax.table.lock import open_dataset, table_path
+from bioscan_jax.table.storage import open_dataset, table_path
 
 _SIZED_LIKE = "nt-v1-2.5b"
 _ONCE = ("open", "load", "compile", "index")

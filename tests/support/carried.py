@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.table.columns import vector_schema
-from bioscan_jax.table.lock import Plan
+from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.sink import SinkBlock, VectorTable
 
 HIDDEN, BLOCK_ROWS = 16, 100

@@ -24,8 +24,10 @@ from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.columns import vector_schema
 from bioscan_jax.table.index import sub_vectors
-from bioscan_jax.table.lock import Plan, lock_path, storage_error, table_exists
+from bioscan_jax.table.lock import lock_path
+from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.sink import SinkBlock, VectorTable, write_fragments
+from bioscan_jax.table.storage import storage_error, table_exists
 
 HIDDEN, BLOCK_ROWS = 16, 32
 SOURCE = pa.schema([("genus", pa.dictionary(pa.int32(), pa.string()))])
