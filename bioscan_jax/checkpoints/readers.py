@@ -44,7 +44,8 @@ SAFETENSORS_DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_MOST_DIMENSIONS = 32
+_MAX_DIMENSIONS = 32
+_MAX_EMPTY_BYTES = 1 << 40  # of an empty tensor, its zeros counted as ones: far below where numpy's sizes overflow
 _CHUNK_BYTES = 1 << 20
 
 
@@ -131,7 +132,7 @@ def read_rows(tensor: StoredTensor, rows: slice | None = None) -> np.ndarray:
         values = np.empty(shape, tensor.dtype)
         _read_into(values, tensor, offset)
         return values
-    stretch = np.empty(_stretch(shape, tensor.strides), tensor.dtype)
+    stretch = np.empty(_span(shape, tensor.strides), tensor.dtype)
     _read_into(stretch, tensor, offset)
     byte_strides = tuple(stride * tensor.dtype.itemsize for stride in tensor.strides)
     return np.lib.stride_tricks.as_strided(stretch, shape, byte_strides, writeable=False).copy()
@@ -238,7 +239,7 @@ def _list_safetensors(file: Path) -> list[StoredTensor]:
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
         tensor = StoredTensor(name, file, begin, SAFETENSORS_DTYPES[entry["dtype"]], shape, strides)
-        tensors.append(_bounded(tensor, end, size))
+        tensors.append(_check_bounds(tensor, end, size))
     return tensors
 
 
@@ -272,7 +273,7 @@ def _list_pickled(file: Path, head: bytes) -> list[StoredTensor]:
             end = begin + storage.numel * storage.dtype.itemsize
             offset = begin + view.start * storage.dtype.itemsize
             tensor = StoredTensor(name, file, offset, storage.dtype, view.shape, view.strides)
-            tensors.append(_bounded(tensor, end, size))
+            tensors.append(_check_bounds(tensor, end, size))
     return tensors
 
 
@@ -294,20 +295,21 @@ def _archive_entries(archive: zipfile.ZipFile, file: Path) -> tuple[str, dict[st
     return folder, entries
 
 
-def _bounded(tensor: StoredTensor, end: int, size: int) -> StoredTensor:
+def _check_bounds(tensor: StoredTensor, end: int, size: int) -> StoredTensor:
+    """Returns the tensor; raises InputError where it needs more than its data (up to `end`) or its file (`size`)."""
     shape = tensor.shape
     item = tensor.dtype.itemsize
     if (
-        len(shape) > _MOST_DIMENSIONS
+        len(shape) > _MAX_DIMENSIONS
         or end > size
-        or tensor.offset + _stretch(shape, tensor.strides) * item > end
-        or math.prod(max(length, 1) for length in shape) * item > size
+        or tensor.offset + _span(shape, tensor.strides) * item > end
+        or math.prod(max(length, 1) for length in shape) * item > (_MAX_EMPTY_BYTES if 0 in shape else size)
     ):
         raise InputError(f"{tensor.file}: tensor {tensor.name!r} reaches past its data; download the file again")
     return tensor
 
 
-def _stretch(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Counts the elements from a view's first to its last, both included."""
     if 0 in shape:
         return 0
