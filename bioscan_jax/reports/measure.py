@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.reports.answers import Identified
-from bioscan_jax.reports.gather import Taxa
+from bioscan_jax.reports.contents import Taxa
+from bioscan_jax.reports.identifications import Identified
 
 BINS = 10
 _Z = 1.959964

@@ -9,11 +9,11 @@ from importlib import resources
 from typing import Any
 
 from bioscan_jax.reports import palette, sections
-from bioscan_jax.reports.answers import Identified
-from bioscan_jax.reports.gather import Gathered
+from bioscan_jax.reports.contents import Gathered
+from bioscan_jax.reports.identifications import Identified
 from bioscan_jax.reports.measure import RankFigures
 from bioscan_jax.reports.payload import payload
-from bioscan_jax.reports.project import Projection
+from bioscan_jax.reports.projection import Projection
 
 
 def render(

@@ -9,9 +9,9 @@ import numpy as np
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.reports import palette
-from bioscan_jax.reports.answers import Identified
-from bioscan_jax.reports.gather import Gathered
-from bioscan_jax.reports.project import Projection
+from bioscan_jax.reports.contents import Gathered
+from bioscan_jax.reports.identifications import Identified
+from bioscan_jax.reports.projection import Projection
 
 _LEVELS = 65535
 """Steps of a coordinate on the map."""

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.reports import palette
-from bioscan_jax.reports.answers import Identified
-from bioscan_jax.reports.gather import Gathered, first_field
+from bioscan_jax.reports.contents import Gathered, first_field
+from bioscan_jax.reports.identifications import Identified
 from bioscan_jax.reports.measure import RankFigures
 from bioscan_jax.reports.payload import coastline
-from bioscan_jax.reports.project import Projection
+from bioscan_jax.reports.projection import Projection
 from bioscan_jax.reports.sections import SHOWN_TAXA
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.output import output_path, written_whole
-from bioscan_jax.reports.answers import read_identified, read_truth
-from bioscan_jax.reports.gather import gather, has_all
+from bioscan_jax.reports.contents import gather, has_all
+from bioscan_jax.reports.identifications import read_identified, read_truth
 from bioscan_jax.reports.measure import figures
 from bioscan_jax.reports.page import render
-from bioscan_jax.reports.project import Method, project
+from bioscan_jax.reports.projection import Method, project
 
 SHOWN_ROWS = 50_000
 

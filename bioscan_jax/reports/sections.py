@@ -9,10 +9,10 @@ import numpy as np
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.reports import charts
-from bioscan_jax.reports.answers import Identified
-from bioscan_jax.reports.gather import Gathered, first_field
+from bioscan_jax.reports.contents import Gathered, first_field
+from bioscan_jax.reports.identifications import Identified
 from bioscan_jax.reports.measure import RankFigures
-from bioscan_jax.reports.project import Projection
+from bioscan_jax.reports.projection import Projection
 
 SHOWN_TAXA = 15
 _MAIN_FIGURES = {

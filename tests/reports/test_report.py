@@ -23,11 +23,11 @@ from support.places import SCRIPTS
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
 from bioscan_jax.reports import charts, palette
-from bioscan_jax.reports.answers import read_identified, read_truth
-from bioscan_jax.reports.gather import gather
+from bioscan_jax.reports.contents import gather
+from bioscan_jax.reports.identifications import read_identified, read_truth
 from bioscan_jax.reports.measure import auroc, figures, reliability, wilson
 from bioscan_jax.reports.payload import coastline
-from bioscan_jax.reports.project import project
+from bioscan_jax.reports.projection import project
 from bioscan_jax.reports.run import report
 
 SCRIPT = SCRIPTS / "report.py"

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float64
 
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
 from bioscan_jax.errors import InputError
-from bioscan_jax.reports.gather import lineage_columns
+from bioscan_jax.reports.contents import lineage_columns
 
 _NEAREST = 100
 """References kept to see whether a table is the one that was searched."""
