@@ -146,6 +146,8 @@ class SimulateConfig:
     """Bases of a full barcode."""
     seed: int = 0
     """Of the tree and the mutations."""
+    path: str | None = None
+    """Parquet file to write; only if data.path names the same file are barcodes simulated. data.path if absent."""
 
     def __post_init__(self) -> None:
         _at_least("simulate.species", self.species, 1)

@@ -1,21 +1,6 @@
-"""Joins metadata that arrives later onto a vector table by sequence_id."""
+"""The same as `bioscan annotate`; --help explains it."""
 
-from command import run
-
-
-def main(uri: str, metadata: str, table: str = "sequences", overwrite: bool = False) -> None:
-    """Join a file's columns onto a vector table by sequence_id, all of them in one step or none.
-
-    Args:
-        uri: Database directory or URL.
-        metadata: Parquet, CSV or TSV file with sequence_id; its other columns are added, or filled where null.
-        table: Name of the vector table.
-        overwrite: Replace values that differ from the file's; otherwise they are an error.
-    """
-    from bioscan_jax.table.annotate import annotate
-
-    print(annotate(uri, metadata, table, overwrite=overwrite))
-
+from bioscan_jax.cli import run_script
 
 if __name__ == "__main__":
-    run(main)
+    run_script("annotate")

@@ -1,31 +1,6 @@
-"""Converts a Hugging Face checkpoint to an orbax one, so that later starts read Flax weights directly."""
+"""The same as `bioscan convert`; --help explains it."""
 
-from pathlib import Path
-
-from command import run
-
-from bioscan_jax import config
-
-
-def main(model: config.ModelConfig, output: str, mesh: config.MeshConfig = config.MeshConfig()) -> None:  # noqa: B008 - frozen
-    """Convert a checkpoint once; pass the output directory as --model.checkpoint from then on.
-
-    Args:
-        model: Which weights; model.dtype auto keeps bfloat16 on TPU and GPU, float32 on CPU.
-        output: Directory to make.
-        mesh: Which devices hold the weights meanwhile.
-    """
-    from bioscan_jax.checkpoints.converted import save
-    from bioscan_jax.checkpoints.load import load
-    from bioscan_jax.devices.sharding import make_layout, start_devices
-
-    start_devices(mesh)
-    loaded = load(model, make_layout(mesh), lm_head=True)
-    save(Path(output), loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
-    print(
-        f"{output}: {loaded.provenance.model} in {loaded.provenance.dtype}, sha256 {loaded.provenance.weights_sha256}"
-    )
-
+from bioscan_jax.cli import run_script
 
 if __name__ == "__main__":
-    run(main)
+    run_script("convert")

@@ -1,34 +1,6 @@
-"""Exports what scripts/finetune.py trained: a PEFT adapter, or a whole Hugging Face checkpoint."""
+"""The same as `bioscan export`; --help explains it."""
 
-from typing import Literal
-
-from command import run as run_command
-
-from bioscan_jax import config
-
-
-def main(
-    run: str,
-    output: str,
-    format: Literal["peft", "merged"] = "peft",
-    which: Literal["best", "last"] = "best",
-    checkpoint: str | None = None,
-    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
-) -> None:
-    """Export what a training run learned; its directory stays as it is.
-
-    Args:
-        run: Directory of the training run (--train.output_dir of scripts/finetune.py).
-        output: Directory to make.
-        format: peft is the adapter, heads and label space; merged a whole checkpoint.
-        which: The parameters that did best on the validation rows, or those of the last checkpoint.
-        checkpoint: Where the base weights are now, if they have moved.
-        mesh: Which devices hold the weights meanwhile.
-    """
-    from bioscan_jax.training.export import export
-
-    print(export(run, output, format=format, which=which, checkpoint=checkpoint, mesh=mesh))
-
+from bioscan_jax.cli import run_script
 
 if __name__ == "__main__":
-    run_command(main)
+    run_script("export")

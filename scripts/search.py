@@ -1,43 +1,6 @@
-"""The nearest rows of a vector table to a sequence: python scripts/search.py ACGT... --reference.uri DIR."""
+"""The same as `bioscan search`; --help explains it."""
 
-import sys
-
-from command import run
-
-from bioscan_jax import config
-
-
-def main(
-    sequence: str,
-    reference: config.ReferenceConfig,
-    k: int = 10,
-    filter: str | None = None,
-    columns: list[str] | None = None,
-    search: config.SearchKind = "auto",
-    model: config.ModelConfig | None = None,
-    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
-) -> None:
-    """Print the nearest rows of a vector table to a sequence; the sequence comes first.
-
-    Args:
-        sequence: DNA; may stand first, without --sequence.
-        reference: Which table.
-        k: Rows to print.
-        filter: SQL condition on the columns, such as "depth > 200".
-        columns: To print; sequence_id and the names if absent.
-        search: auto takes the table's vector index, where it has one, from 50,000 rows on.
-        model: Where the table's model is now, if not where the table says.
-        mesh: Which devices.
-    """
-    from bioscan_jax.matching.search import open_table, short_columns
-    from bioscan_jax.table.query import as_text
-
-    table = open_table(reference.uri, reference.table, model=model, mesh=mesh)
-    found = table.search(sequence, k, filter=filter, columns=columns or short_columns(table), search=search)
-    print(as_text(found.drop_columns(["query"]).to_reader(), k))
-
+from bioscan_jax.cli import run_script
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("--"):
-        sys.argv[1] = f"--sequence={sys.argv[1]}"
-    run(main)
+    run_script("search")

@@ -1,8 +1,6 @@
 """Every way to be wrong that we could think of: one line that says what, where and how to mend, nothing left behind."""
 
 import gzip
-import importlib
-import importlib.util
 import json
 import re
 import shlex
@@ -12,9 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
-import jax
 import lance
 import numpy as np
 import pyarrow as pa
@@ -22,33 +20,21 @@ import pyarrow.parquet as pq
 import pytest
 from kill_campaign import Table, environment, files, lines, run, start, unnamed_files
 from safetensors.numpy import load_file, save_file
+from support.commands import call
 from support.places import GOLDEN, ROOT, SCRIPTS
 
 from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, embed
+from bioscan_jax.cli import finetune
+from bioscan_jax.cli._command import parse
 from bioscan_jax.embedding import job
 from bioscan_jax.table.lock import writer_lock
 
-ROUNDS = importlib.import_module("bioscan_jax.embedding.pipeline")
-EMBED = importlib.import_module("bioscan_jax.embedding.run")  # the package's name `embed` is the function
+ROUNDS = import_module("bioscan_jax.embedding.pipeline")
+EMBED = import_module("bioscan_jax.embedding.run")  # the package's name `embed` is the function
 CHECKPOINTS = {family: GOLDEN / family for family in ("v1", "v2")}
 ALL = {"cache_rows": 0, "max_shapes": 1}
 """Every block is computed, though it repeats the one before."""
 GOOD = ["ACGTAC" * 20, "TTGACA" * 15 + "N", "GGGCCATTA" * 9]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Keeps compiled programs for the next test, in this process and in those it starts."""
-    directory = str(tmp_path_factory.mktemp("compiled"))
-    with pytest.MonkeyPatch.context() as changed:
-        changed.setenv("JAX_COMPILATION_CACHE_DIR", directory)
-        changed.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-        jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        yield
-        jax.config.update("jax_compilation_cache_dir", before[0])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
 def write(path: Path, sequences: list | pa.Array, **columns) -> Path:
@@ -527,63 +513,36 @@ NEEDED = ["--model.checkpoint=random:tiny-v2", "--data.path=in.parquet", "--sink
         (["--config", "bytes.yaml"], ["utf-8"]),
     ],
 )
-def test_a_wrong_command_line(tmp_path, monkeypatch, capsys, command, arguments, words):
+def test_a_wrong_command_line(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("model: {checkpoin: x}")
     Path("torn.yaml").write_text("model: [1")
     Path("bytes.yaml").write_bytes(bytes(range(128, 255)))
-    monkeypatch.setattr(sys, "argv", ["embed.py", *arguments])
-    with pytest.raises(SystemExit) as left:
-        command.run(main_of("embed.py"))
-    said = capsys.readouterr()
-    assert left.value.code == 2
-    assert said.out == ""
-    assert re.fullmatch("error: .+\n", said.err)
-    assert_says(said.err, *words)
+    done = call("embed", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch("error: .+\n", done.stderr)
+    assert_says(done.stderr, *words)
     assert not Path("db").exists()
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """scripts/command.py, whose signal handlers are not for this process."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    module = module_of("command.py")
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    monkeypatch.setitem(sys.modules, "command", module)
-    return module
-
-
-def module_of(name: str):
-    specification = importlib.util.spec_from_file_location(name.removesuffix(".py"), SCRIPTS / name)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def main_of(name: str):
-    return module_of(name).main
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_each_config_is_one_of_the_script_that_its_first_line_names(monkeypatch, command, path):
-    named = re.match(r"# python scripts/(\w+\.py) --config configs/(\S+)", path.read_text())
+def test_each_config_is_one_of_the_command_that_its_first_line_names(path):
+    named = re.match(r"# python scripts/(\w+)\.py --config configs/(\S+)", path.read_text())
     assert named, f"{path} must start with its command"
     assert named[2] == path.name
     header = re.match(r"(?:#.*\n)+", path.read_text())[0].replace("\\\n#", "").split("\n")[0]
     words = shlex.split(header.removeprefix("# python"))
-    monkeypatch.setattr(sys, "argv", [str(path) if word == f"configs/{path.name}" else word for word in words])
-    assert command.arguments(main_of(named[1]))
+    flags = [str(path) if word == f"configs/{path.name}" else word for word in words[1:]]
+    assert parse(import_module(f"bioscan_jax.cli.{named[1]}").main, flags, named[1])
 
 
 @pytest.mark.parametrize("given", ["query,value", "[query,value]", "[query, value]"])
 @pytest.mark.parametrize("joined", [True, False])
-def test_a_list_needs_no_brackets(monkeypatch, command, given, joined):
+def test_a_list_needs_no_brackets(given, joined):
     flags = ["--model.checkpoint=random:tiny-v2", "--data.path=in.parquet", "--loss.rank_weights=0,0,0,0,1,1,2.5"]
     flags += [f"--lora.targets={given}"] if joined else ["--lora.targets", given]
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *flags, "--train.epochs", "3"])
-    found = command.arguments(main_of("finetune.py"))
+    found = parse(finetune.main, [*flags, "--train.epochs", "3"], "finetune")
     assert found["lora"].targets == ("query", "value")
     assert found["loss"].rank_weights == (0, 0, 0, 0, 1, 1, 2.5)
     assert found["train"].epochs == 3
@@ -631,8 +590,8 @@ def test_output_that_nobody_reads_and_streams_that_are_closed(tmp_path):
         assert unnamed_files(uri) == []
 
 
-def test_help_names_the_flags(tmp_path):
-    shown = script(["--help"], cwd=tmp_path)
+def test_help_names_the_flags():
+    shown = call("embed", "--help")
     flags = """--config --model.checkpoint --model.revision --model.dtype --data.path --data.sequence_column
     --data.max_tokens --data.overlong --data.block_rows --embed.pooling --embed.layer --embed.strand --embed.phases
     --mesh.data --mesh.model --sink.uri --sink.table --sink.vector_dtype --sink.index"""

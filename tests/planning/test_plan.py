@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from support.places import ROOT
+from support.commands import call
+from support.places import ROOT, SCRIPTS
 
 from bioscan_jax import InputError, MeshConfig, ModelConfig, config
 from bioscan_jax.data.batching import BatchShape
@@ -46,29 +47,13 @@ def compiles(test):
 
 
 def script(*flags):
-    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), *flags]
+    command = [sys.executable, str(SCRIPTS / "plan.py"), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=ROOT)
 
 
 def refusals(*commands):
-    """Exit codes and messages of several command lines, all of them in one process: each would start JAX anew."""
-    program = """
-import contextlib, io, json, runpy, sys
-answers = []
-sys.path.insert(0, "scripts")
-for flags in json.loads(sys.argv[1]):
-    sys.argv = ["scripts/plan.py", *flags]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            runpy.run_path("scripts/plan.py", run_name="__main__")
-            answers.append([0, said.getvalue()])
-        except SystemExit as end:
-            answers.append([end.code, said.getvalue()])
-print(json.dumps(answers))
-"""
-    command = [sys.executable, "-c", program, json.dumps(commands)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
-    return json.loads(ran.stdout)
+    """Exit codes and messages of several command lines."""
+    return [[done.returncode, done.stderr] for done in (call("plan", *flags) for flags in commands)]
 
 
 def test_arithmetic_without_the_compiler(without_compiler, tmp_path):

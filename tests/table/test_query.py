@@ -1,8 +1,7 @@
 import csv
+import functools
 import json
 import math
-import subprocess
-import sys
 
 import duckdb
 import lance
@@ -13,12 +12,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.carried import make_table, read
-from support.places import SCRIPTS
+from support.commands import call
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.query import as_text, explain, query, reading, write
 
-SCRIPT = SCRIPTS / "query.py"
 DEPTHS = "SELECT sequence_id, genus, depth FROM sequences WHERE depth BETWEEN 0 AND 3000 ORDER BY sequence_id"
 
 
@@ -249,9 +247,7 @@ def test_a_failing_query_leaves_no_file(uri, tmp_path):
 
 
 def test_the_script_answers_and_refuses_in_one_line(uri, tmp_path):
-    def script(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120)
-
+    script = functools.partial(call, "query")
     answered = script(DEPTHS, "--uri", uri, "--output", str(tmp_path / "o.csv"))
     assert (answered.returncode, answered.stderr) == (0, "")
     assert answered.stdout == f"{tmp_path / 'o.csv'}: {query(DEPTHS, uri).num_rows} rows\n"

@@ -1,0 +1,70 @@
+"""The command `bioscan`: one module per subcommand, each of them also a file in scripts/."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "embed": "embed barcodes into a vector table",
+    "finetune": "train adapters and taxonomic heads on labelled barcodes",
+    "export": "export what a training run learned",
+    "identify": "name barcodes by a vector table",
+    "calibrate": "fit what the answers of identify are worth",
+    "search": "print the rows of a table nearest to a sequence",
+    "query": "ask a vector table in SQL",
+    "annotate": "join later metadata onto a vector table",
+    "report": "write a report of a vector table as one HTML file",
+    "bundle": "carry a vector table: export, verify, import",
+    "convert": "convert a checkpoint once, for faster starts",
+    "plan": "compile for a TPU that is not here and say what fits",
+    "benchmark": "compare with other programs (needs a checkout)",
+}
+"""Each subcommand and what `bioscan --help` says of it."""
+
+
+def main() -> None:
+    """Runs the subcommand that the first word of the command line names; the entry point of `bioscan`."""
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        run_script(words[0], words[1:])
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {does}" for name, does in COMMANDS.items())
+    usage = f"usage: bioscan COMMAND [flags]\n\n{listing}\n\nbioscan COMMAND --help explains the flags of a command."
+    if words and words[0] in ("-h", "--help"):
+        print(usage)
+    elif words and words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"bioscan_jax {version('bioscan_jax')}")
+    else:
+        given = f"no command {words[0]!r}" if words else "no command"
+        print(f"error: {given}; pass one of {', '.join(COMMANDS)}; --help explains them", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_script(name: str, words: list[str] | None = None) -> None:
+    """Runs one subcommand and ends the process with its exit code.
+
+    Args:
+        name: One of `COMMANDS`.
+        words: Its flags; those of the process if absent.
+    """
+    from bioscan_jax.cli._command import own_process
+
+    own_process()
+    sys.exit(invoke(name, sys.argv[1:] if words is None else words))
+
+
+def invoke(name: str, words: list[str]) -> int:
+    """Runs one subcommand inside this process.
+
+    Args:
+        name: One of `COMMANDS`.
+        words: Its flags.
+
+    Returns:
+        The exit code: 0 done; 2 a mistake that the user can fix, told in one line on stderr; 128 + signal when asked to
+        stop, or when nobody reads the output any more.
+    """
+    from bioscan_jax.cli._command import exit_code_of
+
+    return exit_code_of(import_module(f"bioscan_jax.cli.{name}").command, words)

@@ -1,0 +1,167 @@
+"""What every command shares: flags from dataclasses, layered --config files, one line for a mistake."""
+
+import dataclasses
+import logging
+import os
+import re
+import signal
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+Command = Callable[[Sequence[str]], None]
+"""Runs with the words that follow its name on the command line."""
+
+
+class UsageError(Exception):
+    """The command line cannot be parsed; the message says why."""
+
+
+def own_process() -> None:
+    """Sets up a process that does nothing but run one command."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: a file of the table would get its number, and log lines
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
+    os.environ.setdefault("LANCE_LOG", "warn")  # at info it logs how long each index took
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("bioscan_jax").setLevel(logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit_at_once)
+
+
+def _exit_at_once(number: int, frame: object) -> None:
+    """Ends the process where it stands: everything that it writes survives a kill at any instant."""
+    with suppress(OSError):
+        os.write(2, b"\nstopped; what was committed is safe; run the same command again\n")
+    os._exit(128 + number)
+
+
+def exit_code_of(command: Command, words: Sequence[str]) -> int:
+    """Runs a command and turns its errors into one line on stderr and an exit code; see `bioscan_jax.cli.invoke`."""
+    from bioscan_jax.errors import InputError, Interrupted
+
+    try:
+        command(words)
+        sys.stdout.flush()
+    except (InputError, UsageError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        print("nobody reads the output any more; what was committed is safe", file=sys.stderr)
+        os._exit(128 + signal.SIGPIPE)  # an orderly exit would try to write once more
+    return 0
+
+
+def from_flags(function: Callable[..., object], name: str) -> Command:
+    """The command that calls `function` with what the flags say.
+
+    Args:
+        function: Its parameters become flags, its docstring the help; dataclasses become groups of flags.
+        name: What `--help` calls it, such as "embed".
+    """
+
+    def command(words: Sequence[str]) -> None:
+        function(**parse(function, words, name))
+
+    return command
+
+
+def parse(function: Callable[..., object], words: Sequence[str], name: str) -> dict[str, Any]:
+    """The arguments for `function` that a command line states.
+
+    Raises:
+        InputError: A dataclass refused its values.
+        UsageError: A flag is unknown, missing or of the wrong type.
+    """
+    import jsonargparse
+
+    from bioscan_jax.errors import InputError
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    description = (function.__doc__ or "").split("\n")[0]
+    parser = jsonargparse.ArgumentParser(
+        prog=f"bioscan {name}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with these settings, or the name of a shipped one; may be repeated"
+    )
+    parser.add_function_arguments(function)
+    for action in parser._actions:
+        if isinstance(action.default, bool):  # `--explain` alone means true
+            action.nargs, action.const = "?", True
+    try:
+        given = parser.instantiate(parser.parse_args(_with_config_paths(_with_brackets(words, _lists(function)))))
+    except (jsonargparse.ArgumentError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, InputError):
+            raise cause from None
+        reason = re.sub('Parser key "([^"]+)":', r"--\1:", str(error))
+        raise UsageError(f"{reason}; --help lists the flags") from None
+    given.pop("config", None)
+    return vars(given)
+
+
+def positional(words: Sequence[str], flag: str) -> list[str]:
+    """The words with a first one that is no flag turned into the value of `--flag`."""
+    first = [f"--{flag}={words[0]}"] if words and not words[0].startswith("--") else list(words[:1])
+    return [*first, *words[1:]]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The config files that come with the package, by the name that `--config` takes."""
+    package = Path(__file__).parents[1]
+    for directory in (package / "configs", package.parent / "configs"):  # in a wheel, in a checkout
+        if found := sorted(directory.glob("*.yaml")):
+            return {path.stem: path for path in found}
+    return {}
+
+
+def _with_config_paths(words: Sequence[str]) -> list[str]:
+    """Replaces the name of a shipped config after `--config` by its path."""
+    shipped, found = shipped_configs(), []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if found and found[-1] == "--config" and not Path(word).exists():
+            word = str(shipped.get(word, word))
+        elif flag == "--config" and equals and not Path(value).exists():
+            word = f"--config={shipped.get(value, value)}"
+        found.append(word)
+    return found
+
+
+def _lists(function: Callable[..., object]) -> set[str]:
+    """Flags that take several values."""
+    several = (tuple, list)
+    hints = typing.get_type_hints(function)
+    flags = {f"--{name}" for name, kind in hints.items() if _is_any(kind, several)}
+    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    return flags | {
+        f"--{name}.{field}"
+        for name, group in groups.items()
+        for field, kind in typing.get_type_hints(group).items()
+        if _is_any(kind, several)
+    }
+
+
+def _is_any(kind: object, origins: tuple[type, ...]) -> bool:
+    """Whether a type, or one of the types in a union, has one of these origins."""
+    return typing.get_origin(kind) in origins or any(typing.get_origin(one) in origins for one in typing.get_args(kind))
+
+
+def _with_brackets(words: Sequence[str], flags: set[str]) -> list[str]:
+    """Takes `--lora.targets query,value` for `--lora.targets [query,value]`, as jsonargparse wants it."""
+    found: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if found and found[-1] in flags and not word.startswith(("[", "-")):
+            word = f"[{word}]"
+        elif flag in flags and equals and not value.startswith("["):
+            word = f"{flag}=[{value}]"
+        found.append(word)
+    return found

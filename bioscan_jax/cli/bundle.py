@@ -1,0 +1,67 @@
+"""`bioscan bundle export|verify|import --source FROM --target TO`: carries a vector table.
+
+export writes checked files to a directory, stick, URL or rclone:REMOTE:PATH; verify names those that are damaged or
+missing; import merges them into a table. Each has its own help: bioscan bundle export --help
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Sequence
+
+from bioscan_jax.cli._command import UsageError, from_flags
+
+
+def verify(source: str | None = None, target: str | None = None) -> None:
+    """Name every file of a bundle that is damaged, missing or extra; exit code 2 if there is one.
+
+    Args:
+        source: The bundle: directory, fsspec URL or rclone:REMOTE:PATH.
+        target: The same, as export was given it.
+    """
+    from bioscan_jax.bundles.manifest import verify as find_faults
+    from bioscan_jax.errors import InputError
+
+    if (source is None) == (target is None):
+        raise InputError("pass the bundle's place as --source or as --target")
+    place, flag = (source, "source") if source is not None else (target or "", "target")
+    files, wrong = find_faults(place, flag)
+    whole = files - sum(": extra" not in fault for fault in wrong)
+    print("\n".join([*wrong, f"{whole:,} of {files:,} files are whole"]))
+    if wrong:
+        raise InputError(
+            f"{place}: {len(wrong):,} files are damaged, missing or extra; copy them again or export again"
+        )
+
+
+def _printed(function: Callable[..., object]) -> Callable[..., None]:
+    """The function, with its result printed."""
+
+    @functools.wraps(function)
+    def show(**flags: object) -> None:
+        print(function(**flags))
+
+    return show
+
+
+def command(words: Sequence[str]) -> None:
+    """Runs `bioscan bundle`; `--with PATH`, which may be repeated, names what export takes along."""
+    mode, *flags = words or [""]
+    if mode in ("-h", "--help"):
+        print((__doc__ or "").strip())
+    elif mode == "export":
+        from bioscan_jax.bundles.bundle import export
+
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--with", action="append", dest="beside", default=[], metavar="PATH")
+        known, flags = parser.parse_known_args(flags)
+        flags += [f"--beside={json.dumps(known.beside)}"] if known.beside else []
+        from_flags(_printed(export), "bundle export")(flags)
+    elif mode == "import":
+        from bioscan_jax.bundles.merge import import_bundle
+
+        from_flags(_printed(import_bundle), "bundle import")(flags)
+    elif mode == "verify":
+        from_flags(verify, "bundle verify")(flags)
+    else:
+        raise UsageError(f"no mode {mode!r}; pass one of export, verify, import first")

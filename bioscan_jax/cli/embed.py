@@ -1,0 +1,48 @@
+"""Embeds DNA barcodes into a Lance table; the same command goes on where it stopped."""
+
+import dataclasses
+
+from bioscan_jax import config
+from bioscan_jax.cli._command import from_flags
+from bioscan_jax.cli._simulated import name_for, write_if_wanted
+
+
+def main(
+    model: config.ModelConfig,
+    data: config.DataConfig,
+    sink: config.SinkConfig,
+    embed: config.EmbedConfig = config.EmbedConfig(),  # noqa: B008 - frozen
+    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008
+    simulate: config.SimulateConfig | None = None,
+    neighbours: int = 0,
+) -> None:
+    """Embed DNA barcodes into a Lance table; the same command goes on where it stopped.
+
+    Args:
+        model: Which weights.
+        data: Which sequences.
+        sink: Which table.
+        embed: How tokens become vectors.
+        mesh: Which devices.
+        simulate: Simulated barcodes to embed.
+        neighbours: Print this many nearest neighbours of the first row at the end.
+    """
+    import jax
+
+    from bioscan_jax.embedding.run import embed as run_embed
+    from bioscan_jax.matching.search import describe_neighbours
+
+    simulated = write_if_wanted(simulate, data.path)
+    if simulate is not None and not simulated and sink.table == config.SinkConfig.table:
+        sink = dataclasses.replace(sink, table=name_for(data.path))
+        print(f"{data.path}: your file instead of simulated barcodes; its vectors go to the table {sink.table!r}")
+    if model.checkpoint.startswith("random:"):
+        print(f"{model.checkpoint}: RANDOM weights, not trained; vectors only show that the machinery runs")
+    summary = run_embed(model, data, sink, embed, mesh)
+    if jax.process_index() == 0:
+        print(summary)
+        if neighbours:
+            print(describe_neighbours(sink.uri, sink.table, neighbours))
+
+
+command = from_flags(main, "embed")
