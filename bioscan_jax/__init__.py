@@ -25,7 +25,7 @@ from bioscan_jax.devices.sharding import Layout, make_layout
 from bioscan_jax.embedding.run import embed
 from bioscan_jax.embedding.summary import RunSummary
 from bioscan_jax.errors import InputError, Interrupted
-from bioscan_jax.matching.calibrate import CalibrationSummary, calibrate
+from bioscan_jax.matching.calibration import CalibrationSummary, calibrate
 from bioscan_jax.matching.identify import IdentifySummary, identify
 from bioscan_jax.matching.search import Table, open_table
 from bioscan_jax.model.config import PRESETS, TransformerConfig

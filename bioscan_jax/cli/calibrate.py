@@ -46,7 +46,7 @@ def main(
         model: Where the table's model is now, if not where the table says.
         mesh: Which devices.
     """
-    from bioscan_jax.matching.calibrate import calibrate
+    from bioscan_jax.matching.calibration import calibrate
 
     settings = config.IdentifyConfig(
         k=k,

@@ -16,9 +16,15 @@ from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.alignment import workers
 from bioscan_jax.matching.answers import ANSWERS, Format, output_format, write
-from bioscan_jax.matching.calibrate import figures, find_calibration
-from bioscan_jax.matching.calibration import Calibration, answered, confidences, novelty_features
-from bioscan_jax.matching.match import Matched, Matcher, best_in_reach, index_recall, match, prepare, votes
+from bioscan_jax.matching.calibration import (
+    Calibration,
+    answered,
+    confidences,
+    figures,
+    find_calibration,
+    novelty_features,
+)
+from bioscan_jax.matching.candidates import Matched, Matcher, best_in_reach, index_recall, match, prepare, votes
 from bioscan_jax.matching.novelty import group
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import POWER, Votes

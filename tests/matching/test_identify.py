@@ -17,7 +17,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.answers import ANSWERS
-from bioscan_jax.matching.calibrate import CalibrationSummary, calibrate
+from bioscan_jax.matching.calibration import CalibrationSummary, calibrate
 from bioscan_jax.matching.identify import IdentifySummary, identify
 from bioscan_jax.matching.search import open_table
 

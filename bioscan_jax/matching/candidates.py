@@ -17,11 +17,10 @@ from bioscan_jax.checkpoints.readers import sha256_of
 from bioscan_jax.data.encode import EncodedBlock
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.matching.alignment import Worker, align
-from bioscan_jax.matching.heads import head_votes, open_heads
 from bioscan_jax.matching.neighbours import by_index, exact, nearest, search_kind
 from bioscan_jax.matching.queries import Embedder, embed_blocks, make_embedder
 from bioscan_jax.matching.reference import Reference, Taxa, open_reference
-from bioscan_jax.matching.vote import NEAREST_COSINE_DISTANCE, HeadVotes, Votes, vote
+from bioscan_jax.matching.vote import NEAREST_COSINE_DISTANCE, HeadVotes, Votes, head_votes, open_heads, vote
 
 _SAME_COSINE = 1e-6
 """Cosines this near are the same: float32, summed in another order."""
