@@ -25,7 +25,7 @@ from bioscan_jax.matching.calibration import (
     novelty_features,
 )
 from bioscan_jax.matching.candidates import Matched, Matcher, best_in_reach, index_recall, match, prepare, votes
-from bioscan_jax.matching.novelty import group
+from bioscan_jax.matching.novel_groups import group
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import POWER, Votes
 
