@@ -1,6 +1,7 @@
-"""The files that a command is asked for: there whole or not at all."""
+"""Writes files and directories that appear whole or not at all; the rest of the package does it through these."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,11 +9,84 @@ from pathlib import Path
 from bioscan_jax.errors import InputError
 
 
-def output_path(output: str) -> Path:
-    """Where `--output` points to.
+@contextmanager
+def whole_file(path: str | os.PathLike[str], *, locked: bool = False) -> Iterator[Path]:
+    """Yields a temporary path to write to, which replaces `path` on success and is removed after a failure.
+
+    A link is followed, and a pipe or device such as /dev/stdout is written directly.
+
+    Args:
+        path: The file; its directory must exist.
+        locked: The caller holds a lock that covers `path`: the temporary name is fixed, so that a run overwrites what
+            a killed one left.
 
     Raises:
-        InputError: Its directory is not there, or it is one itself.
+        OSError: It cannot be written; the caller names the flag.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.partial" if locked else f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        move_synced(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def move_synced(file: Path, path: Path) -> None:
+    """Renames `file` to `path` on the same disk, once its bytes are on that disk.
+
+    Raises:
+        OSError: The disk is full or was removed.
+    """
+    _sync(file)
+    os.replace(file, path)
+    with suppress(OSError):  # not every file system can sync a directory
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Yields a temporary directory that is renamed to `directory` on success and removed after a failure.
+
+    Raises:
+        InputError: `directory` exists and is not empty, is a file, or cannot be written.
+    """
+    directory = directory.absolute()
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise InputError(f"{directory}: not empty; choose another --output or remove it")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        os.rename(temporary, directory)
+    except OSError as error:
+        raise InputError(
+            f"{directory}: cannot be written ({error.strerror or error}); free space or choose another --output"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def output_path(output: str) -> Path:
+    """Returns the file that `--output` names.
+
+    Raises:
+        InputError: Its directory does not exist, or it is itself a directory.
     """
     path = Path(output).expanduser()
     if not path.parent.is_dir():
@@ -23,19 +97,15 @@ def output_path(output: str) -> Path:
 
 
 @contextmanager
-def written_whole(output: str) -> Iterator[Path]:
-    """A path beside it to write to, which takes its place at the end and is gone after a failure.
+def output_file(output: str) -> Iterator[Path]:
+    """Yields a temporary path that becomes the file `--output` names, as `whole_file` does.
 
     Raises:
-        InputError: As for `output_path`; or it cannot be written.
+        InputError: As for `output_path`, or it cannot be written.
     """
     path = output_path(output)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield partial
-        partial.replace(path)
+        with whole_file(path) as partial:
+            yield partial
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written ({error}); free space or pass another") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jaxtyping import Int32, Int64
 
 from bioscan_jax.barcodes.lineage import RANKS, read_lineages
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import whole_file
 
 VERSION = 1
 """Of the saved form and of the rules that make a label space."""
@@ -120,17 +120,11 @@ class LabelSpace:
             "counts": _lists(self.counts),
             "conflicts": [asdict(conflict) for conflict in self.conflicts],
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(_canonical(content | {"checksum": _digest(content)}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with whole_file(path) as partial:
+                partial.write_bytes(_canonical(content | {"checksum": _digest(content)}))
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise InputError(f"the label space {path} cannot be written: {error.strerror}; mend the path") from error
 
     @classmethod

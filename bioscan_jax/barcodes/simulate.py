@@ -18,6 +18,7 @@ from jaxtyping import Int64, UInt8
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import whole_file
 
 _METADATA_KEY = b"bioscan_jax.simulated"
 _GENERATOR = 1  # Raise it when the same parameters no longer give the same table.
@@ -125,12 +126,8 @@ def write_simulated(path: str | os.PathLike[str], *, species: int, per_species: 
     table = simulate(species=species, per_species=per_species, length=length, seed=seed)
     table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(parameters).encode()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
     return path
 
 

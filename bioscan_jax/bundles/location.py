@@ -16,6 +16,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import move_synced
 
 MOUNT_POINTS = ("/media", "/mnt", "/run/media", "/Volumes")
 """Below these stand other disks; a directory there that is on no such disk is one that has been pulled."""
@@ -87,11 +88,8 @@ class Directory:
         """Moves a file to its path once its bytes are on the disk."""
         goal = self.root / path
         with _one_line(str(goal)):
-            _sync(file)
             goal.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, goal)
-            with suppress(OSError):  # not every file system can sync a directory
-                _sync(goal.parent)
+            move_synced(file, goal)
 
     def fetch(self, path: str, scratch: Path) -> Path:
         """The file itself."""
@@ -110,14 +108,6 @@ class Directory:
 
 def _refuse(error: OSError) -> None:
     raise error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -26,12 +26,13 @@ from bioscan_jax.checkpoints.facts import read_facts, write_facts
 from bioscan_jax.checkpoints.head_files import Heads, put, write_heads
 from bioscan_jax.checkpoints.keys import published_names
 from bioscan_jax.checkpoints.readers import StoredTensor, list_file, read_rows, sha256_of
-from bioscan_jax.checkpoints.writers import PendingTensor, whole_directory, write_file
+from bioscan_jax.checkpoints.writers import PendingTensor, write_file
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.lora import TARGETS, LoRALinear, add_adapters, resolve_targets
 from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.output import whole_directory
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")

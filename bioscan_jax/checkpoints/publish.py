@@ -20,9 +20,10 @@ from bioscan_jax.checkpoints.facts import write_facts
 from bioscan_jax.checkpoints.head_files import Heads, write_heads
 from bioscan_jax.checkpoints.keys import published_names
 from bioscan_jax.checkpoints.readers import list_tensors, read_rows
-from bioscan_jax.checkpoints.writers import MAX_SHARD_BYTES, PendingTensor, whole_directory, write_weights
+from bioscan_jax.checkpoints.writers import MAX_SHARD_BYTES, PendingTensor, write_weights
 from bioscan_jax.model.lora import merge_adapters
 from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.output import whole_directory
 
 _CONTACT_HEAD = "esm.contact_head.regression"
 _ZEROS = """\

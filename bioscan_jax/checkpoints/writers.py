@@ -1,11 +1,8 @@
-"""Writes directories that are whole or not there, and safetensors files a tensor at a time."""
+"""Writes safetensors files, a tensor at a time."""
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +10,6 @@ from types import MappingProxyType
 import numpy as np
 
 from bioscan_jax.checkpoints.readers import SAFETENSORS_DTYPES
-from bioscan_jax.errors import InputError
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Of tensors in one file, as on the hub."""
@@ -39,31 +35,6 @@ class PendingTensor:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-@contextmanager
-def whole_directory(directory: Path) -> Iterator[Path]:
-    """Gives a directory beside `directory` to write into, which takes its name at the end; after a failure it is gone.
-
-    Raises:
-        InputError: `directory` is there already and not empty, is a file, or cannot be written.
-    """
-    directory = directory.absolute()
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise InputError(f"{directory}: not empty; choose another --output or remove it")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        os.rename(temporary, directory)
-    except OSError as error:
-        raise InputError(
-            f"{directory}: cannot be written ({error.strerror or error}); free space or choose another --output"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_weights(directory: Path, tensors: Sequence[PendingTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

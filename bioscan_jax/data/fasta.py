@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from bioscan_jax.data.files import Files
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import whole_file
 
 SCHEMA = pa.schema([("sequence_id", pa.string()), ("description", pa.string()), ("dna_sequence", pa.string())])
 ROW_GROUP_ROWS = 8192
@@ -46,16 +47,12 @@ def transcode(found: Files, target: Path, *, on_rows: Callable[[int], None] | No
         InputError: A malformed, truncated or unreadable file, no record at all, or no room for `target`.
     """
     stamps = [_stamp(found, path, name) for path, name in zip(found.paths, found.names, strict=True)]
-    partial = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent):
             if _made_from(target) != stamps:
-                try:
+                with whole_file(target, locked=True) as partial:
                     _write(found, stamps, partial, on_rows)
-                    os.replace(partial, target)
-                finally:
-                    partial.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
             f"cannot write {target}: {error.strerror or error}; free space or pass another place"

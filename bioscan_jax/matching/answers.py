@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
-from bioscan_jax.output import output_path, written_whole
+from bioscan_jax.output import output_file, output_path
 
 Format = Literal["parquet", "tsv", "sintax"]
 
@@ -53,7 +53,7 @@ def write(answers: pa.Table, output: str, form: Format, *, calibrated: bool = Fa
     Raises:
         InputError: It cannot be written.
     """
-    with written_whole(output) as path:
+    with output_file(output) as path:
         if form == "parquet":
             import pyarrow.parquet as pq
 

@@ -16,6 +16,7 @@ from bioscan_jax.devices.chips import Chip, Slice, find_slice
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.attention import Site, choose
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
+from bioscan_jax.output import whole_file
 from bioscan_jax.planning.aot import INSTALL, TooLarge, Traced, has_compiler, trace_and_compile
 from bioscan_jax.planning.fit import largest_rows
 from bioscan_jax.planning.planned import Plan, roofline
@@ -165,7 +166,8 @@ def write_json(plan: Plan, path: str) -> None:
         InputError: It cannot be written.
     """
     try:
-        Path(path).write_text(plan.to_json() + "\n")
+        with whole_file(path) as partial:
+            partial.write_text(plan.to_json() + "\n")
     except OSError as error:
         raise InputError(f"--json {path}: cannot be written ({error.strerror}); pass another path") from error
 

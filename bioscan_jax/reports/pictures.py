@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.output import whole_file
 from bioscan_jax.reports import palette
 from bioscan_jax.reports.contents import Gathered, first_field
 from bioscan_jax.reports.identifications import Identified
@@ -56,9 +57,8 @@ def _save(path: Path, picture: "Callable[[Figure], None]") -> None:
 
     figure = Figure(figsize=(10, 6.5), dpi=150, layout="constrained")
     picture(figure)
-    partial = path.with_name(f".{path.name}.part")
-    figure.savefig(partial, format="png", bbox_inches="tight", pad_inches=0.15)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", bbox_inches="tight", pad_inches=0.15)
 
 
 def _coloured(

@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.output import output_path, written_whole
+from bioscan_jax.output import output_file, output_path
 from bioscan_jax.reports.contents import gather, has_all
 from bioscan_jax.reports.identifications import read_identified, read_truth
 from bioscan_jax.reports.measure import figures
@@ -83,7 +83,7 @@ def report(
     points = project(gathered.rows.vectors, projection, seed)
     made = f"Made by bioscan_jax {metadata.version('bioscan_jax')} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     page = render(gathered, points, answers, found, made).encode()
-    with written_whole(output) as partial:
+    with output_file(output) as partial:
         partial.write_bytes(page)
     drawn: list[str] = []
     if pictures is not None:

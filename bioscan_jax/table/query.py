@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.output import written_whole
+from bioscan_jax.output import output_file
 from bioscan_jax.table.reading import existing
 from bioscan_jax.table.storage import open_dataset, table_path
 
@@ -97,7 +97,7 @@ def write(sql: str, uri: str, table: str, output: str) -> int:
     form = Path(output).suffix
     if form not in (".csv", ".parquet"):
         raise InputError(f"--output {output}: pass FILE.csv or FILE.parquet")
-    with written_whole(output) as path, reading(sql, uri, table) as reader:
+    with output_file(output) as path, reading(sql, uri, table) as reader:
         return _write_csv(reader, path) if form == ".csv" else _write_parquet(reader, path)
 
 

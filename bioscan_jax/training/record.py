@@ -11,6 +11,7 @@ from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.summary import versions
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import whole_file
 from bioscan_jax.table.plan import differences
 
 RUN_FILE = "run.json"
@@ -77,6 +78,5 @@ def claim(
         "provenance": dataclasses.asdict(loaded.provenance),
         "versions": versions(),
     }
-    temporary = directory / f".{RUN_FILE}.part"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(path)
+    with whole_file(path, locked=True) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.config import TrackingConfig
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import whole_file
 
 if TYPE_CHECKING:
     import wandb
@@ -191,12 +192,8 @@ def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
     kept = [(line, record) for line, record in _read(path) if record[STEP] <= resumed_at]
     whole = b"".join(line for line, _ in kept)
     if whole != path.read_bytes():
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            file.write(whole)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with whole_file(path, locked=True) as partial:
+            partial.write_bytes(whole)
     return [record for _, record in kept]
 
 
@@ -310,9 +307,8 @@ def draw_curves(directory: Path) -> Path | None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("optimizer steps")
     axes[-1].xaxis.set_major_formatter("{x:,.0f}")
-    part = directory / f"{CURVES}.part"
-    figure.savefig(part, format="png")
-    os.replace(part, directory / CURVES)
+    with whole_file(directory / CURVES) as partial:
+        figure.savefig(partial, format="png")
     return directory / CURVES
 
 

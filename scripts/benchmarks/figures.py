@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import whole_file
 
 Figures = dict[str, int | float | str]
 """What a benchmark found and on what, in the order in which it is printed."""
@@ -32,7 +32,8 @@ def write_json(figures: Figures, path: str) -> None:
         InputError: It cannot be written.
     """
     try:
-        Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(figures, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"--json {path}: cannot be written ({error.strerror}); pass another path") from error
 
@@ -62,7 +63,8 @@ def write_picture(figures: Figures, path: str, title: str) -> None:
     axes.set_xlabel(unit.replace("_", " "))
     axes.set_title("\n".join([title, *ratios]), fontsize=9)
     try:
-        picture.savefig(path, dpi=120, format="png")
+        with whole_file(path) as partial:
+            picture.savefig(partial, dpi=120, format="png")
     except OSError as error:
         raise InputError(f"--picture {path}: cannot be written ({error.strerror}); pass another path") from error
 

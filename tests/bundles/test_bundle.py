@@ -273,7 +273,7 @@ KILLS = [
     {"at": "bioscan_jax.bundles.location:Directory.put"},
     {"at": "bioscan_jax.bundles.location:Directory.put", "after": True},
     {"at": "bioscan_jax.bundles.location:Directory.put", "nth": 4},
-    {"at": "bioscan_jax.bundles.location:os.replace", "nth": 5, "after": True},
+    {"at": "bioscan_jax.output:os.replace", "nth": 5, "after": True},
     {"at": "pyarrow.parquet:write_table", "nth": 6, "after": True},
     {"at": "bioscan_jax.bundles.location:Directory.remove"},
 ]

@@ -209,7 +209,7 @@ def test_interrupt_leaves_nothing(tmp_path):
     (tmp_path / "a.fa").write_bytes(b">a\nAC\n" * 9_000)
 
     def stop(rows):
-        assert (tmp_path / "s/o.parquet.partial").exists()
+        assert (tmp_path / "s/.o.parquet.partial").exists()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
