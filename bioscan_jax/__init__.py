@@ -2,7 +2,7 @@
 
 from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
-from bioscan_jax.checkpoints.load import LoadedModel, load
+from bioscan_jax.checkpoints.load import LoadedModel, load_weights
 from bioscan_jax.config import (
     CalibrateConfig,
     CheckpointConfig,
@@ -68,7 +68,7 @@ __all__ = [
     "encode",
     "finetune",
     "identify",
-    "load",
+    "load_weights",
     "make_layout",
     "open_table",
 ]

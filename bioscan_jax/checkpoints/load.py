@@ -82,7 +82,7 @@ def check_vocabulary(vocabulary: Vocabulary, transformer: TransformerConfig, whe
             raise InputError(f"{where}: <{name}> is id {ours}, config.json says {theirs}")
 
 
-def load(
+def load_weights(
     wanted: config.ModelConfig,
     layout: Layout,
     *,

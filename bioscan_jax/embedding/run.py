@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import CleaningCounts
-from bioscan_jax.checkpoints.load import LoadedModel, load
+from bioscan_jax.checkpoints.load import LoadedModel, load_weights
 from bioscan_jax.data.encode import BlockCounts
 from bioscan_jax.data.parquet import check_unique_ids, open_source
 from bioscan_jax.devices.hosts import failing_together, gather_bytes
@@ -117,7 +117,7 @@ def embed_with(
 
 def _load(model: config.ModelConfig, layout: Layout, progress: bool) -> LoadedModel:
     with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
-        return load(model, layout, on_bytes=bar.update)
+        return load_weights(model, layout, on_bytes=bar.update)
 
 
 @contextmanager

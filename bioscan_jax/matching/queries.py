@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import Float32
 
 from bioscan_jax import config
-from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load
+from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights
 from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes, choose_widths, make_batches
 from bioscan_jax.data.encode import EncodedBlock, Encoding, encode_block
 from bioscan_jax.data.parquet import Block, ParquetBlocks, open_source
@@ -94,7 +94,7 @@ def make_embedder(
         model = dataclasses.replace(model, dtype=dtype)
     start_devices(mesh)
     try:
-        loaded = load(model or recorded, make_layout(mesh))
+        loaded = load_weights(model or recorded, make_layout(mesh))
     except InputError as error:
         if model is not None:
             raise

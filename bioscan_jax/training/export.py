@@ -10,7 +10,7 @@ from flax import nnx
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.checkpoints.head_files import Heads, taxon_tree
-from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load
+from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights
 from bioscan_jax.checkpoints.origin import resolve
 from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
@@ -110,7 +110,7 @@ def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfi
         seed=record["model"]["seed"],
         dtype=record["provenance"]["dtype"],
     )
-    loaded = load(wanted, make_layout(mesh), lm_head=True)
+    loaded = load_weights(wanted, make_layout(mesh), lm_head=True)
     begun, found = record["provenance"]["weights_sha256"], loaded.provenance.weights_sha256
     if begun != found:
         raise InputError(

@@ -17,7 +17,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.head_files import taxon_tree
-from bioscan_jax.checkpoints.load import LoadedModel, load
+from bioscan_jax.checkpoints.load import LoadedModel, load_weights
 from bioscan_jax.data.batching import batch_shapes
 from bioscan_jax.data.parquet import ParquetBlocks, open_source
 from bioscan_jax.devices.hosts import failing_together, gather_bytes
@@ -229,7 +229,7 @@ def _load(model: config.ModelConfig, train: config.TrainConfig, layout: Layout, 
     """The checkpoint; a model that is trained whole is kept in float32 whatever its products are computed in."""
     wanted = dataclasses.replace(model, dtype="float32") if train.mode == "full" else model
     with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
-        loaded = load(wanted, layout, lm_head=train.objective == "mlm", on_bytes=bar.update)
+        loaded = load_weights(wanted, layout, lm_head=train.objective == "mlm", on_bytes=bar.update)
     if train.mode == "full" and compute_dtype(model.dtype) != np.float32:
         loaded.model.float32_products = "default"
     return loaded

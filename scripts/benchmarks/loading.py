@@ -15,7 +15,7 @@ import jax
 from benchmarks.checkpoints import write_random
 from benchmarks.figures import Figures, at_least, in_a_process, require, rest, rounded
 from bioscan_jax import config
-from bioscan_jax.checkpoints.load import load as load_model
+from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.embedding.summary import peak_host_bytes, resident_bytes
 from bioscan_jax.errors import InputError
@@ -107,7 +107,7 @@ def load_ours(directory: str) -> dict[str, float]:
     """One load in this process."""
     layout = make_layout(config.MeshConfig(data=1))
     before, start = resident_bytes(), time.perf_counter()
-    loaded = load_model(config.ModelConfig(checkpoint=directory, dtype="float32"), layout, lm_head=True)
+    loaded = load_weights(config.ModelConfig(checkpoint=directory, dtype="float32"), layout, lm_head=True)
     jax.block_until_ready(jax.tree.leaves(loaded.model))
     loaded.provenance  # noqa: B018 - waits until the file is hashed
     return _taken(start, before)

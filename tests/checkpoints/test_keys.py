@@ -18,7 +18,7 @@ from support.places import GOLDEN
 from bioscan_jax import config
 from bioscan_jax.checkpoints.converted import is_converted, read_provenance, save
 from bioscan_jax.checkpoints.keys import abstract_model, load_model, published_names
-from bioscan_jax.checkpoints.load import load
+from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import PRESETS
@@ -39,7 +39,7 @@ def edit(checkpoint, change):
 
 
 def read(checkpoint):
-    return load(config.ModelConfig(checkpoint=str(checkpoint)), make_layout(ONE))
+    return load_weights(config.ModelConfig(checkpoint=str(checkpoint)), make_layout(ONE))
 
 
 def test_a_missing_tensor_is_named(checkpoint):
@@ -134,11 +134,11 @@ def test_bfloat16_is_float32_rounded():
 
 @pytest.mark.parametrize("family", ["v1", "v2"])
 def test_converted_weights_are_the_same_model(family, tmp_path):
-    loaded = load(config.ModelConfig(checkpoint=str(GOLDEN / family)), make_layout(ONE), lm_head=True)
+    loaded = load_weights(config.ModelConfig(checkpoint=str(GOLDEN / family)), make_layout(ONE), lm_head=True)
     save(tmp_path / "out", loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
     assert is_converted(tmp_path / "out")
     for mesh in (ONE, config.MeshConfig(data=8, params="fsdp")):
-        again = load(config.ModelConfig(checkpoint=str(tmp_path / "out")), make_layout(mesh), lm_head=True)
+        again = load_weights(config.ModelConfig(checkpoint=str(tmp_path / "out")), make_layout(mesh), lm_head=True)
         assert again.config == loaded.config
         assert again.provenance == loaded.provenance
         assert again.vocabulary == loaded.vocabulary
@@ -147,14 +147,14 @@ def test_converted_weights_are_the_same_model(family, tmp_path):
             jax.device_get(nnx.state(loaded.model)),
             jax.device_get(nnx.state(again.model)),
         )
-    trunk = load(config.ModelConfig(checkpoint=str(tmp_path / "out"), dtype="bfloat16"), make_layout(ONE))
+    trunk = load_weights(config.ModelConfig(checkpoint=str(tmp_path / "out"), dtype="bfloat16"), make_layout(ONE))
     assert trunk.model.lm_head is None
     assert trunk.provenance == dataclasses.replace(loaded.provenance, dtype="bfloat16")
     assert trunk.model.word_embeddings.dtype == jnp.bfloat16
 
 
 def test_damaged_converted_weights_are_refused(tmp_path):
-    loaded = load(config.ModelConfig(checkpoint=str(GOLDEN / "v2")), make_layout(ONE), lm_head=True)
+    loaded = load_weights(config.ModelConfig(checkpoint=str(GOLDEN / "v2")), make_layout(ONE), lm_head=True)
     out = tmp_path / "out"
     save(out, loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
     with pytest.raises(InputError, match="not empty"):

@@ -35,7 +35,7 @@ from bioscan_jax.checkpoints.converted import Provenance, read_provenance, save
 from bioscan_jax.checkpoints.facts import FACTS_FILE
 from bioscan_jax.checkpoints.head_files import HEADS_FILE, LABELS_FILE, read_heads, write_heads
 from bioscan_jax.checkpoints.keys import load_model
-from bioscan_jax.checkpoints.load import LoadedModel, load
+from bioscan_jax.checkpoints.load import LoadedModel, load_weights
 from bioscan_jax.checkpoints.peft import CONFIG_FILE, read_adapter, write_adapter
 from bioscan_jax.checkpoints.readers import sha256_of, weight_files
 from bioscan_jax.data.parquet import open_source
@@ -381,7 +381,7 @@ def test_load_applies_the_adapter_and_says_so(tmp_path):
     base, model = golden_provenance(), adapt(golden_model("v2"))
     write_adapter(tmp_path / "a", model, EVERY, provenance=base)
     given = ModelConfig(checkpoint=str(GOLDEN / "v2"), adapter=str(tmp_path / "a"))
-    loaded = load(given, make_layout(ONE), lm_head=True)
+    loaded = load_weights(given, make_layout(ONE), lm_head=True)
     for path, values in arrays(model).items():
         np.testing.assert_array_equal(values, arrays(loaded.model)[path])
     digest = loaded.adapter.sha256
@@ -392,7 +392,7 @@ def test_load_applies_the_adapter_and_says_so(tmp_path):
     record = json.loads((tmp_path / "c" / "bioscan_jax.json").read_text())
     assert record.keys() == {"format", "model", "revision", "weights_sha256", "license", "dtype"}
     assert read_provenance(tmp_path / "c") == base
-    converted = load(dataclasses.replace(given, checkpoint=str(tmp_path / "c")), make_layout(ONE))
+    converted = load_weights(dataclasses.replace(given, checkpoint=str(tmp_path / "c")), make_layout(ONE))
     assert converted.provenance == loaded.provenance
 
 

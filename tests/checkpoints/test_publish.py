@@ -20,7 +20,7 @@ from bioscan_jax.checkpoints.converted import save
 from bioscan_jax.checkpoints.facts import FACTS_FILE
 from bioscan_jax.checkpoints.head_files import read_heads
 from bioscan_jax.checkpoints.keys import load_model, published_names
-from bioscan_jax.checkpoints.load import load
+from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.checkpoints.readers import list_tensors, read_rows
 from bioscan_jax.checkpoints.writers import PendingTensor, write_file
@@ -65,7 +65,7 @@ def test_a_merged_checkpoint_is_the_adapted_model(family, tmp_path):
     assert nnx.graphdef(model) == graph
     for path, value in arrays(model).items():
         np.testing.assert_array_equal(value, before[path])
-    again = load(ModelConfig(checkpoint=str(tmp_path / "out")), make_layout(ONE), lm_head=True)
+    again = load_weights(ModelConfig(checkpoint=str(tmp_path / "out")), make_layout(ONE), lm_head=True)
     assert again.config == model.config
     assert again.vocabulary == Vocabulary.published(family)
     assert again.provenance.license == "cc-by-nc-sa-4.0"
@@ -148,7 +148,7 @@ def test_large_checkpoints_are_split(tmp_path):
         assert {name for name, file in index["weight_map"].items() if file == shard} == tensors.keys()
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(tensor, whole[name])
-    again = load(ModelConfig(checkpoint=str(tmp_path / "many")), make_layout(ONE), lm_head=True)
+    again = load_weights(ModelConfig(checkpoint=str(tmp_path / "many")), make_layout(ONE), lm_head=True)
     assert_merged(again.model, model)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig
 from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.barcodes.views import Views
-from bioscan_jax.checkpoints.load import load
+from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.embedding.encoder import CompiledSteps
 from bioscan_jax.embedding.repeats import Known, Repeats, Window, digests, fresh_views
 from bioscan_jax.embedding.run import embed, embed_with
@@ -113,7 +113,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(barcodes, tmp_path, monkeyp
     def once(uri):
         data, sink, wanted, mesh = settings(barcodes, uri, **cache)
         sink = SinkConfig(uri=sink.uri, vector_dtype=dtype)
-        return embed_with(lambda at: load(MODEL, at), Companions, data, sink, wanted, mesh, progress=False)
+        return embed_with(lambda at: load_weights(MODEL, at), Companions, data, sink, wanted, mesh, progress=False)
 
     whole = once(tmp_path / "whole")
     assert whole.counts.copied > 30

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bioscan_jax import config
-from bioscan_jax.checkpoints.load import load
+from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.embedding.encoder import make_embed_step
 from bioscan_jax.errors import InputError
@@ -108,7 +108,7 @@ def test_blocks_hold_the_row_and_are_whole_lanes(tokens):
 )
 def test_a_whole_model_and_its_gradients_do_not_depend_on_the_kind(preset, mesh):
     layout = make_layout(mesh)
-    model = load(config.ModelConfig(checkpoint=f"random:{preset}"), layout).model
+    model = load_weights(config.ModelConfig(checkpoint=f"random:{preset}"), layout).model
     ids = np.random.default_rng(0).integers(6, model.config.vocab_size, (4, 24)).astype(np.int32)
     ids[:, 0] = 3
     for row, length in zip(ids, [24, 2, 11, 17], strict=True):
@@ -193,7 +193,9 @@ def test_what_cannot_work_is_refused(choice, where, message):
 @pytest.mark.parametrize("choice", ["splash", "cudnn"])
 def test_a_model_is_not_loaded_for_what_cannot_work_here(choice):
     with pytest.raises(InputError, match=rf"--model\.attention {choice} needs .*, not cpu; pass auto or dense"):
-        load(config.ModelConfig(checkpoint="random:tiny-v2", attention=choice), make_layout(config.MeshConfig(data=1)))
+        load_weights(
+            config.ModelConfig(checkpoint="random:tiny-v2", attention=choice), make_layout(config.MeshConfig(data=1))
+        )
 
 
 def test_what_is_asked_for_by_name_is_taken_at_any_length():
@@ -201,7 +203,7 @@ def test_what_is_asked_for_by_name_is_taken_at_any_length():
     assert choose("dense", V5E, 2048) == "dense"
     assert choose("cudnn", A100, 16) == "cudnn"
     assert (
-        load(
+        load_weights(
             config.ModelConfig(checkpoint="random:tiny-v2", attention="dense"), make_layout(config.MeshConfig())
         ).model.attention
         == "dense"
@@ -210,7 +212,7 @@ def test_what_is_asked_for_by_name_is_taken_at_any_length():
 
 def test_adapters_and_heads_leave_a_model_its_attention():
     layout = make_layout(config.MeshConfig(data=1))
-    trunk = load(config.ModelConfig(checkpoint="random:tiny-v2", attention="dense"), layout, lm_head=True).model
+    trunk = load_weights(config.ModelConfig(checkpoint="random:tiny-v2", attention="dense"), layout, lm_head=True).model
     classifier = make_classifier(trunk, config.LossConfig(), config.LoRAConfig(), None, layout, seed=0)
     assert (trunk.attention, classifier.trunk.attention) == ("dense", "dense")
 

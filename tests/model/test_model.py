@@ -19,7 +19,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.tokenizer import encode
 from bioscan_jax.checkpoints.keys import abstract_model, random_model
-from bioscan_jax.checkpoints.load import load
+from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.embedding.encoder import make_embed_step
 from bioscan_jax.errors import InputError
@@ -45,7 +45,7 @@ def test_there_are_eight_devices():
 
 def test_golden_outputs_of_pytorch(family):
     """Ids, every hidden state, logits and the pooled vector, from files that PyTorch wrote (v1 a .bin)."""
-    loaded = load(
+    loaded = load_weights(
         config.ModelConfig(checkpoint=str(GOLDEN / family)), make_layout(config.MeshConfig(data=1)), lm_head=True
     )
     assert loaded.config == golden_config(family)

@@ -10,7 +10,7 @@ from test_finetune import barcodes, train  # noqa: F401 - a fixture
 
 from bioscan_jax import config
 from bioscan_jax.checkpoints.head_files import read_heads
-from bioscan_jax.checkpoints.load import load
+from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.pooling import pool
@@ -30,7 +30,7 @@ def vectors(loaded, ids):
 
 
 def loaded_from(checkpoint, adapter=None):
-    return load(config.ModelConfig(checkpoint=str(checkpoint), adapter=adapter), make_layout(ONE))
+    return load_weights(config.ModelConfig(checkpoint=str(checkpoint), adapter=adapter), make_layout(ONE))
 
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(6, 4000, (3, 15)))
