@@ -15,11 +15,11 @@ def main(model: config.ModelConfig, output: str, mesh: config.MeshConfig = confi
         mesh: Which devices hold the weights meanwhile.
     """
     from bioscan_jax.checkpoints.converted import save
-    from bioscan_jax.checkpoints.load import load
+    from bioscan_jax.checkpoints.load import load_weights
     from bioscan_jax.devices.sharding import make_layout, start_devices
 
     start_devices(mesh)
-    loaded = load(model, make_layout(mesh), lm_head=True)
+    loaded = load_weights(model, make_layout(mesh), lm_head=True)
     save(Path(output), loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
     print(
         f"{output}: {loaded.provenance.model} in {loaded.provenance.dtype}, sha256 {loaded.provenance.weights_sha256}"
