@@ -1,0 +1,74 @@
+# The public names: what `import bioscan_jax` offers, and where each is defined.
+
+from .barcodes.cleaning import clean
+from .barcodes.tokenizer import Vocabulary, encode
+from .checkpoints.load import LoadedModel, load_weights
+from .config import (
+    CalibrateConfig,
+    CheckpointConfig,
+    DataConfig,
+    EmbedConfig,
+    ExamplesConfig,
+    IdentifyConfig,
+    LoRAConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    QueryConfig,
+    ReferenceConfig,
+    SimulateConfig,
+    SinkConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from .devices.sharding import Layout, make_layout
+from .embedding.run import embed
+from .embedding.summary import RunSummary
+from .errors import InputError, Interrupted
+from .matching.calibration import CalibrationSummary, calibrate
+from .matching.identify import IdentifySummary, identify
+from .matching.search import Table, open_table
+from .model.config import PRESETS, TransformerConfig
+from .model.transformer import NucleotideTransformer
+from .training.run import TrainingSummary, finetune
+
+__all__ = [
+    "CalibrateConfig",
+    "CalibrationSummary",
+    "CheckpointConfig",
+    "DataConfig",
+    "EmbedConfig",
+    "ExamplesConfig",
+    "IdentifyConfig",
+    "IdentifySummary",
+    "InputError",
+    "Interrupted",
+    "Layout",
+    "LoRAConfig",
+    "LoadedModel",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "NucleotideTransformer",
+    "PRESETS",
+    "QueryConfig",
+    "ReferenceConfig",
+    "RunSummary",
+    "SimulateConfig",
+    "SinkConfig",
+    "Table",
+    "TrackingConfig",
+    "TrainConfig",
+    "TrainingSummary",
+    "TransformerConfig",
+    "Vocabulary",
+    "calibrate",
+    "clean",
+    "embed",
+    "encode",
+    "finetune",
+    "identify",
+    "load_weights",
+    "make_layout",
+    "open_table",
+]
