@@ -95,7 +95,7 @@ def make_classifier(
 
     def init() -> Arrays:
         made = nnx.state(_build(trunk.config, dtype, loss, lora, tree, seed), is_new)
-        return flat(made)
+        return named_arrays(made)
 
     placed = {_dotted(path): sharding for path, sharding in shardings.items()}
     made = jax.jit(init, out_shardings=placed)() if placed else {}
@@ -111,12 +111,12 @@ def make_classifier(
     return made_of
 
 
-def flat(state: nnx.State) -> Arrays:
+def named_arrays(state: nnx.State) -> Arrays:
     """The arrays of a state by their dotted paths."""
     return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-def filled(template: nnx.State, arrays: Arrays) -> nnx.State:
+def with_arrays(template: nnx.State, arrays: Arrays) -> nnx.State:
     """A state like `template` that holds these arrays."""
     rows = [(path, variable.replace(arrays[_dotted(path)])) for path, variable in nnx.to_flat_state(template)]
     return nnx.from_flat_state(rows)

@@ -22,7 +22,7 @@ from bioscan_jax.planning.fit import largest_rows
 from bioscan_jax.planning.planned import Plan, roofline
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, Program
 from bioscan_jax.planning.workload import Workload, embedding_workload, training_workload
-from bioscan_jax.training.step import parts_of
+from bioscan_jax.training.step import microbatch_shape
 
 Params = Literal["replicated", "fsdp"]
 _GIB = 2**30
@@ -254,7 +254,7 @@ def _largest(plan: Plan, tpu: Slice, devices: int, hosts: int) -> tuple[int, int
 
     rows, used = -(-plan.shape.rows // (devices * hosts)), round((plan.hbm_gib or 0.0) * _GIB)
     if isinstance(plan.program, FinetuneProgram):
-        parts, in_part = parts_of(plan.shape.rows, tokens, devices, plan.program.train.batch_tokens)
+        parts, in_part = microbatch_shape(plan.shape.rows, tokens, devices, plan.program.train.batch_tokens)
         if parts > 1:
             rows = in_part // devices
             used = bytes_of(rows)
@@ -325,7 +325,7 @@ def _not_padding(workload: Workload | None, program: Program, devices: int) -> f
     for shape, count in workload.batches.items():
         rows = shape.rows
         if isinstance(program, FinetuneProgram):
-            parts, in_part = parts_of(rows, shape.tokens, devices, program.train.batch_tokens)
+            parts, in_part = microbatch_shape(rows, shape.tokens, devices, program.train.batch_tokens)
             rows = parts * in_part
         computed += count * flops_of(rows * shape.tokens, shape.tokens, layers)
     return sum(flops_of(int(n), int(n), layers) for n in workload.lengths) / computed

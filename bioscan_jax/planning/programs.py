@@ -18,7 +18,7 @@ from bioscan_jax.model.attention import Choice
 from bioscan_jax.model.classifier import abstract_classifier
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.tree import TaxonTree
-from bioscan_jax.training.step import abstract_arguments, make_train_step, parts_of, take_apart
+from bioscan_jax.training.step import abstract_arguments, make_train_step, microbatch_shape, split_trainable
 
 SPECIES_PER_TAXON = (24_000, 6_000, 2_000, 400, 80, 5, 1)
 """Of the regular tree that stands for labels not read yet, kingdom to species; each is a multiple of the next."""
@@ -83,10 +83,10 @@ class FinetuneProgram:
             classifier.trunk.float32_products = "default"
         vocabulary = Vocabulary.published("v2" if self.transformer.gated else "v1")
         special = (vocabulary.cls_id, vocabulary.pad_id, vocabulary.mask_id, vocabulary.unk_id)
-        learner = take_apart(classifier, layout, self.loss, self.train, tree=tree, special_ids=special)
-        parts, rows = parts_of(shape.rows, shape.tokens, layout.data_devices, self.train.batch_tokens)
-        step = make_train_step(learner, _STEPS)
-        return step, abstract_arguments(learner, _STEPS, parts, rows, shape.tokens)
+        model = split_trainable(classifier, layout, self.loss, self.train, tree=tree, special_ids=special)
+        parts, rows = microbatch_shape(shape.rows, shape.tokens, layout.data_devices, self.train.batch_tokens)
+        step = make_train_step(model, _STEPS)
+        return step, abstract_arguments(model, _STEPS, parts, rows, shape.tokens)
 
 
 Program: TypeAlias = EmbedProgram | FinetuneProgram

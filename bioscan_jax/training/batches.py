@@ -1,12 +1,17 @@
-"""Training batches: any one of them from its number alone, so that a run resumes exactly and grain reads ahead.
+"""Training batches, each computed from its step number alone, so that grain prefetches them and resumes exactly.
 
-Batch number n depends on the rows, the seed and n: not on the devices, nor on what was read before.
+Batch n depends on the rows, the seed and n, but not on the devices or on the batches read before.
+
+grain iterates, prefetches in threads and holds the state of the iterator. The order of rows stays by hand: grain's own
+shuffle and batch know neither batches of similar length nor sampling by probability, and would change earlier runs.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
 
+import grain
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Float64, Int, Int32, Int64
@@ -20,24 +25,26 @@ from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, choose_widths, mak
 from bioscan_jax.training.examples import Examples
 
 _SORTED_BATCHES = 64
-"""Batches whose rows are sorted by length together; enough to fill widths, few enough to stay random."""
+"""Number of batches whose rows are sorted by length together: enough to fill widths, few enough to stay random."""
 _EVALUATED_ROWS = 4096
-"""Rows made ready together."""
+"""Validation rows that are tokenized together."""
 _ORDER, _AUGMENT = 0, 1
-"""What a generator is for, in its seed."""
+"""Part of a random generator's seed that tells its purpose."""
+_READERS = 2
+"""Threads that prepare batches."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleBatch:
-    """One optimizer step's rows; those past the end of an epoch are filler: CLS alone, nothing known."""
+    """The rows of one optimizer step, with filler rows (CLS alone, no labels) past the end of an epoch."""
 
     rows: Int64[np.ndarray, " b"]
-    """Rows of the input, -1 for filler."""
+    """Row numbers in the input, -1 for filler."""
     ids: Int32[np.ndarray, "b tokens"]
     labels: Int32[np.ndarray, "b 7"]
-    """-1 is unknown; all of it for an objective without labels."""
+    """-1 where unknown, and everywhere for an objective without labels."""
     metadata: Float32[np.ndarray, "b 3"]
-    """NaN is missing; all of it where there is none."""
+    """NaN where missing, and everywhere if the run uses no metadata."""
 
 
 def epoch_order(
@@ -49,19 +56,19 @@ def epoch_order(
     epoch: int,
     probability: Float64[np.ndarray, " rows"] | None = None,
 ) -> Int64[np.ndarray, "steps batch"]:
-    """The rows of each batch of an epoch, those of one batch of similar length; -1 fills up the last one.
+    """Returns the rows of each batch of an epoch in random order, those of one batch of similar length.
 
     Args:
-        rows: Each comes once, in random order.
-        tokens: Length of each of them.
-        batch_size: Rows of a batch.
-        seed: Of the run.
-        epoch: Counted from 0.
-        probability: If given, as many rows are drawn with replacement, each by its probability.
+        rows: Row numbers; each occurs once, and -1 fills the last batch.
+        tokens: Length of each row.
+        batch_size: Rows per batch.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
+        probability: If given, as many rows are drawn with replacement, with these probabilities.
     """
     random = np.random.default_rng((seed, _ORDER, epoch))
-    drawn = probability is not None
-    order = random.choice(len(rows), len(rows), p=probability) if drawn else random.permutation(len(rows))
+    count = len(rows)
+    order = random.permutation(count) if probability is None else random.choice(count, count, p=probability)
     group = _SORTED_BATCHES * batch_size
     pieces = [order[first : first + group] for first in range(0, len(order), group)]
     order = np.concatenate([piece[np.argsort(tokens[piece], kind="stable")] for piece in pieces])
@@ -71,10 +78,10 @@ def epoch_order(
     return batches[random.permutation(steps)]
 
 
-def balanced(labels: Int32[np.ndarray, "rows 7"], rank: str) -> Float64[np.ndarray, " rows"]:
-    """Probabilities with which every taxon of a rank is drawn equally often.
+def balanced_probabilities(labels: Int32[np.ndarray, "rows 7"], rank: str) -> Float64[np.ndarray, " rows"]:
+    """Returns sampling probabilities of the rows such that each taxon of a rank is drawn equally often.
 
-    A row that is unknown at the rank counts to its finest known taxon above.
+    A row that is unknown at the rank counts towards its finest known taxon above it.
     """
     upto = labels[:, : RANKS.index(rank) + 1]
     _, taxon_of, rows = np.unique(upto, axis=0, return_inverse=True, return_counts=True)
@@ -84,33 +91,33 @@ def balanced(labels: Int32[np.ndarray, "rows 7"], rank: str) -> Float64[np.ndarr
 def augment(
     sequences: list[bytes], random: np.random.Generator, *, reverse: float, cut: float, shortest: int
 ) -> list[bytes]:
-    """Turns some sequences to the other strand and cuts some to a random stretch.
+    """Reverse-complements some sequences and cuts some to a random subsequence.
 
-    A stretch's length is uniform from `shortest` to the whole, and so is its place; sequences without A, C, G, T in
-    the stretch stay whole.
+    The length of a subsequence is uniform from `shortest` to the whole, and so is its position. A sequence is not cut
+    if the subsequence would have no A, C, G or T.
 
     Args:
         sequences: Cleaned bases.
-        random: Draws four numbers a sequence, whatever they decide.
-        reverse: Probability of the other strand.
+        random: Generator; four numbers are drawn per sequence in any case.
+        reverse: Probability of the reverse complement.
         cut: Probability of a cut.
-        shortest: Bases of a stretch at least.
+        shortest: Least number of bases of a subsequence.
     """
     draws = random.random((len(sequences), 4))
     changed = []
-    for bases, (turn, keep, size, place) in zip(sequences, draws.tolist(), strict=True):
+    for bases, (strand, keep, size, position) in zip(sequences, draws.tolist(), strict=True):
         if keep < cut and len(bases) > shortest:
             length = shortest + int(size * (len(bases) - shortest + 1))
-            first = int(place * (len(bases) - length + 1))
-            stretch = bases[first : first + length]
-            bases = stretch if stretch.strip(b"N") else bases
-        changed.append((turn < reverse, bases))
-    turned = iter(reverse_complement(_strings([bases for turn, bases in changed if turn])).to_pylist())
-    return [next(turned).encode() if turn else bases for turn, bases in changed]
+            first = int(position * (len(bases) - length + 1))
+            part = bases[first : first + length]
+            bases = part if part.strip(b"N") else bases
+        changed.append((strand < reverse, bases))
+    reversed_ = iter(reverse_complement(_strings([bases for turn, bases in changed if turn])).to_pylist())
+    return [next(reversed_).encode() if turn else bases for turn, bases in changed]
 
 
 class TrainingBatches:
-    """A grain RandomAccessDataSource: element n is the batch of optimizer step n, counted over all epochs."""
+    """A grain RandomAccessDataSource whose element n is the batch of optimizer step n, counted over all epochs."""
 
     def __init__(self, examples: Examples, train: config.TrainConfig, vocabulary: Vocabulary, max_tokens: int):
         self._examples, self._train, self._vocabulary = examples, train, vocabulary
@@ -119,21 +126,22 @@ class TrainingBatches:
         longest = min(max_tokens, -(-int(self._tokens.max()) // WIDTH_STEP) * WIDTH_STEP)
         self.widths = choose_widths(self._tokens, longest, train.max_shapes)
         self.steps_per_epoch = -(-len(self.rows) // train.batch_size)
-        self._probability = None
+        probability = None
         if train.balance != "none" and examples.labels is not None:
-            self._probability = balanced(examples.labels[self.rows], train.balance)
-        self._lock: threading.Lock = threading.Lock()
-        self._orders: dict[int, Int64[np.ndarray, "steps batch"]] = {}
+            probability = balanced_probabilities(examples.labels[self.rows], train.balance)
+        order = partial(epoch_order, self.rows, self._tokens, batch_size=train.batch_size, seed=train.seed)
+        # Where an epoch ends, batches of two epochs are prepared at the same time.
+        self._order_of = lru_cache(maxsize=2)(lambda epoch: order(epoch=epoch, probability=probability))
 
     def __repr__(self) -> str:
         return f"TrainingBatches(rows={len(self.rows)}, batch_size={self._train.batch_size})"
 
     def __len__(self) -> int:
-        """Steps of all epochs."""
+        """Returns the number of steps of all epochs."""
         return self.steps_per_epoch * self._train.epochs
 
     def __getitem__(self, step: int) -> ExampleBatch:
-        """Makes a batch: its rows, augmented, as tokens of the least width that holds them."""
+        """Returns the batch of a step: its augmented rows, as tokens in the least width that holds them."""
         epoch, number = divmod(int(step), self.steps_per_epoch)
         rows = self._order_of(epoch)[number]
         used = rows[rows >= 0]
@@ -146,32 +154,31 @@ class TrainingBatches:
             shortest=self._train.shortest,
         )
         tokens = encode(_strings(sequences), self._vocabulary)
-        # A cut can leave Ns where they cost more tokens than the whole sequence: then the last width cuts once more.
+        # A subsequence with Ns can need more tokens than the whole sequence; it is then cut at the last width.
         fitting = int(np.searchsorted(self.widths, min(int(tokens.lengths.max()), self.widths[-1])))
         vocabulary, width = self._vocabulary, self.widths[fitting]
         ids = pad_rows(tokens, np.arange(len(used)), len(rows), width, cls=vocabulary.cls_id, pad=vocabulary.pad_id)
         return _with_labels(self._examples, used, ids)
 
-    def _order_of(self, epoch: int) -> Int64[np.ndarray, "steps batch"]:
-        with self._lock:
-            if epoch not in self._orders:
-                # Readers are in two epochs at once where one ends.
-                self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-                self._orders[epoch] = epoch_order(
-                    self.rows,
-                    self._tokens,
-                    batch_size=self._train.batch_size,
-                    seed=self._train.seed,
-                    epoch=epoch,
-                    probability=self._probability,
-                )
-            return self._orders[epoch]
+
+def iterate(batches: TrainingBatches, state: dict[str, Any] | None) -> grain.DatasetIterator:
+    """Returns an iterator over the batches, prepared in threads.
+
+    Args:
+        batches: All batches of the run.
+        state: `get_state()` of an earlier iterator, to continue after its last batch; None to start at the first.
+    """
+    dataset = grain.MapDataset.source(batches)  # pyright: ignore[reportArgumentType]
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=_READERS, prefetch_buffer_size=2 * _READERS)))
+    if state is not None:
+        iterator.set_state(state)
+    return iterator
 
 
 def evaluation_batches(
     examples: Examples, rows: Int64[np.ndarray, " rows"], shapes: Sequence[BatchShape], vocabulary: Vocabulary
 ) -> Iterator[ExampleBatch]:
-    """Whole sequences of some rows, each once, cut at the last width; a batch's last rows may be filler."""
+    """Yields the rows' whole sequences, each once, cut at the last width; the last rows of a batch may be filler."""
     order = rows[np.argsort(examples.tokens[rows], kind="stable")]
     for first in range(0, len(order), _EVALUATED_ROWS):
         chunk = order[first : first + _EVALUATED_ROWS]

@@ -16,10 +16,10 @@ from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.errors import InputError
-from bioscan_jax.model.classifier import Classifier, flat, make_classifier
+from bioscan_jax.model.classifier import Classifier, make_classifier, named_arrays
 from bioscan_jax.training.record import LABEL_SPACE_FILE, RUN_FILE
 from bioscan_jax.training.state import restore_params
-from bioscan_jax.training.step import take_apart
+from bioscan_jax.training.step import split_trainable
 
 
 def export(
@@ -133,14 +133,14 @@ def _trained(
     tree = None if space is None else taxon_tree(space)
     lm_head = loaded.model.lm_head
     classifier = make_classifier(loaded.model, loss, lora, tree, loaded.layout, seed=train.seed)
-    learner = take_apart(classifier, loaded.layout, loss, train, tree=tree, special_ids=())
-    shardings = learner.shardings
+    model = split_trainable(classifier, loaded.layout, loss, train, tree=tree, special_ids=())
+    shardings = model.shardings
     abstract = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shardings[name])
-        for name, array in flat(learner.trainable).items()
+        for name, array in named_arrays(model.trained).items()
     }
     step, params = restore_params(directory, which, abstract)
-    whole = learner.classifier(params, learner.frozen)
+    whole = model.merge(params, model.frozen)
     if whole.trunk.lm_head is None:
         whole.trunk.lm_head = nnx.data(lm_head)
     return step, whole

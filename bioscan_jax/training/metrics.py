@@ -1,4 +1,4 @@
-"""Accuracy per rank and the spread of the vectors, gathered batch after batch."""
+"""Accuracy per rank and the spread of the vectors, accumulated over batches."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from bioscan_jax.barcodes.lineage import RANKS
 
 
 class RankCounts(NamedTuple):
-    """What was seen of each taxon, on the host: one array a rank."""
+    """Rows and correct predictions of each taxon, on the host: one array per rank."""
 
     known: tuple[Int64[np.ndarray, " _taxa"], ...]
     """Rows that belong to the taxon."""
     correct: tuple[Int64[np.ndarray, " _taxa"], ...]
-    """Those of them that were predicted so."""
+    """Rows of the taxon that were predicted correctly."""
 
 
 def no_counts(sizes: tuple[int, ...]) -> RankCounts:
-    """Counts of no row, for `sizes` taxa at each rank."""
+    """Returns zero counts for `sizes` taxa at each rank."""
     known, correct = (tuple(np.zeros(size, np.int64) for size in sizes) for _ in range(2))
     return RankCounts(known, correct)
 
@@ -27,7 +27,7 @@ def no_counts(sizes: tuple[int, ...]) -> RankCounts:
 def add_predictions(
     counts: RankCounts, predicted: Int32[np.ndarray, "b 7"], labels: Int32[np.ndarray, "b 7"]
 ) -> RankCounts:
-    """Adds a batch; a label of -1 (unknown) counts nowhere, a prediction of -1 for a known label is wrong."""
+    """Adds a batch: rows with label -1 (unknown) are skipped, a prediction of -1 for a known label is wrong."""
     known, correct = [], []
     for rank, (before, right) in enumerate(zip(counts.known, counts.correct, strict=True)):
         label = labels[:, rank]
@@ -38,7 +38,7 @@ def add_predictions(
 
 
 class EmbeddingMoments(NamedTuple):
-    """Scalars that describe vectors: float32 arrays of one batch on the device, float64 once merged on the host."""
+    """Summary statistics of vectors: float32 arrays of one batch on the device, float64 after merging on the host."""
 
     rows: Array | np.float64
     elements: Array | np.float64
@@ -51,7 +51,7 @@ class EmbeddingMoments(NamedTuple):
 
 
 def embedding_moments(vectors: Float[Array, "b d"], used: Bool[Array, " b"]) -> EmbeddingMoments:
-    """The moments of the rows of a batch that are not filler; all 0 where none is used."""
+    """Returns the moments of the used rows of a batch; all 0 if no row is used."""
     vectors = vectors.astype(jnp.float32)
     rows = jnp.sum(used, dtype=jnp.float32)
     elements = rows * vectors.shape[1]
@@ -67,39 +67,39 @@ def embedding_moments(vectors: Float[Array, "b d"], used: Bool[Array, " b"]) -> 
 
 
 def merge_moments(first: EmbeddingMoments, second: EmbeddingMoments) -> EmbeddingMoments:
-    """Moments of both batches together, on the host (Chan, Golub and LeVeque 1983)."""
+    """Returns the moments of both batches together, on the host (Chan, Golub and LeVeque 1983)."""
     a, b = (EmbeddingMoments(*(np.float64(value) for value in moments)) for moments in (first, second))
     rows, elements = a.rows + b.rows, a.elements + b.elements
     share = b.elements / max(elements, 1.0)
-    apart = b.mean - a.mean
+    difference = b.mean - a.mean
     return EmbeddingMoments(
         rows,
         elements,
         a.norm + (b.norm - a.norm) * share,
-        a.mean + apart * share,
-        a.squares + b.squares + apart**2 * a.elements * share,
+        a.mean + difference * share,
+        a.squares + b.squares + difference**2 * a.elements * share,
     )
 
 
-def report(counts: RankCounts | None = None, moments: EmbeddingMoments | None = None) -> dict[str, float]:
-    """The numbers under their dashboard names; what was not measured is absent.
+def dashboard_metrics(counts: RankCounts | None = None, moments: EmbeddingMoments | None = None) -> dict[str, float]:
+    """Returns the metrics by dashboard name, without those that were not measured.
 
-    For each rank with known rows: `eval/<rank>_accuracy`; `eval/<rank>_macro_accuracy`, the mean over the taxa seen;
-    `eval/<rank>_majority`, the share of the commonest taxon, which the best constant answer would reach; and
-    `eval/<rank>_known`, the rows. Of the vectors: `metrics/embedding_norm` (mean Euclidean), `metrics/embedding_mean`
-    and `metrics/embedding_std`, over all elements.
+    For each rank with known rows: `eval/<rank>_accuracy`; `eval/<rank>_macro_accuracy`, the mean over the taxa present;
+    `eval/<rank>_majority`, the share of the commonest taxon, which is the accuracy of the best constant answer; and
+    `eval/<rank>_known`, the number of rows. For the vectors: `metrics/embedding_norm` (mean Euclidean norm), and
+    `metrics/embedding_mean` and `metrics/embedding_std` over all elements.
     """
-    numbers: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if counts is not None:
         for rank, known, correct in zip(RANKS, counts.known, counts.correct, strict=True):
             rows, seen = int(known.sum()), known > 0
             if rows:
-                numbers[f"eval/{rank}_accuracy"] = float(correct.sum() / rows)
-                numbers[f"eval/{rank}_macro_accuracy"] = float(np.mean(correct[seen] / known[seen]))
-                numbers[f"eval/{rank}_majority"] = float(known.max() / rows)
-                numbers[f"eval/{rank}_known"] = float(rows)
+                metrics[f"eval/{rank}_accuracy"] = float(correct.sum() / rows)
+                metrics[f"eval/{rank}_macro_accuracy"] = float(np.mean(correct[seen] / known[seen]))
+                metrics[f"eval/{rank}_majority"] = float(known.max() / rows)
+                metrics[f"eval/{rank}_known"] = float(rows)
     if moments is not None and moments.rows > 0:
-        numbers["metrics/embedding_norm"] = float(moments.norm)
-        numbers["metrics/embedding_mean"] = float(moments.mean)
-        numbers["metrics/embedding_std"] = float(np.sqrt(float(moments.squares) / float(moments.elements)))
-    return numbers
+        metrics["metrics/embedding_norm"] = float(moments.norm)
+        metrics["metrics/embedding_mean"] = float(moments.mean)
+        metrics["metrics/embedding_std"] = float(np.sqrt(float(moments.squares) / float(moments.elements)))
+    return metrics

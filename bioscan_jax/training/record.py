@@ -1,4 +1,4 @@
-"""The record in a training run's directory: what decides it, by which the same call goes on, and what made it."""
+"""run.json in a run's directory: the settings that a resumed run must repeat, and the origin of the base weights."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ RUN_FILE = "run.json"
 LABEL_SPACE_FILE = "label_space.json"
 
 
-def decided_by(
+def run_settings(
     source: ParquetBlocks,
     data: config.ExamplesConfig,
     loaded: LoadedModel,
@@ -27,9 +27,9 @@ def decided_by(
     train: config.TrainConfig,
     space: LabelSpace | None,
 ) -> dict[str, Any]:
-    """All that decides the parameters of a run; devices, logging and how a batch is worked do not."""
-    not_deciding = {"output_dir", "batch_tokens", "remat", "log_every"}
-    facts = {
+    """Returns everything that determines the trained parameters, which excludes devices, logging and micro-batches."""
+    without_effect = {"output_dir", "batch_tokens", "remat", "log_every"}
+    settings = {
         "input": source.fingerprint,
         "data": {name: value for name, value in vars(data).items() if name != "path"},
         "model": {
@@ -42,19 +42,19 @@ def decided_by(
         },
         "lora": vars(lora) if train.mode == "lora" else None,
         "loss": vars(loss),
-        "train": {name: value for name, value in vars(train).items() if name not in not_deciding},
+        "train": {name: value for name, value in vars(train).items() if name not in without_effect},
         "label_space_sha256": None if space is None else space.sha256,
     }
-    return json.loads(json.dumps(facts))
+    return json.loads(json.dumps(settings))
 
 
-def claim(
-    directory: Path, facts: dict[str, Any], model: config.ModelConfig, loaded: LoadedModel, space: LabelSpace | None
+def check_or_write_record(
+    directory: Path, settings: dict[str, Any], model: config.ModelConfig, loaded: LoadedModel, space: LabelSpace | None
 ) -> None:
-    """Makes the directory this run's, or checks that it is.
+    """Checks that the directory has a run with the same settings, or writes the record of a new run.
 
     Raises:
-        InputError: It is another run's.
+        InputError: It has a run with other settings, or a record that cannot be read.
     """
     path = directory / RUN_FILE
     try:
@@ -64,7 +64,7 @@ def claim(
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}); pass another --train.output_dir") from error
     if found is not None:
-        changed = differences(found, facts)
+        changed = differences(found, settings)
         if changed:
             raise InputError(
                 f"{directory} is the run of another configuration: {changed}; pass these again, or another --train.output_dir"
@@ -73,7 +73,7 @@ def claim(
     if space is not None:
         space.save(directory / LABEL_SPACE_FILE)
     record = {
-        "decided_by": facts,
+        "decided_by": settings,
         "model": {"checkpoint": model.checkpoint, "revision": model.revision, "seed": model.seed},
         "provenance": dataclasses.asdict(loaded.provenance),
         "versions": versions(),

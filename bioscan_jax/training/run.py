@@ -1,4 +1,4 @@
-"""Fine-tuning: labelled barcodes in, adapters and heads (or a whole model) in a run's directory out."""
+"""Fine-tuning: trains adapters and heads, or a whole model, on labelled barcodes."""
 
 import dataclasses
 import shutil
@@ -25,18 +25,17 @@ from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.devices.sharding import Layout, compute_dtype, make_layout, start_devices
 from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
 from bioscan_jax.errors import InputError
-from bioscan_jax.model.classifier import Arrays, flat, make_classifier
+from bioscan_jax.model.classifier import Arrays, make_classifier, named_arrays
 from bioscan_jax.model.lora import resolve_targets
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.storage import local_directory, storage_errors
 from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
-from bioscan_jax.training.evaluate import Evaluation
 from bioscan_jax.training.examples import Examples, prepare_examples
-from bioscan_jax.training.loop import Course, Evaluate, Log, State, run
-from bioscan_jax.training.record import claim, decided_by
+from bioscan_jax.training.loop import Evaluate, Log, State, TrainingSetup, run
+from bioscan_jax.training.record import check_or_write_record, run_settings
 from bioscan_jax.training.splits import SPLITS
 from bioscan_jax.training.state import Progress, open_checkpoints
-from bioscan_jax.training.step import Learner, init_optimizer, take_apart
+from bioscan_jax.training.step import Evaluation, TrainableModel, init_optimizer, split_trainable
 from bioscan_jax.training.tracking import draw_curves, open_tracking
 
 _FLAG = "--train.output_dir"
@@ -45,25 +44,25 @@ _SHOWN_CONFLICTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """What a run of `finetune` came to."""
+    """Outcome of a call of `finetune`."""
 
     directory: str
     progress: Progress
     before: int
-    """Steps done before this run began."""
+    """Steps done before this call."""
     rows: dict[str, int]
-    """Usable rows of each split."""
+    """Usable rows of each split that has any."""
     taxa: dict[str, int]
-    """Of the training rows, at each rank."""
+    """Taxa of the training rows at each rank."""
     conflicts: tuple[str, ...]
-    """Taxa that rows put under different parents, with the parent chosen."""
+    """Taxa that rows place under different parents, with the parent chosen."""
     trained_parameters: int
     all_parameters: int
     peak_host_bytes: int
     peak_device_bytes: int | None
 
     def __str__(self) -> str:
-        """The table that ends a run."""
+        """Returns the table printed at the end of a run."""
         progress, numbers = self.progress, self.progress.evaluation
         resumed = f" ({self.before:,} of them before this run)" if self.before else ""
         if self.before == progress.step:
@@ -110,22 +109,40 @@ def finetune(
     *,
     progress: bool = True,
 ) -> TrainingSummary:
-    """Trains adapters and heads on a frozen model, or the whole model, going on where an earlier run stopped.
+    """Trains adapters and heads on a frozen model, or the whole model.
+
+    The same call with the same `train.output_dir` resumes a stopped run, with the result of an uninterrupted one.
 
     Args:
-        model: Which weights to start from.
-        data: Which barcodes, and which of them are kept aside.
-        lora: The adapters; not used when the whole model is trained.
-        loss: What is minimised.
-        train: How, and the run's directory; the same call with the same directory goes on.
+        model: Weights to start from.
+        data: Barcodes, and how they are split into training, validation and test rows.
+        lora: Adapters; not used if the whole model is trained.
+        loss: Heads and loss function.
+        train: Optimization, and the directory of the run.
         checkpoint: How often the state is saved.
-        tracking: Dashboard.
+        tracking: Weights & Biases.
         mesh: Devices.
-        progress: Show bars on the terminal.
+        progress: Whether to show progress bars.
 
     Raises:
-        InputError: Something the user can mend; the checkpoints there are stay.
-        Interrupted: Ctrl-C or SIGTERM; the same call goes on.
+        InputError: Input or settings that the user can fix; existing checkpoints are kept.
+        Interrupted: Ctrl-C or SIGTERM; the same call resumes.
+
+    Example:
+        >>> import tempfile
+        >>> import bioscan_jax as bj
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> directory = tempfile.mkdtemp()
+        >>> write_simulated(f"{directory}/barcodes.parquet", species=8, per_species=4, length=60, seed=0)
+        >>> summary = bj.finetune(
+        ...     bj.ModelConfig(checkpoint="random:tiny-v2"),
+        ...     bj.ExamplesConfig(path=f"{directory}/barcodes.parquet", validation=0.25),
+        ...     train=bj.TrainConfig(output_dir=f"{directory}/run", epochs=1, max_shapes=1),
+        ...     tracking=bj.TrackingConfig(mode="disabled"),
+        ...     progress=False,
+        ... )
+        >>> summary.progress.step, summary.progress.finished
+        (1, 'all epochs done')
     """
     lora, loss, train = lora or config.LoRAConfig(), loss or config.LossConfig(), train or config.TrainConfig()
     checkpoint, tracking = checkpoint or config.CheckpointConfig(), tracking or config.TrackingConfig()
@@ -146,42 +163,42 @@ def finetune(
         layout = make_layout(mesh)
         loaded = _load(model, train, layout, progress)
         examples = _prepare(source, data, loss, train, loaded, scratch, progress)
-        facts = decided_by(source, data, loaded, lora, loss, train, examples.space)
-        learner = _learner(loaded, lora, loss, train, examples.space)
+        settings = run_settings(source, data, loaded, lora, loss, train, examples.space)
+        trainable = _make_trainable(loaded, lora, loss, train, examples.space)
         batches = TrainingBatches(examples, train, loaded.vocabulary, _max_tokens(data, loaded))
         if first:
             with storage_errors(str(directory), flag=_FLAG):
-                claim(directory, facts, model, loaded, examples.space)
-        gather_bytes(b"")  # the others wait until the directory is process 0's
+                check_or_write_record(directory, settings, model, loaded, examples.space)
+        gather_bytes(b"")  # the other processes wait until process 0 has checked the directory
         checkpoints = held.enter_context(open_checkpoints(directory, keep=checkpoint.keep))
         before = checkpoints.latest()
-        at = before or Progress(config=facts, rng=_rng(train), label_space=facts["label_space_sha256"])
+        at = before or Progress(config=settings, rng=_rng(train), label_space=settings["label_space_sha256"])
         if at.finished is None:
-            params = flat(learner.trainable)
-            state = State(params, init_optimizer(learner, len(batches), params))
+            params = named_arrays(trainable.trained)
+            state = State(params, init_optimizer(trainable, len(batches), params))
             if before is not None:
                 _check_rng(before, train)
                 if progress:
                     tqdm.write(f"{train.output_dir}: goes on after step {at.step:,} of {len(batches):,}", sys.stderr)
                 state = State(**checkpoints.restore(before.step, jax.tree.map(_abstract, vars(state))))
-            log, run_id = _log(held, tracking, directory, facts, at)
-            course = Course(
-                learner=learner,
+            log, run_id = _log(held, tracking, directory, settings, at)
+            setup = TrainingSetup(
+                model=trainable,
                 batches=batches,
                 examples=examples,
                 checkpoint=checkpoint,
                 checkpoints=checkpoints,
                 log=log,
-                evaluate=_evaluation(learner, examples, batches, loaded),
+                evaluate=_evaluation(trainable, examples, batches, loaded),
             )
             stop = held.enter_context(stop_on_signals("step"))
             bar = tqdm(total=len(batches), initial=at.step, unit="step", desc="train", disable=not progress)
             with bar:
-                at = run(course, state, dataclasses.replace(at, run_id=run_id), stop, bar)
+                at = run(setup, state, dataclasses.replace(at, run_id=run_id), stop, bar)
             if first:
                 with storage_errors(str(directory), flag=_FLAG):
                     draw_curves(directory)
-    return _summary(at, before, examples, learner)
+    return _summary(at, before, examples, trainable)
 
 
 def _check(
@@ -210,7 +227,7 @@ def _max_tokens(data: config.ExamplesConfig, loaded: LoadedModel) -> int:
 
 @contextmanager
 def _scratch(directory: Path) -> Iterator[Path]:
-    """This process's place for the bases; removed at the end."""
+    """Yields this process's directory for the bases, removed at the end."""
     scratch = directory / f".examples-{jax.process_index()}"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -226,7 +243,7 @@ def _scratch(directory: Path) -> Iterator[Path]:
 
 
 def _load(model: config.ModelConfig, train: config.TrainConfig, layout: Layout, progress: bool) -> LoadedModel:
-    """The checkpoint; a model that is trained whole is kept in float32 whatever its products are computed in."""
+    """Loads the checkpoint; weights that are all trained are kept in float32, whatever dtype products are computed in."""
     wanted = dataclasses.replace(model, dtype="float32") if train.mode == "full" else model
     with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
         loaded = load_weights(wanted, layout, lm_head=train.objective == "mlm", on_bytes=bar.update)
@@ -256,19 +273,19 @@ def _prepare(
         )
 
 
-def _learner(
+def _make_trainable(
     loaded: LoadedModel,
     lora: config.LoRAConfig,
     loss: config.LossConfig,
     train: config.TrainConfig,
     space: LabelSpace | None,
-) -> Learner:
+) -> TrainableModel:
     tree = None if space is None else taxon_tree(space)
     adapters = lora if train.mode == "lora" else None
     classifier = make_classifier(loaded.model, loss, adapters, tree, loaded.layout, seed=train.seed)
     vocabulary = loaded.vocabulary
     special = (vocabulary.cls_id, vocabulary.pad_id, vocabulary.mask_id, vocabulary.unk_id)
-    return take_apart(classifier, loaded.layout, loss, train, tree=tree, special_ids=special)
+    return split_trainable(classifier, loaded.layout, loss, train, tree=tree, special_ids=special)
 
 
 def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -287,42 +304,44 @@ def _check_rng(before: Progress, train: config.TrainConfig) -> None:
 
 
 def _log(
-    held: ExitStack, tracking: config.TrackingConfig, directory: Path, facts: dict[str, Any], at: Progress
+    held: ExitStack, tracking: config.TrackingConfig, directory: Path, settings: dict[str, Any], at: Progress
 ) -> tuple[Log, str | None]:
-    """Where metrics go, on process 0; nowhere on the others."""
+    """Returns the function that logs metrics (on process 0 only), and the dashboard's run id."""
     if jax.process_index() != 0:
         return lambda numbers, step: None, at.run_id
-    opened = open_tracking(tracking, directory, settings=facts, resumed_at=at.step, run_id=at.run_id)
+    opened = open_tracking(tracking, directory, settings=settings, resumed_at=at.step, run_id=at.run_id)
     tracker = held.enter_context(opened)
     return tracker.log, tracker.run_id
 
 
-def _evaluation(learner: Learner, examples: Examples, batches: TrainingBatches, loaded: LoadedModel) -> Evaluate | None:
-    """One pass over the validation rows, if there are any."""
+def _evaluation(
+    trainable: TrainableModel, examples: Examples, batches: TrainingBatches, loaded: LoadedModel
+) -> Evaluate | None:
+    """Returns the function that evaluates the validation rows, or None if there are none."""
     rows = examples.rows("validation")
     if not len(rows):
         return None
     shapes = batch_shapes(
         batches.widths,
-        devices=learner.layout.data_devices,
-        tokens_per_device=learner.train.batch_tokens,
+        devices=trainable.layout.data_devices,
+        tokens_per_device=trainable.train.batch_tokens,
         most_rows=len(rows),
     )
     sizes = (0,) * len(RANKS) if examples.space is None else tuple(map(len, examples.space.names))
-    evaluation = Evaluation(learner, sizes)
+    evaluation = Evaluation(trainable, sizes)
 
     def evaluate(params: Arrays, stop: StopRequest) -> dict[str, float] | None:
-        return evaluation(params, learner.frozen, evaluation_batches(examples, rows, shapes, loaded.vocabulary), stop)
+        return evaluation(params, trainable.frozen, evaluation_batches(examples, rows, shapes, loaded.vocabulary), stop)
 
     return evaluate
 
 
-def _summary(at: Progress, before: Progress | None, examples: Examples, learner: Learner) -> TrainingSummary:
+def _summary(at: Progress, before: Progress | None, examples: Examples, trainable: TrainableModel) -> TrainingSummary:
     space, splits = examples.space, {split: len(examples.rows(split)) for split in SPLITS}
     conflicts = () if space is None else space.conflicts
-    trained = sum(array.size for array in flat(learner.trainable).values())
+    trained = sum(array.size for array in named_arrays(trainable.trained).values())
     return TrainingSummary(
-        directory=learner.train.output_dir,
+        directory=trainable.train.output_dir,
         progress=at,
         before=before.step if before is not None else 0,
         rows={split: count for split, count in splits.items() if count},
@@ -333,7 +352,7 @@ def _summary(at: Progress, before: Progress | None, examples: Examples, learner:
             for c in conflicts
         ),
         trained_parameters=trained,
-        all_parameters=trained + sum(array.size for array in jax.tree.leaves(learner.frozen)),
+        all_parameters=trained + sum(array.size for array in jax.tree.leaves(trainable.frozen)),
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(),
     )

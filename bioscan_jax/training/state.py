@@ -39,7 +39,7 @@ class Progress:
     waited: int = 0
     """Evaluations since."""
     evaluation: dict[str, float] = field(default_factory=dict)
-    """Numbers of the last one."""
+    """StepMetrics of the last one."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums over the steps since the last line of metrics."""
     seconds: float = 0.0

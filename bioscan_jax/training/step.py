@@ -1,11 +1,11 @@
-"""One optimizer step and one evaluation, as jitted functions over sharded arrays.
+"""The optimizer step and the evaluation: jitted functions over sharded arrays.
 
-Trainable parameters, their gradients and the optimizer's moments are float32 and apart from the frozen ones, so that
-only they are differentiated and summed over the devices.
+Trained parameters, their gradients and the optimizer's moments are float32 and kept apart from the frozen parameters,
+so that only they are differentiated and summed over the devices.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -19,57 +19,68 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.devices.hosts import agree
+from bioscan_jax.devices.interrupt import StopRequest
 from bioscan_jax.devices.sharding import Layout, stored_shardings
-from bioscan_jax.model.classifier import Arrays, Classifier, filled, flat, is_new
+from bioscan_jax.model.classifier import Arrays, Classifier, is_new, named_arrays, with_arrays
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.heads import predict
 from bioscan_jax.model.tree import TaxonTree
 from bioscan_jax.training.batches import ExampleBatch
 from bioscan_jax.training.losses import combine, known_rows, mask_tokens, masked_lm_loss, rank_losses, total_loss
-from bioscan_jax.training.metrics import EmbeddingMoments, embedding_moments
+from bioscan_jax.training.metrics import (
+    EmbeddingMoments,
+    add_predictions,
+    dashboard_metrics,
+    embedding_moments,
+    no_counts,
+)
+
+_ONE_PART = 1 << 62
+"""A token budget that no batch exceeds, so that it is never divided."""
 
 
-class Parts(NamedTuple):
-    """A batch in equal parts that are worked one after another, each split over the devices."""
+class MicroBatches(NamedTuple):
+    """A batch divided into equal micro-batches, computed one after another, each sharded over the devices."""
 
     ids: Int32[Array, "parts b s"]
     labels: Int32[Array, "parts b 7"]
     metadata: Float32[Array, "parts b 3"]
 
 
-class Numbers(NamedTuple):
-    """What a step tells; float32, the same on every device."""
+class StepMetrics(NamedTuple):
+    """Metrics of one training step: float32, equal on every device."""
 
     loss: Float32[Array, ""]
-    ranks: Float32[Array, "7"]
+    rank_losses: Float32[Array, "7"]
     """Mean loss of the sequences at each rank; 0 where no row is known, and for mlm."""
-    known: Float32[Array, "7"]
+    known_rows: Float32[Array, "7"]
     """Rows known at each rank."""
     gradient_norm: Float32[Array, ""]
     learning_rate: Float32[Array, ""]
-    good: Bool[Array, ""]
-    """Whether loss and gradient were finite; if not, nothing was changed."""
+    finite: Bool[Array, ""]
+    """Whether loss and gradient were finite; if not, the step changed nothing."""
     moments: EmbeddingMoments
 
 
-class Evaluated(NamedTuple):
-    """One evaluated batch."""
+class EvaluationSums(NamedTuple):
+    """Sums over one evaluated batch."""
 
     loss_sums: Float32[Array, "kinds 7"]
-    """Summed losses at each rank of the sequences, and of the metadata; for mlm the first number is all."""
+    """Summed losses at each rank, of the sequences and of the metadata; for mlm only the first number is used."""
     counts: Float32[Array, "7"]
-    """Rows known at each rank; for mlm the first number is the tokens predicted."""
+    """Rows known at each rank; for mlm the first number counts the predicted tokens."""
     predicted: Int32[Array, "b 7"]
-    """Taxa; -1 for mlm."""
+    """Predicted taxa; -1 for mlm."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Learner:
-    """A classifier taken apart: what is trained, and the rest."""
+class TrainableModel:
+    """A classifier split into trained and frozen parameters, with the settings of its training."""
 
     graph: nnx.GraphDef
-    trainable: nnx.State
-    """The trained parameters; the step uses their places and kinds, not their values."""
+    trained: nnx.State
+    """The trained parameters; the step uses their paths and types, not their values."""
     frozen: nnx.State
     layout: Layout
     loss: config.LossConfig
@@ -77,20 +88,20 @@ class Learner:
     transformer: TransformerConfig
     tree: TaxonTree | None
     special_ids: tuple[int, ...]
-    """Never masked by mlm."""
+    """Tokens that mlm never masks."""
 
     @property
     def shardings(self) -> dict[str, jax.sharding.NamedSharding]:
-        """Where the trained parameters live."""
-        found = stored_shardings(self.trainable, self.layout)
+        """Shardings of the trained parameters, by dotted path."""
+        found = stored_shardings(self.trained, self.layout)
         return {".".join(map(str, path)): sharding for path, sharding in found.items()}
 
-    def classifier(self, params: Arrays, frozen: nnx.State) -> Classifier:
-        """The whole again."""
-        return nnx.merge(self.graph, filled(self.trainable, params), frozen)
+    def merge(self, params: Arrays, frozen: nnx.State) -> Classifier:
+        """Returns the classifier with these trained and frozen parameters."""
+        return nnx.merge(self.graph, with_arrays(self.trained, params), frozen)
 
 
-def take_apart(
+def split_trainable(
     classifier: Classifier,
     layout: Layout,
     loss: config.LossConfig,
@@ -98,13 +109,12 @@ def take_apart(
     *,
     tree: TaxonTree | None,
     special_ids: tuple[int, ...],
-) -> Learner:
-    """Parts a classifier by what `train.mode` trains; its arrays may be abstract."""
-    trained = is_new if train.mode == "lora" else nnx.Param
-    graph, trainable, frozen = nnx.split(classifier, trained, ...)
-    return Learner(
+) -> TrainableModel:
+    """Splits a classifier by what `train.mode` trains; its arrays may be abstract."""
+    graph, trained, frozen = nnx.split(classifier, is_new if train.mode == "lora" else nnx.Param, ...)
+    return TrainableModel(
         graph=graph,
-        trainable=trainable,
+        trained=trained,
         frozen=frozen,
         layout=layout,
         loss=loss,
@@ -116,13 +126,13 @@ def take_apart(
 
 
 def learning_rate(train: config.TrainConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up (over at most half of all steps), then a cosine down to 0."""
+    """Returns a linear warm-up (over at most half of all steps) followed by a cosine down to 0."""
     warmup = min(train.warmup_steps, steps // 2)
     return optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, warmup, steps)
 
 
 def make_optimizer(train: config.TrainConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the norm; no weight decay on biases and norms."""
+    """Returns AdamW after clipping by the global norm, without weight decay on biases and norms."""
 
     def decayed(params: Arrays) -> dict[str, bool]:
         return {name: name.rpartition(".")[2] not in ("bias", "scale") for name in params}
@@ -133,56 +143,56 @@ def make_optimizer(train: config.TrainConfig, steps: int) -> optax.GradientTrans
     )
 
 
-def init_optimizer(learner: Learner, steps: int, params: Arrays) -> optax.OptState:
-    """The optimizer's state before the first step, its moments beside their parameters."""
-    init = make_optimizer(learner.train, steps).init
-    return jax.jit(init, out_shardings=_optimizer_shardings(learner, steps))(params)
+def init_optimizer(model: TrainableModel, steps: int, params: Arrays) -> optax.OptState:
+    """Returns the optimizer's initial state, each moment sharded like its parameter."""
+    init = make_optimizer(model.train, steps).init
+    return jax.jit(init, out_shardings=_optimizer_shardings(model, steps))(params)
 
 
-def _optimizer_shardings(learner: Learner, steps: int) -> optax.OptState:
-    def beside(path: tuple, leaf: Any) -> jax.sharding.NamedSharding:
+def _optimizer_shardings(model: TrainableModel, steps: int) -> optax.OptState:
+    def sharding_of(path: tuple, leaf: Any) -> jax.sharding.NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return learner.shardings[names[-1]] if names else learner.layout.replicated()
+        return model.shardings[names[-1]] if names else model.layout.replicated()
 
-    return jax.tree_util.tree_map_with_path(beside, _abstract_optimizer(learner, steps))
-
-
-def _abstract_optimizer(learner: Learner, steps: int) -> optax.OptState:
-    return jax.eval_shape(make_optimizer(learner.train, steps).init, flat(learner.trainable))
+    return jax.tree_util.tree_map_with_path(sharding_of, _abstract_optimizer(model, steps))
 
 
-def abstract_arguments(learner: Learner, steps: int, parts: int, rows: int, tokens: int) -> tuple:
-    """What `make_train_step`'s function takes for a batch of this shape, as shapes with shardings."""
+def _abstract_optimizer(model: TrainableModel, steps: int) -> optax.OptState:
+    return jax.eval_shape(make_optimizer(model.train, steps).init, named_arrays(model.trained))
+
+
+def abstract_arguments(model: TrainableModel, steps: int, parts: int, rows: int, tokens: int) -> tuple:
+    """Returns the arguments of `make_train_step`'s function for a batch of this shape, as shapes with shardings."""
 
     def like(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    layout, shardings = learner.layout, learner.shardings
-    params = {name: like(leaf, shardings[name]) for name, leaf in flat(learner.trainable).items()}
-    state = jax.tree.map(like, _abstract_optimizer(learner, steps), _optimizer_shardings(learner, steps))
-    kept = stored_shardings(learner.frozen, layout)
+    layout, shardings = model.layout, model.shardings
+    params = {name: like(leaf, shardings[name]) for name, leaf in named_arrays(model.trained).items()}
+    state = jax.tree.map(like, _abstract_optimizer(model, steps), _optimizer_shardings(model, steps))
+    kept = stored_shardings(model.frozen, layout)
     frozen = nnx.from_flat_state(
-        [(p, v.replace(like(v.get_value(), kept[p]))) for p, v in nnx.to_flat_state(learner.frozen)]
+        [(p, v.replace(like(v.get_value(), kept[p]))) for p, v in nnx.to_flat_state(model.frozen)]
     )
     ids, labels, metadata = (
         cast(Any, jax.ShapeDtypeStruct)((parts, rows, width), dtype, sharding=layout.accumulated(3))
         for width, dtype in ((tokens, jnp.int32), (len(RANKS), jnp.int32), (3, jnp.float32))
     )
     step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=layout.replicated())
-    return params, state, frozen, step, Parts(ids, labels, metadata)
+    return params, state, frozen, step, MicroBatches(ids, labels, metadata)
 
 
-def parts_of(rows: int, width: int, devices: int, tokens_per_device: int) -> tuple[int, int]:
-    """How a batch is worked: the fewest equal parts within the budget, and the rows of each, a multiple of devices."""
+def microbatch_shape(rows: int, width: int, devices: int, tokens_per_device: int) -> tuple[int, int]:
+    """Returns the least number of micro-batches within the token budget, and the rows of each, a multiple of devices."""
     most = max(1, tokens_per_device // width) * devices
     parts = -(-rows // most)
     return parts, -(-rows // (parts * devices)) * devices
 
 
-def place(batch: ExampleBatch, layout: Layout, tokens_per_device: int, *, pad: int) -> Parts:
-    """Puts a batch on the devices, filled up with rows of CLS alone."""
+def place(batch: ExampleBatch, layout: Layout, tokens_per_device: int, *, pad: int) -> MicroBatches:
+    """Puts a batch on the devices as micro-batches; added filler rows hold CLS alone."""
     rows, width = batch.ids.shape
-    parts, size = parts_of(rows, width, layout.data_devices, tokens_per_device)
+    parts, size = microbatch_shape(rows, width, layout.data_devices, tokens_per_device)
 
     def put(array: np.ndarray, fill: np.ndarray | float | int) -> Array:
         whole = np.empty((parts * size, array.shape[1]), array.dtype)
@@ -191,100 +201,141 @@ def place(batch: ExampleBatch, layout: Layout, tokens_per_device: int, *, pad: i
         return jax.make_array_from_callback(whole.shape, layout.accumulated(3), lambda index: whole[index])
 
     alone = np.where(np.arange(width) == 0, batch.ids[0, 0], pad)
-    return Parts(put(batch.ids, alone), put(batch.labels, -1), put(batch.metadata, np.nan))
+    return MicroBatches(put(batch.ids, alone), put(batch.labels, -1), put(batch.metadata, np.nan))
 
 
 def make_train_step(
-    learner: Learner, steps: int
-) -> Callable[[Arrays, optax.OptState, nnx.State, Array, Parts], tuple[Arrays, optax.OptState, Numbers]]:
-    """The jitted step: params, optimizer state, frozen parameters, number of the step, batch.
+    model: TrainableModel, steps: int
+) -> Callable[[Arrays, optax.OptState, nnx.State, Array, MicroBatches], tuple[Arrays, optax.OptState, StepMetrics]]:
+    """Returns the jitted step, a function of params, optimizer state, frozen parameters, step number and batch.
 
-    The first two are given up to it. The loss of a batch does not depend on its parts: denominators are the whole
-    batch's, and what is random for a row depends on the seed, the step and its place in the batch.
+    The first two arguments are donated. The loss does not depend on how a batch is divided: denominators are those of
+    the whole batch, and a row's randomness depends on the seed, the step and the row's position in the batch.
 
     Args:
-        learner: Its arrays may be abstract; then only lowering works.
-        steps: Of the whole training, for the learning rate.
+        model: Its arrays may be abstract; then the step can only be lowered.
+        steps: Steps of the whole training, for the learning rate.
     """
-    layout, loss, seed = learner.layout, learner.loss, learner.train.seed
-    optimizer, rate = make_optimizer(learner.train, steps), learning_rate(learner.train, steps)
+    layout, loss, seed = model.layout, model.loss, model.train.seed
+    optimizer, rate = make_optimizer(model.train, steps), learning_rate(model.train, steps)
 
     def part_loss(
-        params: Arrays, frozen: nnx.State, part: Parts, inputs: Array, selected: Array, keys: Array, counts: Array
+        params: Arrays,
+        frozen: nnx.State,
+        part: MicroBatches,
+        inputs: Array,
+        selected: Array,
+        keys: Array,
+        counts: Array,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, "7"], Float[Array, "b d"]]]:
-        classifier = learner.classifier(params, frozen)
-        remat = learner.train.remat == "layer"
+        classifier = model.merge(params, frozen)
+        remat = model.train.remat == "layer"
         pooled, hidden = classifier.vectors(inputs, layout, keys=keys, remat=remat)
-        if learner.train.objective == "mlm":
+        if model.train.objective == "mlm":
             total = masked_lm_loss(classifier.trunk.logits(hidden), part.ids, selected, counts[0])
             return total, (jnp.zeros(len(RANKS), jnp.float32), pooled)
         ranks, total = _taxonomic(classifier, pooled, part, counts, loss, layout)
         return total, (ranks[0], pooled)
 
     def train_step(
-        params: Arrays, state: optax.OptState, frozen: nnx.State, step: Array, batch: Parts
-    ) -> tuple[Arrays, optax.OptState, Numbers]:
+        params: Arrays, state: optax.OptState, frozen: nnx.State, step: Array, batch: MicroBatches
+    ) -> tuple[Arrays, optax.OptState, StepMetrics]:
         keys, masking = _row_keys(seed, step, batch.ids.shape[:2])
         inputs, selected = batch.ids, jnp.zeros(batch.ids.shape, bool)
-        if learner.train.objective == "mlm":
-            inputs, selected = jax.vmap(lambda k, ids: _mask(learner, k, ids))(masking, batch.ids)
+        if model.train.objective == "mlm":
+            inputs, selected = jax.vmap(lambda k, ids: _mask(model, k, ids))(masking, batch.ids)
             counts = jnp.zeros(len(RANKS)).at[0].set(jnp.sum(selected, dtype=jnp.float32))
         else:
             counts = known_rows(batch.labels.reshape(-1, len(RANKS)))
         gradient_of = jax.value_and_grad(part_loss, has_aux=True)
 
-        def work(total: tuple, part: tuple) -> tuple[tuple, Array]:
+        def accumulate(total: tuple, part: tuple) -> tuple[tuple, Array]:
             (value, (ranks, pooled)), gradient = gradient_of(params, frozen, *part, counts)
             return jax.tree.map(jnp.add, total, (value, ranks, gradient)), pooled
 
         zero = (jnp.float32(0.0), jnp.zeros(len(RANKS), jnp.float32), jax.tree.map(jnp.zeros_like, params))
         parts = batch, inputs, selected, keys
         if batch.ids.shape[0] == 1:
-            (value, ranks, gradient), pooled = work(zero, jax.tree.map(lambda x: x[0], parts))
+            (value, ranks, gradient), pooled = accumulate(zero, jax.tree.map(lambda x: x[0], parts))
         else:
-            (value, ranks, gradient), pooled = jax.lax.scan(work, zero, parts)
+            (value, ranks, gradient), pooled = jax.lax.scan(accumulate, zero, parts)
         norm = optax.tree.norm(gradient)
-        good = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, moved = optimizer.update(gradient, state, params)
-        changed = optax.apply_updates(params, updates), moved
-        params, state = jax.tree.map(partial(jnp.where, good), changed, (params, state))
-        used = jnp.sum(batch.ids != learner.transformer.pad_token_id, axis=2).reshape(-1) > 1
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, new_state = optimizer.update(gradient, state, params)
+        changed = optax.apply_updates(params, updates), new_state
+        params, state = jax.tree.map(partial(jnp.where, finite), changed, (params, state))
+        used = jnp.sum(batch.ids != model.transformer.pad_token_id, axis=2).reshape(-1) > 1
         moments = embedding_moments(pooled.reshape(-1, pooled.shape[-1]), used)
-        return params, state, Numbers(value, ranks, counts, norm, jnp.float32(rate(step)), good, moments)
+        return params, state, StepMetrics(value, ranks, counts, norm, jnp.float32(rate(step)), finite, moments)
 
     return jax.jit(train_step, donate_argnums=(0, 1))
 
 
-def make_evaluation(learner: Learner) -> Callable[[Arrays, nnx.State, Array, Parts], Evaluated]:
-    """The jitted evaluation of one batch in one part: params, frozen parameters, number of the batch, batch."""
-    layout, loss = learner.layout, learner.loss
+class Evaluation:
+    """Computes the metrics of validation rows; compiled once for each shape of batch."""
 
-    def evaluate(params: Arrays, frozen: nnx.State, number: Array, batch: Parts) -> Evaluated:
+    def __init__(self, model: TrainableModel, taxa: tuple[int, ...]):
+        """Takes the model and the number of taxa at each rank."""
+        self._model, self._taxa = model, taxa
+        self._evaluate = _make_evaluation(model)
+
+    def __call__(
+        self, params: Arrays, frozen: nnx.State, batches: Iterable[ExampleBatch], stop: StopRequest
+    ) -> dict[str, float] | None:
+        """Returns metrics by dashboard name, including `eval/loss`; None if a stop was requested."""
+        model, loss = self._model, self._model.loss
+        counts = no_counts(self._taxa)
+        sums, known = np.zeros((1, len(RANKS))), np.zeros(len(RANKS))
+        for number, batch in enumerate(batches):
+            placed = place(batch, model.layout, _ONE_PART, pad=model.transformer.pad_token_id)
+            found = jax.device_get(self._evaluate(params, frozen, jnp.uint32(number), placed))
+            sums = sums + found.loss_sums.astype(np.float64)
+            known += found.counts
+            if model.train.objective == "taxonomy":
+                counts = add_predictions(counts, found.predicted[: len(batch.labels)], batch.labels)
+            if agree(bool(stop))[0]:
+                return None
+        means = sums / np.maximum(known, 1.0)
+        if model.train.objective == "mlm":
+            return {"eval/loss": float(means[0, 0])}
+        weighted = (means * np.array(loss.rank_weights)).sum(axis=1)
+        share = loss.metadata_share
+        total = weighted[0] if len(weighted) == 1 else (1.0 - share) * weighted[0] + share * weighted[1]
+        metrics = {"eval/loss": float(total)}
+        metrics |= {f"eval/loss/{rank}": float(means[0, r]) for r, rank in enumerate(RANKS) if known[r]}
+        return metrics | dashboard_metrics(counts)
+
+
+def _make_evaluation(model: TrainableModel) -> Callable[[Arrays, nnx.State, Array, MicroBatches], EvaluationSums]:
+    """Returns the jitted evaluation of one undivided batch: params, frozen parameters, batch number, batch."""
+    layout, loss = model.layout, model.loss
+
+    def evaluate(params: Arrays, frozen: nnx.State, number: Array, batch: MicroBatches) -> EvaluationSums:
         part = jax.tree.map(lambda x: x[0], batch)
-        classifier = learner.classifier(params, frozen)
-        if learner.train.objective == "mlm":
-            _, masking = _row_keys(learner.train.seed, number, part.ids.shape[:1])
-            inputs, selected = _mask(learner, masking, part.ids)
+        classifier = model.merge(params, frozen)
+        if model.train.objective == "mlm":
+            _, masking = _row_keys(model.train.seed, number, part.ids.shape[:1])
+            inputs, selected = _mask(model, masking, part.ids)
             _, hidden = classifier.vectors(inputs, layout)
             summed = masked_lm_loss(classifier.trunk.logits(hidden), part.ids, selected, jnp.float32(1.0))
             sums = jnp.zeros((1, len(RANKS))).at[0, 0].set(summed)
             counts = jnp.zeros(len(RANKS)).at[0].set(jnp.sum(selected, dtype=jnp.float32))
             predicted = jnp.full((part.ids.shape[0], len(RANKS)), -1, jnp.int32)
-            return Evaluated(sums, counts, predicted)
+            return EvaluationSums(sums, counts, predicted)
         pooled, _ = classifier.vectors(part.ids, layout)
         assert classifier.head is not None
-        assert learner.tree is not None
+        assert model.tree is not None
         sums, _ = _taxonomic(classifier, pooled, part, jnp.ones(len(RANKS)), loss, layout)
-        predicted, _ = predict(classifier.head(pooled, layout), learner.tree, loss.head)
-        return Evaluated(sums, known_rows(part.labels), predicted)
+        predicted, _ = predict(classifier.head(pooled, layout), model.tree, loss.head)
+        return EvaluationSums(sums, known_rows(part.labels), predicted)
 
     return jax.jit(evaluate, out_shardings=layout.replicated())
 
 
 def _taxonomic(
-    classifier: Classifier, pooled: Array, part: Parts, counts: Array, loss: config.LossConfig, layout: Layout
+    classifier: Classifier, pooled: Array, part: MicroBatches, counts: Array, loss: config.LossConfig, layout: Layout
 ) -> tuple[Float32[Array, "kinds 7"], Float32[Array, ""]]:
-    """Losses at each rank, of the sequences and of the metadata if asked for, and the total."""
+    """Returns the losses at each rank, of the sequences and of the metadata if configured, and the total."""
     assert classifier.head is not None
     ranks = rank_losses(classifier.head(pooled, layout), part.labels, counts)
     total = total_loss(ranks, loss.rank_weights)
@@ -295,20 +346,22 @@ def _taxonomic(
 
 
 def _row_keys(seed: int, number: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Keys for each row of a batch, by its place alone: of dropout, and of masking."""
+    """Returns dropout and masking keys for each row of a batch, which depend on its position alone."""
     key = jax.random.fold_in(jax.random.key(seed), number)
     rows = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
     dropout, masking = (jnp.vectorize(partial(jax.random.fold_in, k))(rows) for k in jax.random.split(key))
     return dropout, masking
 
 
-def _mask(learner: Learner, keys: Array, ids: Int32[Array, "b s"]) -> tuple[Int32[Array, "b s"], Bool[Array, "b s"]]:
+def _mask(
+    model: TrainableModel, keys: Array, ids: Int32[Array, "b s"]
+) -> tuple[Int32[Array, "b s"], Bool[Array, "b s"]]:
     hide = partial(
         mask_tokens,
-        mask_id=learner.transformer.mask_token_id,
-        special_ids=learner.special_ids,
-        vocab_size=learner.transformer.vocab_size,
-        rate=learner.loss.mask_rate,
+        mask_id=model.transformer.mask_token_id,
+        special_ids=model.special_ids,
+        vocab_size=model.transformer.vocab_size,
+        rate=model.loss.mask_rate,
     )
     inputs, selected = jax.vmap(lambda key, row: hide(key, row[None]))(keys, ids)
     return inputs[:, 0], selected[:, 0]

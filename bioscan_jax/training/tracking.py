@@ -281,7 +281,7 @@ def _start(
 def draw_curves(directory: Path) -> Path | None:
     """Draws the losses and the accuracies by rank in metrics.jsonl over the optimizer steps, to curves.png.
 
-    There is a panel for what the file has: no accuracies, no second panel. Numbers that were not finite are gaps.
+    There is a panel for what the file has: no accuracies, no second panel. StepMetrics that were not finite are gaps.
 
     Returns:
         The picture, or None where there is nothing to draw.

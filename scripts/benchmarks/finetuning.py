@@ -16,12 +16,12 @@ from benchmarks.peers import torch_model
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.devices.sharding import make_layout
-from bioscan_jax.model.classifier import flat, make_classifier
+from bioscan_jax.model.classifier import make_classifier, named_arrays
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.training.batches import ExampleBatch
 from bioscan_jax.training.losses import masked_lm_loss
-from bioscan_jax.training.step import init_optimizer, make_train_step, place, take_apart
+from bioscan_jax.training.step import init_optimizer, make_train_step, place, split_trainable
 
 _AGREE = 1e-4
 _STEPS = 1000
@@ -101,10 +101,10 @@ def check_same_loss(ours: NucleotideTransformer, theirs: Any, ids: np.ndarray) -
 def _our_step(trunk: NucleotideTransformer, ids: np.ndarray, lora: config.LoRAConfig, train: config.TrainConfig) -> Any:
     layout, loss = make_layout(config.MeshConfig(data=1)), config.LossConfig()
     classifier = make_classifier(trunk, loss, lora, None, layout, seed=train.seed)
-    learner = take_apart(classifier, layout, loss, train, tree=None, special_ids=(0, 1, 2, _CLS))
-    params = jax.tree.map(jnp.copy, flat(learner.trainable))
-    held = [params, init_optimizer(learner, _STEPS, params)]
-    step = make_train_step(learner, _STEPS)
+    model = split_trainable(classifier, layout, loss, train, tree=None, special_ids=(0, 1, 2, _CLS))
+    params = jax.tree.map(jnp.copy, named_arrays(model.trained))
+    held = [params, init_optimizer(model, _STEPS, params)]
+    step = make_train_step(model, _STEPS)
     rows = len(ids)
     batch = ExampleBatch(
         np.arange(rows), ids, np.full((rows, len(RANKS)), -1, np.int32), np.full((rows, 3), np.nan, np.float32)
@@ -112,7 +112,7 @@ def _our_step(trunk: NucleotideTransformer, ids: np.ndarray, lora: config.LoRACo
 
     def run() -> None:
         placed = place(batch, layout, train.batch_tokens, pad=trunk.config.pad_token_id)
-        held[0], held[1], numbers = step(held[0], held[1], learner.frozen, jnp.uint32(1), placed)
+        held[0], held[1], numbers = step(held[0], held[1], model.frozen, jnp.uint32(1), placed)
         jax.block_until_ready((held, numbers))
 
     return run

@@ -14,11 +14,11 @@ from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.keys import load_model, random_model
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.errors import InputError
-from bioscan_jax.model.classifier import flat, make_classifier
+from bioscan_jax.model.classifier import make_classifier, named_arrays
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.model.lora import TARGETS, LoRALinear, add_adapters, merge_adapters, resolve_targets
 from bioscan_jax.training.losses import rank_losses, total_loss
-from bioscan_jax.training.step import Parts, take_apart
+from bioscan_jax.training.step import MicroBatches, split_trainable
 
 ONE = config.MeshConfig(data=1)
 EVERY = config.LoRAConfig(rank=4, alpha=8.0, dropout=0.0, targets=("all_linear",))
@@ -168,7 +168,7 @@ def test_gradients_and_sgd_agree_with_peft(family, kind, tmp_path):
     loss = config.LossConfig(head=kind)
     classifier = make_classifier(trunk, loss, EVERY, tree, layout, seed=3)
     randomised(classifier.trunk, 0.05)
-    learner = take_apart(classifier, layout, loss, config.TrainConfig(), tree=tree, special_ids=())
+    model = split_trainable(classifier, layout, loss, config.TrainConfig(), tree=tree, special_ids=())
     targets = r"esm\.encoder\.layer\.\d+\.(" + "|".join(PEFT_NAMES.values()).replace(".", r"\.") + ")"
     theirs = get_peft_model(reference, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets)).eval()
     sizes = dict(zip(RANKS, tree.sizes, strict=True)) if kind == "independent" else {"leaves": len(tree.leaf_paths)}
@@ -189,7 +189,7 @@ def test_gradients_and_sgd_agree_with_peft(family, kind, tmp_path):
             yield f"{name} kernel", np.asarray(params[f"{stem}.linear.kernel"])[:, : sizes[name]].T, linear.weight
             yield f"{name} bias", np.asarray(params[f"{stem}.linear.bias"])[: sizes[name]], linear.bias
 
-    params = flat(learner.trainable)
+    params = named_arrays(model.trained)
     with torch.no_grad():
         for _, value, parameter in pairs(params):
             parameter.copy_(torch.tensor(value.copy()))
@@ -197,7 +197,7 @@ def test_gradients_and_sgd_agree_with_peft(family, kind, tmp_path):
     labels = tree.leaf_paths[[0, 5, 5, len(tree.leaf_paths) - 1]].copy()
     labels[1, 3:] = -1
     mask = torch.tensor(ids != 1)
-    batch = Parts(jnp.asarray(ids, jnp.int32), jnp.asarray(labels), jnp.full((4, 3), jnp.nan))
+    batch = MicroBatches(jnp.asarray(ids, jnp.int32), jnp.asarray(labels), jnp.full((4, 3), jnp.nan))
 
     def torch_loss():
         hidden = theirs.base_model.model.esm(torch.tensor(ids), attention_mask=mask).last_hidden_state
@@ -212,7 +212,7 @@ def test_gradients_and_sgd_agree_with_peft(family, kind, tmp_path):
     @jax.jit
     def value_and_gradient(params):
         def of(params):
-            classifier = learner.classifier(params, learner.frozen)
+            classifier = model.merge(params, model.frozen)
             pooled, _ = classifier.vectors(batch.ids, layout)
             return total_loss(rank_losses(classifier.head(pooled), batch.labels), loss.rank_weights)
 

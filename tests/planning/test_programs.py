@@ -15,11 +15,11 @@ from bioscan_jax.checkpoints.keys import random_model
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.embedding.encoder import make_embed_step
-from bioscan_jax.model.classifier import flat, make_classifier
+from bioscan_jax.model.classifier import make_classifier, named_arrays
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, argument_bytes, regular_tree
 from bioscan_jax.training.batches import ExampleBatch
-from bioscan_jax.training.step import init_optimizer, make_train_step, place, take_apart
+from bioscan_jax.training.step import init_optimizer, make_train_step, place, split_trainable
 
 TINY = PRESETS["tiny-v2"]
 
@@ -59,20 +59,20 @@ def test_the_training_program_is_the_step_of_a_real_classifier(mode):
     vocabulary = Vocabulary.published("v2")
     special = (vocabulary.cls_id, vocabulary.pad_id, vocabulary.mask_id, vocabulary.unk_id)
     classifier = make_classifier(model, loss, adapters, tree, layout, seed=train.seed)
-    learner = take_apart(classifier, layout, loss, train, tree=tree, special_ids=special)
-    params = flat(learner.trainable)
+    model = split_trainable(classifier, layout, loss, train, tree=tree, special_ids=special)
+    params = named_arrays(model.trained)
     rows = np.arange(32)
     batch = ExampleBatch(
         rows, np.ones((32, 32), np.int32), np.zeros((32, 7), np.int32), np.full((32, 3), np.nan, np.float32)
     )
     real = (
         params,
-        init_optimizer(learner, 1000, params),
-        learner.frozen,
+        init_optimizer(model, 1000, params),
+        model.frozen,
         jax.device_put(np.uint32(0), layout.replicated()),
         place(batch, layout, train.batch_tokens, pad=TINY.pad_token_id),
     )
-    assert str(step.trace(*arguments).jaxpr) == str(make_train_step(learner, 1000).trace(*real).jaxpr)
+    assert str(step.trace(*arguments).jaxpr) == str(make_train_step(model, 1000).trace(*real).jaxpr)
     planned, made = (jax.tree.map(lambda leaf: leaf.sharding, tuple(found)) for found in (arguments[:2], real[:2]))
     assert planned == made
 

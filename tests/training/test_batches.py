@@ -8,7 +8,13 @@ from test_examples import LINEAGES, V2, prepare, write
 
 from bioscan_jax import config
 from bioscan_jax.data.batching import BatchShape
-from bioscan_jax.training.batches import TrainingBatches, augment, balanced, epoch_order, evaluation_batches
+from bioscan_jax.training.batches import (
+    TrainingBatches,
+    augment,
+    balanced_probabilities,
+    epoch_order,
+    evaluation_batches,
+)
 
 PLAIN = config.TrainConfig(batch_size=8, epochs=3, reverse_complement=0.0, subsequence=0.0)
 
@@ -38,7 +44,7 @@ def test_balanced_draws_taxa_equally():
     labels = np.full((103, 7), -1, np.int32)
     labels[:, 0] = 0
     labels[:90, 1], labels[90:100, 1] = 0, 1  # three rows are known to their kingdom alone
-    probability = balanced(labels, "phylum")
+    probability = balanced_probabilities(labels, "phylum")
     assert probability.sum() == pytest.approx(1.0)
     for taxon in (labels[:, 1] == 0, labels[:, 1] == 1, labels[:, 1] == -1):
         assert probability[taxon].sum() == pytest.approx(1 / 3)

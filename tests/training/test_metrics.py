@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.training.metrics import add_predictions, embedding_moments, merge_moments, no_counts, report
+from bioscan_jax.training.metrics import add_predictions, dashboard_metrics, embedding_moments, merge_moments, no_counts
 
 SIZES = (1, 2, 3, 4, 5, 6, 7)
 
@@ -25,7 +25,7 @@ def test_batches_add_up_to_the_formulas(seed, lengths):
     for rows in lengths:
         counts = add_predictions(counts, predicted[start : start + rows], labels[start : start + rows])
         start += rows
-    numbers = report(counts)
+    numbers = dashboard_metrics(counts)
     for rank, name in enumerate(RANKS):
         known = labels[:, rank] >= 0
         if not known.any():
@@ -46,7 +46,7 @@ def test_names_are_those_of_the_dashboards():
     labels = np.zeros((2, 7), np.int32)
     labels[:, 6] = -1
     moments = embedding_moments(jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.array([True, True]))
-    numbers = report(add_predictions(no_counts(SIZES), labels, labels), moments)
+    numbers = dashboard_metrics(add_predictions(no_counts(SIZES), labels, labels), moments)
     assert {key.removeprefix("eval/").rsplit("_accuracy", 1)[0] for key in numbers if key.endswith("_accuracy")} == {
         name for rank in RANKS[:6] for name in (rank, f"{rank}_macro")
     }
@@ -58,10 +58,10 @@ def test_names_are_those_of_the_dashboards():
 
 
 def test_what_was_not_measured_is_absent():
-    assert report() == {}
+    assert dashboard_metrics() == {}
     nothing = embedding_moments(jnp.ones((2, 3)), jnp.zeros(2, bool))
-    assert report(no_counts(SIZES), nothing) == {}
-    assert report(None, merge_moments(nothing, nothing)) == {}
+    assert dashboard_metrics(no_counts(SIZES), nothing) == {}
+    assert dashboard_metrics(None, merge_moments(nothing, nothing)) == {}
 
 
 @settings(max_examples=20, deadline=None)
@@ -77,7 +77,7 @@ def test_moments_of_batches_are_those_of_all_vectors(seed, batches, shift):
     for x, u in zip(vectors[1:], used[1:], strict=True):
         moments = merge_moments(moments, step(x, u))
     kept = vectors[used].astype(np.float64)
-    numbers = report(moments=moments)
+    numbers = dashboard_metrics(moments=moments)
     assert numbers["metrics/embedding_norm"] == pytest.approx(np.linalg.norm(kept, axis=1).mean(), rel=1e-5)
     assert numbers["metrics/embedding_mean"] == pytest.approx(kept.mean(), rel=1e-5, abs=1e-6)
     assert numbers["metrics/embedding_std"] == pytest.approx(kept.std(), rel=1e-4)
@@ -85,6 +85,6 @@ def test_moments_of_batches_are_those_of_all_vectors(seed, batches, shift):
 
 def test_filler_that_is_not_finite_does_not_matter():
     vectors = jnp.array([[3.0, 4.0], [jnp.nan, jnp.inf]])
-    numbers = report(moments=embedding_moments(vectors, jnp.array([True, False])))
+    numbers = dashboard_metrics(moments=embedding_moments(vectors, jnp.array([True, False])))
     assert numbers["metrics/embedding_norm"] == 5
     assert np.isfinite(numbers["metrics/embedding_std"])

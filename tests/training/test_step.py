@@ -14,7 +14,7 @@ from support.taxa import flat_tree
 from bioscan_jax import config
 from bioscan_jax.checkpoints.keys import random_model
 from bioscan_jax.devices.sharding import make_layout
-from bioscan_jax.model.classifier import abstract_classifier, flat, make_classifier
+from bioscan_jax.model.classifier import abstract_classifier, make_classifier, named_arrays
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.training.batches import ExampleBatch
 from bioscan_jax.training.losses import rank_losses, total_loss
@@ -24,9 +24,9 @@ from bioscan_jax.training.step import (
     learning_rate,
     make_optimizer,
     make_train_step,
-    parts_of,
+    microbatch_shape,
     place,
-    take_apart,
+    split_trainable,
 )
 
 TINY = dataclasses.replace(PRESETS["tiny-v2"], hidden_size=32, intermediate_size=64, initializer_range=0.1)
@@ -52,23 +52,23 @@ def batch_of(number, rows=12, width=24):
     return ExampleBatch(np.append(np.arange(rows - 1), -1), ids, labels, metadata)
 
 
-def learner_on(mesh, loss=None, train=TRAIN, lora=LORA, dtype=jnp.float32):
+def model_on(mesh, loss=None, train=TRAIN, lora=LORA, dtype=jnp.float32):
     loss, taxonomic = loss or config.LossConfig(), train.objective == "taxonomy"
     layout = make_layout(mesh)
     trunk = random_model(TINY, dtype, layout, seed=0, lm_head=not taxonomic)
     tree = TREE if taxonomic else None
     classifier = make_classifier(trunk, loss, lora if train.mode == "lora" else None, tree, layout, seed=train.seed)
-    return take_apart(classifier, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
+    return split_trainable(classifier, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
 
 
-def train_on(learner, steps, batches=batch_of, params=None):
-    params = params or jax.tree.map(jnp.copy, flat(learner.trainable))
-    state = init_optimizer(learner, STEPS, params)
-    step = make_train_step(learner, STEPS)
+def train_on(model, steps, batches=batch_of, params=None):
+    params = params or jax.tree.map(jnp.copy, named_arrays(model.trained))
+    state = init_optimizer(model, STEPS, params)
+    step = make_train_step(model, STEPS)
     found = []
     for number in range(steps):
-        placed = place(batches(number), learner.layout, learner.train.batch_tokens, pad=1)
-        params, state, numbers = step(params, state, learner.frozen, jnp.uint32(number), placed)
+        placed = place(batches(number), model.layout, model.train.batch_tokens, pad=1)
+        params, state, numbers = step(params, state, model.frozen, jnp.uint32(number), placed)
         found.append(jax.device_get(numbers))
     return params, found
 
@@ -76,7 +76,7 @@ def train_on(learner, steps, batches=batch_of, params=None):
 @pytest.fixture(scope="module")
 def alone():
     """Losses and parameters on one device, the batch in one part."""
-    params, numbers = train_on(learner_on(config.MeshConfig(data=1)), 20)
+    params, numbers = train_on(model_on(config.MeshConfig(data=1)), 20)
     return jax.device_get(params), [n.loss for n in numbers]
 
 
@@ -94,9 +94,9 @@ MESHES = [
 def test_devices_and_parts_do_not_change_20_steps(alone, mesh):
     """Losses within 1e-5 relative; a budget of one row a device makes several parts of each batch."""
     train = dataclasses.replace(TRAIN, batch_tokens=24)
-    learner = learner_on(mesh, train=train)
-    assert parts_of(12, 24, mesh.data, 24) == {8: (2, 8), 2: (6, 2), 4: (3, 4), 1: (12, 1)}[mesh.data]
-    params, numbers = train_on(learner, 20)
+    model = model_on(mesh, train=train)
+    assert microbatch_shape(12, 24, mesh.data, 24) == {8: (2, 8), 2: (6, 2), 4: (3, 4), 1: (12, 1)}[mesh.data]
+    params, numbers = train_on(model, 20)
     np.testing.assert_allclose([n.loss for n in numbers], alone[1], rtol=1e-5)
     for name, value in jax.device_get(params).items():
         np.testing.assert_allclose(value, alone[0][name], rtol=1e-3, atol=1e-4, err_msg=name)
@@ -104,25 +104,25 @@ def test_devices_and_parts_do_not_change_20_steps(alone, mesh):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_learns_and_leaves_the_rest(dtype):
-    learner = learner_on(config.MeshConfig(data=1), dtype=dtype)
-    before = jax.device_get(jax.tree.leaves(learner.frozen))
+    model = model_on(config.MeshConfig(data=1), dtype=dtype)
+    before = jax.device_get(jax.tree.leaves(model.frozen))
     assert {leaf.dtype for leaf in before} == {jnp.dtype(dtype)}
-    params, numbers = train_on(learner, 20, lambda number: batch_of(number % 2))
+    params, numbers = train_on(model, 20, lambda number: batch_of(number % 2))
     assert numbers[-1].loss < 0.6 * numbers[0].loss
-    for old, new in zip(before, jax.device_get(jax.tree.leaves(learner.frozen)), strict=True):
+    for old, new in zip(before, jax.device_get(jax.tree.leaves(model.frozen)), strict=True):
         np.testing.assert_array_equal(old, new)
-    started = flat(learner.trainable)
+    started = named_arrays(model.trained)
     assert {name.rpartition(".")[2] for name in params} == {"a", "b", "kernel", "bias"}
     assert all(np.abs(params[name] - started[name]).max() > 0 for name in params)
     assert all(value.dtype == jnp.float32 for value in params.values())
 
 
 def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
-    learner = learner_on(config.MeshConfig(data=1))  # with dropout: b is zero, so nothing that is dropped matters yet
-    _, [numbers] = train_on(learner, 1)
+    model = model_on(config.MeshConfig(data=1))  # with dropout: b is zero, so nothing that is dropped matters yet
+    _, [numbers] = train_on(model, 1)
     batch = batch_of(0)
-    classifier = learner.classifier(flat(learner.trainable), learner.frozen)
-    plain = random_model(TINY, jnp.float32, learner.layout, seed=0)
+    classifier = model.merge(named_arrays(model.trained), model.frozen)
+    plain = random_model(TINY, jnp.float32, model.layout, seed=0)
     hidden = plain.hidden_state(jnp.asarray(batch.ids))
     real = (batch.ids != 1)[:, :, None]
     pooled = jnp.sum(jnp.where(real, hidden, 0), axis=1) / real.sum(axis=1)
@@ -135,11 +135,11 @@ def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
 
 
 def test_what_is_not_finite_changes_nothing():
-    learner = learner_on(config.MeshConfig(data=1))
-    started = jax.device_get(flat(learner.trainable))
+    model = model_on(config.MeshConfig(data=1))
+    started = jax.device_get(named_arrays(model.trained))
     name = "trunk.layers.attention.query.b"
     started[name] = np.full_like(started[name], np.nan)
-    params, [numbers] = train_on(learner, 1, params={n: jnp.asarray(value) for n, value in started.items()})
+    params, [numbers] = train_on(model, 1, params={n: jnp.asarray(value) for n, value in started.items()})
     assert not numbers.good
     assert np.isnan(numbers.loss)
     for name, value in params.items():
@@ -148,26 +148,26 @@ def test_what_is_not_finite_changes_nothing():
 
 def test_metadata_is_a_share_of_the_loss_and_learns():
     loss = config.LossConfig(metadata=True, head="independent", metadata_weight=0.4)
-    learner = learner_on(config.MeshConfig(data=1), loss, lora=dataclasses.replace(LORA, dropout=0.0))
-    params, numbers = train_on(learner, 2)
+    model = model_on(config.MeshConfig(data=1), loss, lora=dataclasses.replace(LORA, dropout=0.0))
+    params, numbers = train_on(model, 2)
     batch = batch_of(0)
-    classifier = learner.classifier(flat(learner.trainable), learner.frozen)
+    classifier = model.merge(named_arrays(model.trained), model.frozen)
     others = rank_losses(classifier.encoder(jnp.asarray(batch.metadata)), jnp.asarray(batch.labels))
     total = 0.6 * (numbers[0].ranks * np.array(loss.rank_weights)).sum() + 0.4 * total_loss(others)
     np.testing.assert_allclose(numbers[0].loss, total, rtol=1e-5)
-    moved = [name for name, value in flat(learner.trainable).items() if np.abs(params[name] - value).max() > 0]
+    moved = [name for name, value in named_arrays(model.trained).items() if np.abs(params[name] - value).max() > 0]
     assert any(name.startswith("encoder.first") for name in moved)
 
 
 def test_masked_language_modelling_trains_the_whole_model():
     train = dataclasses.replace(TRAIN, mode="full", objective="mlm", learning_rate=2e-2)
-    learner = learner_on(config.MeshConfig(data=1), train=train)
-    assert not jax.tree.leaves(learner.frozen)
-    params, numbers = train_on(learner, 25, lambda number: batch_of(number % 3))
+    model = model_on(config.MeshConfig(data=1), train=train)
+    assert not jax.tree.leaves(model.frozen)
+    params, numbers = train_on(model, 25, lambda number: batch_of(number % 3))
     assert numbers[0].loss == pytest.approx(np.log(TINY.vocab_size), rel=0.1)
     assert numbers[-1].loss < numbers[0].loss - 1.0
     assert np.all(numbers[0].ranks == 0)
-    still = {n for n, value in flat(learner.trainable).items() if np.abs(params[n] - value).max() == 0}
+    still = {n for n, value in named_arrays(model.trained).items() if np.abs(params[n] - value).max() == 0}
     assert not still, still
 
 
@@ -193,10 +193,10 @@ def test_the_2_5b_step_sums_nothing_but_gradients_of_adapters_and_heads():
     layout, loss, train = make_layout(config.MeshConfig()), config.LossConfig(), config.TrainConfig(remat="layer")
     tree = flat_tree(5000)
     abstract = abstract_classifier(PRESETS["nt-v1-2.5b"], jnp.bfloat16, loss, config.LoRAConfig(), tree)
-    learner = take_apart(abstract, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
-    frozen = {leaf.dtype for leaf in jax.tree.leaves(learner.frozen)}
+    model = split_trainable(abstract, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
+    frozen = {leaf.dtype for leaf in jax.tree.leaves(model.frozen)}
     assert frozen == {jnp.dtype(jnp.bfloat16)}
-    lowered = make_train_step(learner, STEPS).lower(*abstract_arguments(learner, STEPS, 1, 32, 128))
+    lowered = make_train_step(model, STEPS).lower(*abstract_arguments(model, STEPS, 1, 32, 128))
     hlo = lowered.compile().as_text()
     sent = re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", hlo)
     assert {kind for _, kind in sent} == {"all-reduce"}
@@ -212,18 +212,18 @@ def test_the_2_5b_step_sums_nothing_but_gradients_of_adapters_and_heads():
 
 def test_frozen_parameters_are_not_differentiated():
     """The backward pass of a LoRA step costs what the forward one does: no product for a frozen kernel's gradient."""
-    learner = learner_on(config.MeshConfig(data=1))
-    text = make_train_step(learner, STEPS).lower(*abstract_arguments(learner, STEPS, 1, 8, 24)).as_text()
+    model = model_on(config.MeshConfig(data=1))
+    text = make_train_step(model, STEPS).lower(*abstract_arguments(model, STEPS, 1, 8, 24)).as_text()
     outputs = re.findall(r"dot_general.*-> tensor<([^>]*)>", text)
     assert outputs
     assert not [o for o in outputs if o in ("32x32xf32", "32x2x64xf32", "64x32xf32", "2x64x32xf32")]
-    whole = learner_on(config.MeshConfig(data=1), train=dataclasses.replace(TRAIN, mode="full"))
+    whole = model_on(config.MeshConfig(data=1), train=dataclasses.replace(TRAIN, mode="full"))
     text = make_train_step(whole, STEPS).lower(*abstract_arguments(whole, STEPS, 1, 8, 24)).as_text()
     outputs = re.findall(r"dot_general.*-> tensor<([^>]*)>", text)
     assert [o for o in outputs if o == "32x32xf32"]
 
 
 def test_a_pickle_free_state_is_apart_from_the_frozen(alone):
-    learner = learner_on(config.MeshConfig(data=1))
-    assert set(flat(learner.trainable)) == set(alone[0])
-    assert not isinstance(next(iter(flat(learner.trainable).values())), nnx.Variable)
+    model = model_on(config.MeshConfig(data=1))
+    assert set(named_arrays(model.trained)) == set(alone[0])
+    assert not isinstance(next(iter(named_arrays(model.trained).values())), nnx.Variable)
