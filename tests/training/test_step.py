@@ -68,16 +68,16 @@ def train_on(model, steps, batches=batch_of, params=None):
     found = []
     for number in range(steps):
         placed = place(batches(number), model.layout, model.train.batch_tokens, pad=1)
-        params, state, numbers = step(params, state, model.frozen, jnp.uint32(number), placed)
-        found.append(jax.device_get(numbers))
+        params, state, metrics = step(params, state, model.frozen, jnp.uint32(number), placed)
+        found.append(jax.device_get(metrics))
     return params, found
 
 
 @pytest.fixture(scope="module")
 def alone():
     """Losses and parameters on one device, the batch in one part."""
-    params, numbers = train_on(model_on(config.MeshConfig(data=1)), 20)
-    return jax.device_get(params), [n.loss for n in numbers]
+    params, metrics = train_on(model_on(config.MeshConfig(data=1)), 20)
+    return jax.device_get(params), [n.loss for n in metrics]
 
 
 MESHES = [
@@ -96,8 +96,8 @@ def test_devices_and_parts_do_not_change_20_steps(alone, mesh):
     train = dataclasses.replace(TRAIN, batch_tokens=24)
     model = model_on(mesh, train=train)
     assert microbatch_shape(12, 24, mesh.data, 24) == {8: (2, 8), 2: (6, 2), 4: (3, 4), 1: (12, 1)}[mesh.data]
-    params, numbers = train_on(model, 20)
-    np.testing.assert_allclose([n.loss for n in numbers], alone[1], rtol=1e-5)
+    params, metrics = train_on(model, 20)
+    np.testing.assert_allclose([n.loss for n in metrics], alone[1], rtol=1e-5)
     for name, value in jax.device_get(params).items():
         np.testing.assert_allclose(value, alone[0][name], rtol=1e-3, atol=1e-4, err_msg=name)
 
@@ -107,8 +107,8 @@ def test_it_learns_and_leaves_the_rest(dtype):
     model = model_on(config.MeshConfig(data=1), dtype=dtype)
     before = jax.device_get(jax.tree.leaves(model.frozen))
     assert {leaf.dtype for leaf in before} == {jnp.dtype(dtype)}
-    params, numbers = train_on(model, 20, lambda number: batch_of(number % 2))
-    assert numbers[-1].loss < 0.6 * numbers[0].loss
+    params, metrics = train_on(model, 20, lambda number: batch_of(number % 2))
+    assert metrics[-1].loss < 0.6 * metrics[0].loss
     for old, new in zip(before, jax.device_get(jax.tree.leaves(model.frozen)), strict=True):
         np.testing.assert_array_equal(old, new)
     started = named_arrays(model.trained)
@@ -119,7 +119,7 @@ def test_it_learns_and_leaves_the_rest(dtype):
 
 def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
     model = model_on(config.MeshConfig(data=1))  # with dropout: b is zero, so nothing that is dropped matters yet
-    _, [numbers] = train_on(model, 1)
+    _, [metrics] = train_on(model, 1)
     batch = batch_of(0)
     classifier = model.merge(named_arrays(model.trained), model.frozen)
     plain = random_model(TINY, jnp.float32, model.layout, seed=0)
@@ -127,11 +127,11 @@ def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
     real = (batch.ids != 1)[:, :, None]
     pooled = jnp.sum(jnp.where(real, hidden, 0), axis=1) / real.sum(axis=1)
     losses = rank_losses(classifier.head(pooled), jnp.asarray(batch.labels))
-    np.testing.assert_allclose(numbers.ranks, losses, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(numbers.loss, total_loss(losses), rtol=1e-5)
-    np.testing.assert_array_equal(numbers.known, (batch.labels >= 0).sum(axis=0))
-    assert numbers.moments.rows == 11  # the filler row is not counted
-    np.testing.assert_allclose(numbers.moments.norm, np.linalg.norm(pooled[:11], axis=1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics.rank_losses, losses, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics.loss, total_loss(losses), rtol=1e-5)
+    np.testing.assert_array_equal(metrics.known_rows, (batch.labels >= 0).sum(axis=0))
+    assert metrics.moments.rows == 11  # the filler row is not counted
+    np.testing.assert_allclose(metrics.moments.norm, np.linalg.norm(pooled[:11], axis=1).mean(), rtol=1e-5)
 
 
 def test_what_is_not_finite_changes_nothing():
@@ -139,9 +139,9 @@ def test_what_is_not_finite_changes_nothing():
     started = jax.device_get(named_arrays(model.trained))
     name = "trunk.layers.attention.query.b"
     started[name] = np.full_like(started[name], np.nan)
-    params, [numbers] = train_on(model, 1, params={n: jnp.asarray(value) for n, value in started.items()})
-    assert not numbers.good
-    assert np.isnan(numbers.loss)
+    params, [metrics] = train_on(model, 1, params={n: jnp.asarray(value) for n, value in started.items()})
+    assert not metrics.finite
+    assert np.isnan(metrics.loss)
     for name, value in params.items():
         np.testing.assert_array_equal(value, started[name])
 
@@ -149,12 +149,12 @@ def test_what_is_not_finite_changes_nothing():
 def test_metadata_is_a_share_of_the_loss_and_learns():
     loss = config.LossConfig(metadata=True, head="independent", metadata_weight=0.4)
     model = model_on(config.MeshConfig(data=1), loss, lora=dataclasses.replace(LORA, dropout=0.0))
-    params, numbers = train_on(model, 2)
+    params, metrics = train_on(model, 2)
     batch = batch_of(0)
     classifier = model.merge(named_arrays(model.trained), model.frozen)
     others = rank_losses(classifier.encoder(jnp.asarray(batch.metadata)), jnp.asarray(batch.labels))
-    total = 0.6 * (numbers[0].ranks * np.array(loss.rank_weights)).sum() + 0.4 * total_loss(others)
-    np.testing.assert_allclose(numbers[0].loss, total, rtol=1e-5)
+    total = 0.6 * (metrics[0].rank_losses * np.array(loss.rank_weights)).sum() + 0.4 * total_loss(others)
+    np.testing.assert_allclose(metrics[0].loss, total, rtol=1e-5)
     moved = [name for name, value in named_arrays(model.trained).items() if np.abs(params[name] - value).max() > 0]
     assert any(name.startswith("encoder.first") for name in moved)
 
@@ -163,10 +163,10 @@ def test_masked_language_modelling_trains_the_whole_model():
     train = dataclasses.replace(TRAIN, mode="full", objective="mlm", learning_rate=2e-2)
     model = model_on(config.MeshConfig(data=1), train=train)
     assert not jax.tree.leaves(model.frozen)
-    params, numbers = train_on(model, 25, lambda number: batch_of(number % 3))
-    assert numbers[0].loss == pytest.approx(np.log(TINY.vocab_size), rel=0.1)
-    assert numbers[-1].loss < numbers[0].loss - 1.0
-    assert np.all(numbers[0].ranks == 0)
+    params, metrics = train_on(model, 25, lambda number: batch_of(number % 3))
+    assert metrics[0].loss == pytest.approx(np.log(TINY.vocab_size), rel=0.1)
+    assert metrics[-1].loss < metrics[0].loss - 1.0
+    assert np.all(metrics[0].rank_losses == 0)
     still = {n for n, value in named_arrays(model.trained).items() if np.abs(params[n] - value).max() == 0}
     assert not still, still
 
