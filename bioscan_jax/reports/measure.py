@@ -115,15 +115,10 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def auroc(score: Float64[np.ndarray, " rows"], positive: Bool[np.ndarray, " rows"]) -> float | None:
-    """The probability that a positive has the higher score, ties counting half; None without both kinds."""
-    from scipy.stats import rankdata
+    """Returns the area under the ROC curve, or None unless there are both positive and negative rows."""
+    from sklearn.metrics import roc_auc_score
 
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives or not negatives:
-        return None
-    excess = rankdata(score)[positive].sum() - positives * (positives + 1) / 2
-    return float(excess / (positives * negatives))
+    return float(roc_auc_score(positive, score)) if positive.any() and not positive.all() else None
 
 
 def _share(values: Bool[np.ndarray, " rows"]) -> float:
