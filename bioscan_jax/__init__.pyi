@@ -2,6 +2,7 @@
 
 from .barcodes.cleaning import clean
 from .barcodes.tokenizer import Vocabulary, encode
+from .checkpoints.convert import ConversionSummary, convert
 from .checkpoints.load import LoadedModel, load_weights
 from .config import (
     CalibrateConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "CalibrateConfig",
     "CalibrationSummary",
     "CheckpointConfig",
+    "ConversionSummary",
     "DataConfig",
     "EmbedConfig",
     "ExamplesConfig",
@@ -64,6 +66,7 @@ __all__ = [
     "Vocabulary",
     "calibrate",
     "clean",
+    "convert",
     "embed",
     "encode",
     "finetune",

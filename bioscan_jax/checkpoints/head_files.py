@@ -1,17 +1,17 @@
-"""Taxonomic heads as files: their parameters in safetensors, and the label space that says what the classes are."""
+"""Taxonomic heads as files: parameters in safetensors, and the label space that maps classes to taxa."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-import jax
 import numpy as np
 from flax import nnx
 
 from bioscan_jax.barcodes.labels import LabelSpace
+from bioscan_jax.checkpoints.keys import shard_array
 from bioscan_jax.checkpoints.readers import list_file, read_rows
-from bioscan_jax.checkpoints.writers import PendingTensor, write_file
+from bioscan_jax.checkpoints.writers import PendingTensor, write_safetensors
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.heads import HeadKind, IndependentHead, MarginalHead, make_head
@@ -26,82 +26,82 @@ FORMAT = "bioscan_jax heads 1"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Heads:
-    """What turns vectors, and where a sample was taken, into taxa."""
+    """Taxonomic heads: a classifier of vectors, an optional one of sample metadata, and their taxa."""
 
     kind: HeadKind
     pooling: Pooling
-    """How the vectors are made that `head` takes."""
+    """Pooling of the vectors that `head` classifies."""
     space: LabelSpace
-    """What the classes are."""
+    """The taxa of the classes."""
     head: IndependentHead | MarginalHead
     encoder: MetadataEncoder | None
 
     @property
     def tree(self) -> TaxonTree:
-        """The taxa as the heads see them."""
+        """The taxon tree of the label space."""
         return taxon_tree(self.space)
 
     @property
     def hidden_size(self) -> int:
-        """Width of the vectors that `head` takes."""
+        """Width of the vectors that `head` classifies."""
         return _hidden_sizes(_shapes(nnx.state(_modules(self.head, None))))[0]
 
     @property
     def facts(self) -> dict[str, str]:
-        """What an export says of them."""
+        """Entries for `bioscan_jax_export.json`."""
         return {"head": self.kind, "pooling": self.pooling, "labels_sha256": self.space.sha256}
 
 
 def taxon_tree(space: LabelSpace) -> TaxonTree:
-    """The tree of a label space."""
+    """Builds the taxon tree of a label space."""
     return TaxonTree(tuple(map(len, space.names)), space.leaf_paths())
 
 
 def write_heads(directory: Path, heads: Heads) -> None:
     """Writes `heads.safetensors` and `label_space.json`.
 
-    Tensors are float32 and named by their dotted paths (`head.leaves.linear.kernel`), kernels as [inputs, classes].
+    Tensors are float32 and named by dotted path (`head.leaves.linear.kernel`); kernels are [inputs, classes].
 
     Raises:
-        ValueError: The heads are not of this label space or kind.
+        ValueError: The heads do not match their label space or kind.
     """
     state = nnx.to_flat_state(nnx.state(_modules(heads.head, heads.encoder)))
     arrays = {_dotted(path): np.asarray(variable.get_value()) for path, variable in state}
     hidden_sizes = _hidden_sizes({name: array.shape for name, array in arrays.items()})
     expected = _shapes(nnx.state(_abstract(heads.kind, heads.space, *hidden_sizes)))
     if {name: array.shape for name, array in arrays.items()} != expected:
-        raise ValueError("the heads are not of this kind or not of this label space")
-    facts = {
+        raise ValueError("the heads do not match their kind or label space")
+    metadata = {
         "content": FORMAT,
         "kind": heads.kind,
         "pooling": heads.pooling,
         "label_space_sha256": heads.space.sha256,
     }
-    tensors = [PendingTensor.of(name, arrays[name]) for name in sorted(arrays)]
-    write_file(directory / HEADS_FILE, tensors, facts)
+    tensors = [PendingTensor.from_array(name, arrays[name]) for name in sorted(arrays)]
+    write_safetensors(directory / HEADS_FILE, tensors, metadata)
     heads.space.save(directory / LABELS_FILE)
 
 
 def read_heads(directory: Path, layout: Layout) -> Heads:
-    """Reads what `write_heads` wrote, onto the mesh.
+    """Reads the files of `write_heads` onto the mesh.
 
     Raises:
-        InputError: A file is missing or damaged, or the heads are of another label space.
+        InputError: A file is missing or damaged, or the heads belong to another label space.
     """
     path = directory / HEADS_FILE
     if not path.is_file():
         raise InputError(f"{directory} has no {HEADS_FILE}; pass the directory of an export with taxonomic heads")
     space = LabelSpace.load(directory / LABELS_FILE)
     stored = {tensor.name: tensor for tensor in list_file(path)}
-    facts = _facts(path)
-    if facts["label_space_sha256"] != space.sha256:
+    metadata = _read_metadata(path)
+    if metadata["label_space_sha256"] != space.sha256:
         raise InputError(
-            f"{path} is for the label space {facts['label_space_sha256'][:12]}, but {directory / LABELS_FILE} is "
+            f"{path} is for the label space {metadata['label_space_sha256'][:12]}, but {directory / LABELS_FILE} is "
             f"{space.sha256[:12]}; copy both from the same export"
         )
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     try:
-        modules = _abstract(facts["kind"], space, *_hidden_sizes(shapes))
+        modules = _abstract(metadata["kind"], space, *_hidden_sizes(shapes))
     except ValueError as error:
         raise InputError(f"{path}: {error}; export again") from None
     graph, state = nnx.split(modules)
@@ -109,61 +109,56 @@ def read_heads(directory: Path, layout: Layout) -> Heads:
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name) or stored[name].dtype != np.float32:
             raise InputError(
-                f"{path}: {name} has shape {shapes.get(name)}, the label space asks for {expected.get(name)} (float32)"
+                f"{path}: {name} has shape {shapes.get(name)}, the label space needs {expected.get(name)} (float32); export again"
             )
     shardings = stored_shardings(state, layout)
     rows = []
-    for place, variable in nnx.to_flat_state(state):
-        values = read_rows(stored[_dotted(place)])
-        rows.append((place, variable.replace(put(values, shardings[place]))))
+    for parameter_path, variable in nnx.to_flat_state(state):
+        values = read_rows(stored[_dotted(parameter_path)])
+        rows.append((parameter_path, variable.replace(shard_array(values, shardings[parameter_path]))))
     found = nnx.merge(graph, nnx.from_flat_state(rows))
     return Heads(
-        kind=facts["kind"],
-        pooling=facts["pooling"],
+        kind=metadata["kind"],
+        pooling=metadata["pooling"],
         space=space,
         head=found["head"],
         encoder=found.get("encoder"),
     )
 
 
-def put(values: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Gives each device of this process its part of an array that every process has."""
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-
-
-def _facts(path: Path) -> dict:
+def _read_metadata(path: Path) -> dict:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as opened:
-        facts = opened.metadata() or {}
-    known = facts.get("kind") in get_args(HeadKind) and facts.get("pooling") in get_args(Pooling)
-    if facts.get("content") != FORMAT or not known or "label_space_sha256" not in facts:
+        metadata = opened.metadata() or {}
+    known = metadata.get("kind") in get_args(HeadKind) and metadata.get("pooling") in get_args(Pooling)
+    if metadata.get("content") != FORMAT or not known or "label_space_sha256" not in metadata:
         raise InputError(f"{path}: made by another version of bioscan_jax, or by another program; export again")
-    return facts
+    return metadata
 
 
 def _modules(head: IndependentHead | MarginalHead, encoder: MetadataEncoder | None) -> nnx.Dict:
     return nnx.Dict({"head": head} if encoder is None else {"head": head, "encoder": encoder})
 
 
-def _abstract(kind: HeadKind, space: LabelSpace, hidden_size: int, of_encoder: int | None) -> nnx.Dict:
-    """The modules with shapes in place of arrays."""
+def _abstract(kind: HeadKind, space: LabelSpace, hidden_size: int, encoder_size: int | None) -> nnx.Dict:
+    """Builds the modules with shapes in place of arrays."""
     tree = taxon_tree(space)
 
     def build() -> nnx.Dict:
         rngs = nnx.Rngs(0)
         head = make_head(kind, hidden_size, tree, rngs=rngs)
-        encoder = None if of_encoder is None else MetadataEncoder(kind, tree, rngs=rngs, hidden_size=of_encoder)
+        encoder = None if encoder_size is None else MetadataEncoder(kind, tree, rngs=rngs, hidden_size=encoder_size)
         return _modules(head, encoder)
 
     return nnx.eval_shape(build)
 
 
 def _hidden_sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int | None]:
-    """Features that the head takes, and those of the encoder's hidden layers."""
+    """Returns the input width of the head, and the width of the metadata encoder's hidden layers if there is one."""
     kernels = sorted(name for name in shapes if name.startswith("head.") and name.endswith(".kernel"))
     if not kernels:
-        raise ValueError("there is no kernel of a head")
+        raise ValueError("it holds no kernel of a head")
     second = shapes.get("encoder.second.kernel")
     return shapes[kernels[0]][0], None if second is None else second[0]
 

@@ -1,4 +1,4 @@
-"""Published parameter names, and the strict, slice-by-slice way from their files onto the mesh."""
+"""Maps published parameter names to ours, and loads checkpoint files strictly, tensor by tensor, onto the mesh."""
 
 import math
 import os
@@ -21,46 +21,49 @@ from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.transformer import NucleotideTransformer
 
 CHUNK_BYTES = 1 << 20
-"""A tensor is read, turned and cast in pieces of this size, which stay in a core's cache."""
-READERS = 4
-"""Layers that are read at once where they need no memory of their own."""
+"""Tensors are read, transposed and cast in pieces of this size, which fit a core's cache."""
+PARALLEL_LAYERS = 4
+"""Layers read at the same time where they are read straight into the stacked parameter."""
 
 
 @dataclass(frozen=True)
-class Published:
-    """Where one parameter of ours is in a Hugging Face checkpoint."""
+class PublishedParameter:
+    """One of our parameters and its name in a Hugging Face checkpoint."""
 
     path: tuple
     name: str
-    """With `{}` for the layer where the parameter is stacked."""
+    """With `{}` for the layer number if the parameter is stacked over layers."""
 
     @property
     def transposed(self) -> bool:
-        """PyTorch keeps [out, in]; a kernel is [in, out...]."""
+        """Whether it must be transposed: PyTorch stores [out, in], a kernel is [in, out...]."""
         return self.path[-1] == "kernel"
 
     def names(self, layers: int) -> list[str]:
-        """The checkpoint's names, one a layer if stacked."""
+        """Returns the checkpoint's names, one per layer if stacked."""
         return [self.name.format(i) for i in range(layers)] if "{}" in self.name else [self.name]
 
 
-def _linear(path: str, name: str, bias: bool = True) -> list[Published]:
+def _linear(path: str, name: str, bias: bool = True) -> list[PublishedParameter]:
     parts = tuple(path.split("."))
-    rows = [Published((*parts, "kernel"), f"{name}.weight")]
-    return rows + [Published((*parts, "bias"), f"{name}.bias")] * bias
+    rows = [PublishedParameter((*parts, "kernel"), f"{name}.weight")]
+    return rows + [PublishedParameter((*parts, "bias"), f"{name}.bias")] * bias
 
 
-def _norm(path: str, name: str) -> list[Published]:
+def _norm(path: str, name: str) -> list[PublishedParameter]:
     parts = tuple(path.split("."))
-    return [Published((*parts, "scale"), f"{name}.weight"), Published((*parts, "bias"), f"{name}.bias")]
+    return [
+        PublishedParameter((*parts, "scale"), f"{name}.weight"),
+        PublishedParameter((*parts, "bias"), f"{name}.bias"),
+    ]
 
 
-def published_names(config: TransformerConfig, *, lm_head: bool) -> list[Published]:
-    """The key table of a model: each of its parameters, once."""
+def published_names(config: TransformerConfig, *, lm_head: bool) -> list[PublishedParameter]:
+    """Returns the key table of a model: every parameter once."""
     layer = "esm.encoder.layer.{}"
-    rows = [Published(("word_embeddings",), "esm.embeddings.word_embeddings.weight")]
+    rows = [PublishedParameter(("word_embeddings",), "esm.embeddings.word_embeddings.weight")]
     if config.position_embedding_type == "absolute":
-        rows.append(Published(("position_embeddings",), "esm.embeddings.position_embeddings.weight"))
+        rows.append(PublishedParameter(("position_embeddings",), "esm.embeddings.position_embeddings.weight"))
     rows += _norm("layers.attention_norm", f"{layer}.attention.LayerNorm")
     for part in ("query", "key", "value"):
         rows += _linear(f"layers.attention.{part}", f"{layer}.attention.self.{part}")
@@ -73,14 +76,14 @@ def published_names(config: TransformerConfig, *, lm_head: bool) -> list[Publish
         rows += _linear("lm_head.dense", "lm_head.dense")
         rows += _norm("lm_head.norm", "lm_head.layer_norm")
         rows += [
-            Published(("lm_head", "decoder", "kernel"), "lm_head.decoder.weight"),
-            Published(("lm_head", "decoder", "bias"), "lm_head.bias"),
+            PublishedParameter(("lm_head", "decoder", "kernel"), "lm_head.decoder.weight"),
+            PublishedParameter(("lm_head", "decoder", "bias"), "lm_head.bias"),
         ]
     return rows
 
 
 def unused_names(config: TransformerConfig) -> set[str]:
-    """Names that published checkpoints carry and the forward pass does not read."""
+    """Returns the tensor names of published checkpoints that the forward pass does not use."""
     names = {
         "esm.embeddings.position_ids",
         "esm.contact_head.regression.weight",
@@ -96,14 +99,14 @@ def unused_names(config: TransformerConfig) -> set[str]:
 
 
 def abstract_model(config: TransformerConfig, dtype: DTypeLike, *, lm_head: bool) -> NucleotideTransformer:
-    """The model with shapes in place of arrays; allocates nothing."""
+    """Builds the model with shapes in place of arrays; allocates nothing."""
     return nnx.eval_shape(lambda: NucleotideTransformer(config, rngs=nnx.Rngs(0), dtype=dtype, lm_head=lm_head))
 
 
 def random_model(
     config: TransformerConfig, dtype: DTypeLike, layout: Layout, *, seed: int, lm_head: bool = False
 ) -> NucleotideTransformer:
-    """Seeded random parameters, made where they live."""
+    """Builds a model with seeded random parameters, made on their devices."""
     graph, state = nnx.split(abstract_model(config, dtype, lm_head=lm_head))
     shardings = stored_shardings(state, layout)
 
@@ -125,14 +128,14 @@ def load_model(
 ) -> NucleotideTransformer:
     """Reads a Hugging Face checkpoint onto the mesh.
 
-    Host memory holds one tensor of one layer in `dtype` and a chunk of its file, whatever the model's size; where the
-    one device is the host itself, the parameters and chunks alone.
+    Host memory holds one tensor of one layer in `dtype` and a chunk of its file, whatever the model's size; if the only
+    device is the CPU, it holds the parameters and chunks.
 
     Args:
         directory: Holds safetensors or PyTorch files; see `readers.list_tensors`.
-        config: The architecture the files must match.
+        config: The architecture that the files must match.
         dtype: Of the parameters on the devices.
-        layout: Where they live.
+        layout: Placement of the parameters on the devices.
         lm_head: Also load the masked-language-model head.
         on_bytes: Called with the number of file bytes just read.
 
@@ -151,12 +154,14 @@ def load_model(
         row, shape, sharding = table[path], shapes[path], shardings[path]
         stored = [tensors[name] for name in row.names(config.num_hidden_layers)]
         if path[0] != "layers":
-            array = _place(_read(stored[0], shape, row.transposed, dtype, on_bytes), sharding)
+            array = shard_array(_read(stored[0], shape, row.transposed, dtype, on_bytes), sharding)
         elif layout.is_host:
-            array = _place(_read_layers(stored, shape, row.transposed, dtype, on_bytes), sharding)
+            array = shard_array(_read_layers(stored, shape, row.transposed, dtype, on_bytes), sharding)
         else:
             axes = parameter_axes(path, variable)[1:]
-            pieces = (_place(_read(t, shape[1:], row.transposed, dtype, on_bytes), layout.stored(axes)) for t in stored)
+            pieces = (
+                shard_array(_read(t, shape[1:], row.transposed, dtype, on_bytes), layout.stored(axes)) for t in stored
+            )
             array = _stack(pieces, shape, dtype, sharding)
         loaded.append((path, variable.replace(array)))
     return nnx.merge(graph, nnx.from_flat_state(loaded))
@@ -181,7 +186,7 @@ def _check_names(directory: Path, config: TransformerConfig, tensors: dict[str, 
 def _read(
     tensor: StoredTensor, shape: tuple[int, ...], transposed: bool, dtype: DTypeLike, on_bytes: Callable[[int], object]
 ) -> np.ndarray:
-    """One tensor as a host array of our shape and dtype."""
+    """Reads one tensor into a host array of our shape and dtype."""
     target = _aligned(shape, jnp.dtype(dtype))
     for size in _fill(target, tensor, transposed):
         on_bytes(size)
@@ -195,29 +200,29 @@ def _read_layers(
     dtype: DTypeLike,
     on_bytes: Callable[[int], object],
 ) -> np.ndarray:
-    """One tensor a layer as one host array, several layers at a time."""
+    """Reads one tensor per layer into one stacked host array, several layers at a time."""
     target = _aligned(shape, jnp.dtype(dtype))
 
     def fill(layer: int) -> int:
         return sum(_fill(target[layer], tensors[layer], transposed))
 
-    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), "weights") as pool:
+    with ThreadPoolExecutor(min(PARALLEL_LAYERS, os.cpu_count() or 1), "weights") as pool:
         for size in pool.map(fill, range(len(tensors))):
             on_bytes(size)
     return target
 
 
 def _fill(target: np.ndarray, tensor: StoredTensor, transposed: bool) -> Iterator[int]:
-    """Reads a tensor into an array of our shape, in chunks of its rows, and tells the bytes of each.
+    """Reads a tensor into an array of our shape, in chunks of rows, and yields the bytes of each chunk.
 
     Raises:
-        InputError: It has another shape, or no floating-point numbers.
+        InputError: It has another shape, or is not floating point.
     """
     shape = target.shape
     published = (math.prod(shape[1:]), shape[0]) if transposed else shape
     if tensor.shape != published:
         raise InputError(
-            f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, config.json asks for {list(published)}"
+            f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, config.json needs {list(published)}"
         )
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise InputError(f"{tensor.file}: {tensor.name} is {tensor.dtype}, not floating point")
@@ -231,23 +236,24 @@ def _fill(target: np.ndarray, tensor: StoredTensor, transposed: bool) -> Iterato
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that JAX's CPU device takes over without a copy."""
+    """Makes an uninitialised array whose alignment lets JAX's CPU device use it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+def shard_array(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Copies to each device of this process its part of an array that every process holds."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _stack(
     pieces: Iterator[jax.Array], shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """Writes the layers one by one into an array that is already where it belongs.
+    """Copies the layers one by one into a stacked array on the devices.
 
-    Waits for each, and lets go of it before the next is read, so that no two are in host memory.
+    Waits for each copy and frees the layer before reading the next, so that host memory holds only one.
     """
     whole = _zeros(shape, jnp.dtype(dtype), sharding)
     for i, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""From what the user named to a model on the mesh, with its vocabulary and its provenance."""
+"""Loads the model named by `--model.checkpoint` onto the mesh, with its vocabulary and provenance."""
 
 import dataclasses
 import hashlib
@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.checkpoints.converted import Provenance, is_converted, read_provenance, restore
+from bioscan_jax.checkpoints.hub import Provenance, ResolvedCheckpoint, resolve_checkpoint
 from bioscan_jax.checkpoints.keys import load_model, random_model
-from bioscan_jax.checkpoints.origin import Origin, resolve
+from bioscan_jax.checkpoints.orbax import is_converted, load_converted, read_provenance
 from bioscan_jax.checkpoints.peft import Adapter, read_adapter
 from bioscan_jax.checkpoints.readers import sha256_of, weight_files
 from bioscan_jax.devices.sharding import Layout, compute_dtype
@@ -29,32 +29,32 @@ RANDOM = "random:"
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model on its mesh."""
+    """A model on its mesh, its vocabulary and its provenance."""
 
     model: NucleotideTransformer
     config: TransformerConfig
     vocabulary: Vocabulary
     layout: Layout
-    described: Callable[[], Provenance]
-    """See `provenance`."""
+    get_provenance: Callable[[], Provenance]
+    """Called by `provenance`; may block."""
     adapter: Adapter | None = None
-    """What is around its layers, if anything."""
+    """The adapter around its layers, if any."""
 
     @property
     def provenance(self) -> Provenance:
-        """What the weights are; waits until their files have been hashed, which goes on behind the loading.
+        """Identity of the weights; waits for their files to be hashed, which runs in a background thread.
 
         Raises:
             OSError: A file could not be read again.
         """
-        return self.described()
+        return self.get_provenance()
 
 
 def read_vocabulary(directory: Path, transformer: TransformerConfig) -> Vocabulary:
-    """Reads `vocab.txt`, and checks that the model has a row for each id in use.
+    """Reads `vocab.txt` and checks that the model has an embedding for each id in use.
 
     Raises:
-        InputError: It is missing, malformed, or of another model.
+        InputError: It is missing, malformed, or belongs to another model.
     """
     vocabulary = Vocabulary.from_file(directory / "vocab.txt")
     check_vocabulary(vocabulary, transformer, str(directory / "vocab.txt"))
@@ -62,10 +62,10 @@ def read_vocabulary(directory: Path, transformer: TransformerConfig) -> Vocabula
 
 
 def check_vocabulary(vocabulary: Vocabulary, transformer: TransformerConfig, where: str) -> None:
-    """Raises InputError where the ids in use do not fit the model.
+    """Raises InputError if the ids in use do not fit the model.
 
-    Both families number their letters last, at the end of the embedding table; ids past it (v1's <eos>, <bos>) are
-    never used.
+    Both model families number the single letters last, at the end of the embedding table; ids past it (v1's <eos>,
+    <bos>) are never used.
     """
     special = (vocabulary.cls_id, vocabulary.pad_id, vocabulary.mask_id, vocabulary.unk_id)
     highest = max(*special, vocabulary.letter_ids.max(), vocabulary.sixmer_ids.max())
@@ -79,100 +79,106 @@ def check_vocabulary(vocabulary: Vocabulary, transformer: TransformerConfig, whe
         ("mask", vocabulary.mask_id, transformer.mask_token_id),
     ):
         if ours != theirs:
-            raise InputError(f"{where}: <{name}> is id {ours}, config.json says {theirs}")
+            raise InputError(f"{where}: <{name}> is id {ours}, in config.json {theirs}; use the model's own vocab.txt")
 
 
 def load_weights(
-    wanted: config.ModelConfig,
+    model: config.ModelConfig,
     layout: Layout,
     *,
     lm_head: bool = False,
     on_bytes: Callable[[int], object] = lambda n: None,
 ) -> LoadedModel:
-    """Loads what `--model.checkpoint` names.
+    """Loads the model named by `--model.checkpoint`.
 
-    A directory or hub id holds Hugging Face files, or what `scripts/convert.py` wrote. `random:PRESET` makes seeded
-    random weights of a known size. `--model.adapter` puts an adapter around its layers, not merged.
+    A directory or hub id holds Hugging Face files, or the output of `convert`. `random:PRESET` makes seeded random
+    weights of a preset size. `--model.adapter` puts an adapter around the layers without merging it.
 
     Args:
-        wanted: Checkpoint, revision, dtype, seed, adapter, attention.
-        layout: Where the parameters go.
+        model: Checkpoint, revision, dtype, seed, adapter, attention.
+        layout: Placement of the parameters on the devices.
         lm_head: Also load the masked-language-model head.
         on_bytes: Called with the number of file bytes just read.
 
     Raises:
-        InputError: Anything about the checkpoint or the adapter is wrong, or the attention cannot work here.
+        InputError: The checkpoint or the adapter is wrong, or `--model.attention` is not supported on these devices.
     """
-    loaded = _load_base(wanted, layout, lm_head, on_bytes)
-    loaded.model.attention = wanted.attention
-    if wanted.adapter is None:
+    loaded = _load_base(model, layout, lm_head, on_bytes)
+    loaded.model.attention = model.attention
+    if model.adapter is None:
         return loaded
-    directory = Path(os.path.expanduser(wanted.adapter))
+    directory = Path(os.path.expanduser(model.adapter))
     adapter = read_adapter(directory, loaded.model, layout, base=loaded.provenance)
-    provenance = dataclasses.replace(loaded.provenance, adapter=wanted.adapter, adapter_sha256=adapter.sha256)
-    return dataclasses.replace(loaded, described=lambda: provenance, adapter=adapter)
+    provenance = dataclasses.replace(loaded.provenance, adapter=model.adapter, adapter_sha256=adapter.sha256)
+    return dataclasses.replace(loaded, get_provenance=lambda: provenance, adapter=adapter)
 
 
 def _load_base(
-    wanted: config.ModelConfig, layout: Layout, lm_head: bool, on_bytes: Callable[[int], object]
+    model: config.ModelConfig, layout: Layout, lm_head: bool, on_bytes: Callable[[int], object]
 ) -> LoadedModel:
-    dtype = compute_dtype(wanted.dtype)
-    if wanted.checkpoint.startswith(RANDOM):
-        return _random(wanted, dtype, layout, lm_head)
-    origin = resolve(wanted.checkpoint, wanted.revision)
-    transformer = read_config(origin.directory)
-    _check_attention(wanted, transformer, dtype, layout)
-    vocabulary = read_vocabulary(origin.directory, transformer)
-    described = _behind(lambda: _describe(origin, dtype)).result
-    if is_converted(origin.directory):
-        model = restore(origin.directory, transformer, dtype, layout, lm_head=lm_head)
+    dtype = compute_dtype(model.dtype)
+    if model.checkpoint.startswith(RANDOM):
+        return _random(model, dtype, layout, lm_head)
+    found = resolve_checkpoint(model.checkpoint, model.revision)
+    transformer = read_config(found.directory)
+    _check_attention(model, transformer, dtype, layout)
+    vocabulary = read_vocabulary(found.directory, transformer)
+    get_provenance = _in_background(lambda: _provenance_of(found, dtype)).result
+    if is_converted(found.directory):
+        transformer_model = load_converted(found.directory, transformer, dtype, layout, lm_head=lm_head)
     else:
-        model = load_model(origin.directory, transformer, dtype, layout, lm_head=lm_head, on_bytes=on_bytes)
-    return LoadedModel(model=model, config=transformer, vocabulary=vocabulary, layout=layout, described=described)
+        transformer_model = load_model(found.directory, transformer, dtype, layout, lm_head=lm_head, on_bytes=on_bytes)
+    return LoadedModel(
+        model=transformer_model,
+        config=transformer,
+        vocabulary=vocabulary,
+        layout=layout,
+        get_provenance=get_provenance,
+    )
 
 
-def _describe(origin: Origin, dtype: DTypeLike) -> Provenance:
-    if is_converted(origin.directory):
-        return dataclasses.replace(read_provenance(origin.directory), dtype=jax.numpy.dtype(dtype).name)
+def _provenance_of(found: ResolvedCheckpoint, dtype: DTypeLike) -> Provenance:
+    if is_converted(found.directory):
+        return dataclasses.replace(read_provenance(found.directory), dtype=jax.numpy.dtype(dtype).name)
     return Provenance(
-        model=origin.name,
-        revision=origin.revision,
-        weights_sha256=sha256_of(weight_files(origin.directory)),
-        license=origin.license,
+        model=found.name,
+        revision=found.revision,
+        weights_sha256=sha256_of(weight_files(found.directory)),
+        license=found.license,
         dtype=jax.numpy.dtype(dtype).name,
     )
 
 
-def _behind(task: Callable[[], Provenance]) -> Future[Provenance]:
-    """Runs a task in a thread of its own."""
-    pool = ThreadPoolExecutor(1, "behind")
+def _in_background(task: Callable[[], Provenance]) -> Future[Provenance]:
+    """Runs a task in its own thread."""
+    pool = ThreadPoolExecutor(1, "provenance")
     future = pool.submit(task)
     pool.shutdown(wait=False)
     return future
 
 
 def _check_attention(
-    wanted: config.ModelConfig, transformer: TransformerConfig, dtype: DTypeLike, layout: Layout
+    model: config.ModelConfig, transformer: TransformerConfig, dtype: DTypeLike, layout: Layout
 ) -> None:
-    """Raises InputError where the attention asked for cannot work here, before any weight is read."""
+    """Raises InputError if `--model.attention` is not supported on these devices, before any weight is read."""
     heads, head_dim = transformer.num_attention_heads, transformer.head_dim
-    choose(wanted.attention, site(layout, heads=heads, head_dim=head_dim, dtype=dtype), tokens=0)
+    choose(model.attention, site(layout, heads=heads, head_dim=head_dim, dtype=dtype), tokens=0)
 
 
-def _random(wanted: config.ModelConfig, dtype: DTypeLike, layout: Layout, lm_head: bool) -> LoadedModel:
-    preset = wanted.checkpoint.removeprefix(RANDOM)
+def _random(model: config.ModelConfig, dtype: DTypeLike, layout: Layout, lm_head: bool) -> LoadedModel:
+    preset = model.checkpoint.removeprefix(RANDOM)
     if preset not in PRESETS:
-        raise InputError(f"--model.checkpoint {wanted.checkpoint!r}: no such preset; known are {', '.join(PRESETS)}")
+        raise InputError(f"--model.checkpoint {model.checkpoint!r}: no such preset; use one of {', '.join(PRESETS)}")
     transformer = PRESETS[preset]
-    _check_attention(wanted, transformer, dtype, layout)
-    identity = f"random weights of {transformer}, seed {wanted.seed}, jax {jax.__version__}"
+    _check_attention(model, transformer, dtype, layout)
+    identity = f"random weights of {transformer}, seed {model.seed}, jax {jax.__version__}"
     return LoadedModel(
-        model=random_model(transformer, dtype, layout, seed=wanted.seed, lm_head=lm_head),
+        model=random_model(transformer, dtype, layout, seed=model.seed, lm_head=lm_head),
         config=transformer,
         vocabulary=Vocabulary.published("v2" if transformer.gated else "v1"),
         layout=layout,
-        described=lambda: Provenance(
-            model=f"{wanted.checkpoint} (seeded random weights, seed {wanted.seed}: not trained)",
+        get_provenance=lambda: Provenance(
+            model=f"{model.checkpoint} (seeded random weights, seed {model.seed}: not trained)",
             revision=None,
             weights_sha256=hashlib.sha256(identity.encode()).hexdigest(),
             license=None,

@@ -1,9 +1,9 @@
-"""Adapters as files in PEFT's format: ours for PyTorch, PyTorch's for us.
+"""Reads and writes LoRA adapters in PEFT's file format.
 
-The tensors are named as PEFT names them around `EsmForMaskedLM`. PEFT has no task type for masked-language models;
-FEATURE_EXTRACTION leaves the call of the model as it is, and vectors are what these adapters are for. The targets are
-given as a pattern that begins at `esm.`: names alone would also fit `EsmModel`, where PEFT would find no tensor of ours
-and go on, with a warning, with an adapter that does nothing. As a pattern it refuses.
+Tensors are named as PEFT names them around `EsmForMaskedLM`. PEFT has no task type for masked-language models;
+FEATURE_EXTRACTION keeps the model's call unchanged, and these adapters are for vectors. The targets are written as a
+pattern that begins with `esm.`: plain names would also match `EsmModel`, where PEFT would find none of our tensors and
+only warn that the adapter does nothing. With the pattern it raises.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 from bioscan_jax import config
-from bioscan_jax.checkpoints.converted import Provenance
-from bioscan_jax.checkpoints.facts import read_facts, write_facts
-from bioscan_jax.checkpoints.head_files import Heads, put, write_heads
-from bioscan_jax.checkpoints.keys import published_names
+from bioscan_jax.checkpoints.head_files import Heads, write_heads
+from bioscan_jax.checkpoints.hub import Provenance
+from bioscan_jax.checkpoints.keys import published_names, shard_array
+from bioscan_jax.checkpoints.model_card import read_facts, write_facts
 from bioscan_jax.checkpoints.readers import StoredTensor, list_file, read_rows, sha256_of
-from bioscan_jax.checkpoints.writers import PendingTensor, write_file
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import TransformerConfig
@@ -36,10 +36,10 @@ from bioscan_jax.output import whole_directory
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-"""File the tensors are in, most preferred first."""
+"""Names of the weights file, most preferred first."""
 
 _PREFIX = "base_model.model."
-# Keys of adapter_config.json that say nothing about the numbers of a plain LoRA adapter.
+# Keys of adapter_config.json that do not change what a plain LoRA adapter computes.
 _IRRELEVANT = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "lora_dropout"),
@@ -47,20 +47,20 @@ _IRRELEVANT = frozenset(
         *("ensure_weight_tying", "layers_pattern"),
     }
 )
-# Ways to start that leave the base's weights as they are; the others change them.
+# Initialisations that leave the base weights unchanged; all others change them.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What is known of an adapter that was read."""
+    """Settings and identity of an adapter that was read."""
 
     lora: config.LoRAConfig
-    """Its shape; alpha is what gives its scaling as alpha / rank."""
+    """Rank, targets and so on; alpha is such that alpha / rank is the adapter's scaling."""
     sha256: str
-    """Of what it does to the numbers: the file of its tensors and its scaling."""
+    """Of its weights file and its scaling."""
     facts: dict[str, Any] | None
-    """Of `bioscan_jax_export.json`; None for an adapter made elsewhere."""
+    """Contents of `bioscan_jax_export.json`; None for an adapter made by another program."""
 
 
 def write_adapter(
@@ -72,19 +72,19 @@ def write_adapter(
     heads: Heads | None = None,
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Writes the adapters of a model as PEFT does, with its heads, label space, facts and a model card.
+    """Writes the adapters of a model in PEFT's format, with heads, label space, facts and a model card.
 
     Args:
-        directory: Is made, whole or not at all.
-        trunk: Its arrays must be addressable from this process.
-        lora: What its adapters were made with.
+        directory: Created, complete or not at all.
+        trunk: The adapted model; its arrays must be addressable from this process.
+        lora: The settings its adapters were made with.
         provenance: Of the trunk's weights.
-        heads: What was trained on its vectors.
-        facts: Anything else worth keeping in `bioscan_jax_export.json`; plain JSON values.
+        heads: Taxonomic heads trained on its vectors.
+        facts: Further entries of `bioscan_jax_export.json`; plain JSON values.
 
     Raises:
         InputError: The directory is not empty, or cannot be written.
-        ValueError: The adapters are not those of `lora`, or the heads do not fit their label space.
+        ValueError: The adapters do not match `lora`, or the heads do not match their label space.
     """
     stems = _stems(trunk.config)
     names = [re.escape(stems[name].rpartition("{}.")[2]) for name in resolve_targets(lora.targets)]
@@ -107,7 +107,7 @@ def write_adapter(
     }
     with whole_directory(directory) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(parsed, indent=2, sort_keys=True) + "\n")
-        write_file(temporary / WEIGHTS_FILES[0], list(_tensors(trunk, lora)))
+        save_file(dict(_tensors(trunk, lora)), temporary / WEIGHTS_FILES[0], {"format": "pt"})
         if heads is not None:
             write_heads(temporary, heads)
         write_facts(temporary, "adapter", provenance, facts, heads=heads)
@@ -116,27 +116,27 @@ def write_adapter(
 def read_adapter(directory: Path, model: NucleotideTransformer, layout: Layout, *, base: Provenance) -> Adapter:
     """Puts stored adapters around the layers of a model, in place.
 
-    Reads what `write_adapter` wrote, and plain LoRA adapters that PEFT made of `EsmForMaskedLM` or `EsmModel`. Those do
-    not say which weights they were made with; then only shapes, and the names of hub ids, can tell that it is others.
+    Reads the output of `write_adapter`, and plain LoRA adapters that PEFT made of `EsmForMaskedLM` or `EsmModel`. Those
+    do not record the digest of their base weights, so another base is detected only by its shapes or hub id.
 
     Args:
         directory: Holds `adapter_config.json` and the tensors.
         model: On its mesh, without adapters.
-        layout: Where its arrays live.
-        base: Of the model's weights.
+        layout: Placement of its arrays on the devices.
+        base: Provenance of the model's weights.
 
     Raises:
-        InputError: A file is missing or damaged, the adapter is of another model, or it is more than plain LoRA.
+        InputError: A file is missing or damaged, the adapter is of another model, or it is not plain LoRA.
     """
     parsed = _read_config(directory)
     facts = read_facts(directory)
     _check_base(directory, parsed, facts, base)
     file = _weights_file(directory)
     made_for = facts["base"]["model"] if facts else parsed.get("base_model_name_or_path")
-    where = f"{directory}, an adapter of {made_for or 'a model that it does not name'}"
-    stored = _by_place(file, model.config, f"{where}:", base.model)
+    where = f"{directory}, an adapter of {made_for or 'an unnamed model'}"
+    stored = _tensors_by_target(file, model.config, f"{where}:", base.model)
     rank, alpha = parsed["r"], parsed["lora_alpha"]
-    # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root.
+    # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the square root of the rank.
     scaling = alpha / math.sqrt(rank) if parsed.get("use_rslora") else alpha / rank
     lora = config.LoRAConfig(
         rank=rank,
@@ -155,14 +155,14 @@ def read_adapter(directory: Path, model: NucleotideTransformer, layout: Layout, 
             values = np.empty((layers, *shape), np.float32)
             for i in range(layers):
                 values[i] = _read(stored[name, matrix, i], tuple(shape), f"{where}:", base.model)
-            place = ("layers", *TARGETS[name], matrix)
-            setattr(layer, matrix, variable.replace(put(values, shardings[place])))
+            sharding = shardings["layers", *TARGETS[name], matrix]
+            setattr(layer, matrix, variable.replace(shard_array(values, sharding)))
     digest = hashlib.sha256(f"{sha256_of([file])} scaling {scaling!r}".encode()).hexdigest()
     return Adapter(lora=lora, sha256=digest, facts=facts)
 
 
 def _stems(transformer: TransformerConfig) -> dict[str, str]:
-    """Published name of each layer that can be adapted, with `{}` for its number."""
+    """Returns the published name of each adaptable layer, with `{}` for the layer number."""
     table = {row.path: row.name for row in published_names(transformer, lm_head=False)}
     return {name: table["layers", *place, "kernel"].removesuffix(".weight") for name, place in TARGETS.items()}
 
@@ -172,12 +172,12 @@ def _layer(model: NucleotideTransformer, target: str) -> Any:
     return getattr(getattr(model.layers, parent), attribute)
 
 
-def _tensors(trunk: NucleotideTransformer, lora: config.LoRAConfig) -> Iterator[PendingTensor]:
+def _tensors(trunk: NucleotideTransformer, lora: config.LoRAConfig) -> Iterator[tuple[str, np.ndarray]]:
     stems, targets = _stems(trunk.config), resolve_targets(lora.targets)
     for name in TARGETS:
         layer = _layer(trunk, name)
         if isinstance(layer, LoRALinear) != (name in targets):
-            raise ValueError(f"the adapters of the model are not those of {targets}: {name} differs")
+            raise ValueError(f"the adapters of the model are not on {targets}: {name} differs")
         if not isinstance(layer, LoRALinear):
             continue
         a, b = np.asarray(layer.a[...]), np.asarray(layer.b[...])
@@ -185,12 +185,12 @@ def _tensors(trunk: NucleotideTransformer, lora: config.LoRAConfig) -> Iterator[
             raise ValueError(f"the adapter of {name} has rank {a.shape[2]} and scaling {layer.scaling}, not {lora}")
         for i in range(len(a)):
             stem = f"{_PREFIX}{stems[name].format(i)}"
-            yield PendingTensor.of(f"{stem}.lora_A.weight", a[i].T)
-            yield PendingTensor.of(f"{stem}.lora_B.weight", b[i].reshape(lora.rank, -1).T)
+            yield f"{stem}.lora_A.weight", np.ascontiguousarray(a[i].T)
+            yield f"{stem}.lora_B.weight", np.ascontiguousarray(b[i].reshape(lora.rank, -1).T)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """Parses `adapter_config.json`, refusing all that is not plain LoRA."""
+    """Parses `adapter_config.json`; raises InputError for anything but plain LoRA."""
     path = directory / CONFIG_FILE
     if not directory.is_dir():
         raise InputError(f"--model.adapter {str(directory)!r}: there is no such directory; check the path")
@@ -225,7 +225,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _check_base(directory: Path, parsed: dict[str, Any], facts: dict[str, Any] | None, base: Provenance) -> None:
-    """Refuses an adapter that says it is of other weights."""
+    """Raises InputError if the adapter names other base weights."""
     if facts is not None:
         made = facts["base"]
         if made["weights_sha256"] != base.weights_sha256:
@@ -249,28 +249,28 @@ def _weights_file(directory: Path) -> Path:
     raise InputError(f"{directory} has no {' or '.join(WEIGHTS_FILES)}; export or download the adapter again")
 
 
-def _by_place(
+def _tensors_by_target(
     file: Path, transformer: TransformerConfig, where: str, model: str
 ) -> dict[tuple[str, str, int], StoredTensor]:
-    """The stored tensors by target, matrix (a or b) and layer; each adapted target has both for every layer."""
-    wanted = {}
+    """Returns stored tensors by target, matrix (a or b) and layer; each adapted target has both in every layer."""
+    expected = {}
     for name, stem in _stems(transformer).items():
         for i in range(transformer.num_hidden_layers):
             for matrix in ("a", "b"):
-                wanted[f"{stem.format(i)}.lora_{matrix.upper()}.weight"] = (name, matrix, i)
+                expected[f"{stem.format(i)}.lora_{matrix.upper()}.weight"] = (name, matrix, i)
     found: dict[tuple[str, str, int], StoredTensor] = {}
     for tensor in list_file(file):
         bare = tensor.name.removeprefix(_PREFIX)
-        place = wanted.get(bare, wanted.get(f"esm.{bare}"))
-        if bare == tensor.name or place is None:
+        key = expected.get(bare, expected.get(f"esm.{bare}"))
+        if bare == tensor.name or key is None:
             raise InputError(f"{where} unexpected tensor {tensor.name!r}; {model} has no such layer to adapt")
-        if place in found:
-            raise InputError(f"{where} {tensor.name!r} and {found[place].name!r} are the same")
-        found[place] = tensor
+        if key in found:
+            raise InputError(f"{where} {tensor.name!r} and {found[key].name!r} are the same; export it again")
+        found[key] = tensor
     if not found:
         raise InputError(f"{where} {file.name} holds no tensors; export or download it again")
     adapted = {name for name, _, _ in found}
-    missing = [name for name, place in wanted.items() if place[0] in adapted and place not in found]
+    missing = [name for name, key in expected.items() if key[0] in adapted and key not in found]
     if missing:
         raise InputError(
             f"{where} {len(missing)} tensor(s) missing, first {_PREFIX + missing[0]!r}; it is damaged or not of {model}"
@@ -279,12 +279,10 @@ def _by_place(
 
 
 def _read(tensor: StoredTensor, shape: tuple[int, ...], where: str, model: str) -> np.ndarray:
-    """One matrix, from [out, in] to [in, out...]."""
+    """Reads one matrix and transposes it from [out, in] to [in, out...]."""
     published = (math.prod(shape[1:]), shape[0])
     if tensor.shape != published:
-        raise InputError(
-            f"{where} {tensor.name} has shape {list(tensor.shape)}, {model} and r ask for {list(published)}"
-        )
+        raise InputError(f"{where} {tensor.name} has shape {list(tensor.shape)}, {model} and r need {list(published)}")
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise InputError(f"{where} {tensor.name} is {tensor.dtype}, not floating point")
     return read_rows(tensor).astype(np.float32).T.reshape(shape)

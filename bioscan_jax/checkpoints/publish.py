@@ -1,4 +1,4 @@
-"""A model as a Hugging Face checkpoint, its adapters merged in, under the names of the published ones."""
+"""Writes a model as a Hugging Face checkpoint with the published parameter names, its adapters merged in."""
 
 import dataclasses
 import functools
@@ -15,10 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Int32
 
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.checkpoints.converted import Provenance, is_converted
-from bioscan_jax.checkpoints.facts import write_facts
 from bioscan_jax.checkpoints.head_files import Heads, write_heads
+from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import published_names
+from bioscan_jax.checkpoints.model_card import write_facts
+from bioscan_jax.checkpoints.orbax import is_converted
 from bioscan_jax.checkpoints.readers import list_tensors, read_rows
 from bioscan_jax.checkpoints.writers import MAX_SHARD_BYTES, PendingTensor, write_weights
 from bioscan_jax.model.lora import merge_adapters
@@ -27,8 +28,8 @@ from bioscan_jax.output import whole_directory
 
 _CONTACT_HEAD = "esm.contact_head.regression"
 _ZEROS = """\
-The base checkpoint was not at hand as published files, so `contact_head`, which no forward pass of this library reads,
-is zero here."""
+The published files of the base checkpoint were not available, so `contact_head`, which no forward pass of this library
+uses, is zero here."""
 
 
 def write_merged(
@@ -42,39 +43,39 @@ def write_merged(
     facts: Mapping[str, Any] = MappingProxyType({}),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a checkpoint that `--model.checkpoint` takes, and transformers if it is a v1 model.
+    """Writes a checkpoint that `--model.checkpoint` accepts, and transformers as well for a v1 model.
 
     Kernels are merged in float32 and rounded to the dtype of the model, which is the dtype of the files: load the model
-    in float32 for a merged checkpoint that equals its adapter. The model itself is not changed; beside it, memory
-    holds one layer while it is merged and written.
+    in float32 for a merged checkpoint that equals the adapted model. The model is not changed; one layer at a time is
+    merged in memory and written.
 
     Args:
-        directory: Is made, whole or not at all.
+        directory: Created, complete or not at all.
         model: With its language-model head, with or without adapters; its arrays must be addressable from this process.
         vocabulary: Of the model.
-        provenance: Of the weights it is made from.
-        base: Directory of the published files it is made from. What they hold beside the parameters of the forward
-            pass (contact head, buffers) is copied, so that the keys are those of the base. None where there are no such
-            files; then the contact head, which `EsmForMaskedLM` asks for, is zero.
-        heads: What was trained on its vectors.
-        facts: Anything else worth keeping in `bioscan_jax_export.json`; plain JSON values.
-        max_shard_bytes: Above it the weights are split over several files.
+        provenance: Of the base weights.
+        base: Directory of the published base files. Their tensors that the forward pass does not use (contact head,
+            buffers) are copied, so that the keys equal those of the base. None if there are no such files; then the
+            contact head, which `EsmForMaskedLM` requires, is zero.
+        heads: Taxonomic heads trained on its vectors.
+        facts: Further entries of `bioscan_jax_export.json`; plain JSON values.
+        max_shard_bytes: Larger weights are split into several files.
 
     Raises:
         InputError: The directory is not empty, or cannot be written; the base cannot be read.
-        ValueError: The model has no language-model head, or the heads do not fit their label space.
+        ValueError: The model has no language-model head, or the heads do not match their label space.
     """
     if model.lm_head is None:
-        raise ValueError("a published checkpoint has a language-model head; load the model with lm_head=True")
+        raise ValueError("a published checkpoint needs a language-model head; load the model with lm_head=True")
     transformer = model.config
     tensors = list(_parameters(model))
     copied = [] if base is None or is_converted(base) else list(_copied(base, tensors))
     complete = {tensor.name for tensor in copied} >= {f"{_CONTACT_HEAD}.weight", f"{_CONTACT_HEAD}.bias"}
     if not complete:
-        of_head = {"weight": (1, transformer.num_hidden_layers * transformer.num_attention_heads), "bias": (1,)}
+        shapes = {"weight": (1, transformer.num_hidden_layers * transformer.num_attention_heads), "bias": (1,)}
         dtype = tensors[0].dtype
         copied = [tensor for tensor in copied if not tensor.name.startswith(_CONTACT_HEAD)]
-        copied += [PendingTensor.of(f"{_CONTACT_HEAD}.{k}", np.zeros(shape, dtype)) for k, shape in of_head.items()]
+        copied += [PendingTensor.from_array(f"{_CONTACT_HEAD}.{k}", np.zeros(v, dtype)) for k, v in shapes.items()]
     raw = json.loads(transformer.to_json()) | {"dtype": model.word_embeddings.dtype.name}
     with whole_directory(directory) as temporary:
         (temporary / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
@@ -88,17 +89,17 @@ def write_merged(
 
 
 def _parameters(model: NucleotideTransformer) -> Iterator[PendingTensor]:
-    """Every published tensor of the model's own parameters, layer after layer."""
+    """Yields the published tensors of the model's parameters, layer by layer."""
     transformer = model.config
     dtype = np.dtype(model.word_embeddings.dtype)
     rows = published_names(transformer, lm_head=True)
     graph, state = nnx.split(model)
-    whole = dict(nnx.to_flat_state(state))
-    shapes = {tuple(p for p in path if p != "base"): v.get_value().shape for path, v in whole.items()}
+    parameters = dict(nnx.to_flat_state(state))
+    shapes = {tuple(p for p in path if p != "base"): v.get_value().shape for path, v in parameters.items()}
 
     @jax.jit
-    def merged(state: nnx.State, i: Int32[Array, ""]) -> dict[str, Array]:
-        """The parameters of layer `i`, its adapters merged, by dotted path."""
+    def merge_layer(state: nnx.State, i: Int32[Array, ""]) -> dict[str, Array]:
+        """Returns the parameters of layer `i` by dotted path, its adapters merged."""
         sliced = [
             (path, variable.replace(jax.lax.dynamic_slice_in_dim(variable.get_value(), i, 1)))
             for path, variable in nnx.to_flat_state(state)
@@ -115,8 +116,8 @@ def _parameters(model: NucleotideTransformer) -> Iterator[PendingTensor]:
     def read(path: tuple, i: int | None, transposed: bool, shape: tuple[int, ...]) -> np.ndarray:
         if i is not None and i not in latest:
             latest.clear()
-            latest[i] = merged(state, np.int32(i))
-        value = whole[path].get_value() if i is None else latest[i][".".join(map(str, path))]
+            latest[i] = merge_layer(state, np.int32(i))
+        value = parameters[path].get_value() if i is None else latest[i][".".join(map(str, path))]
         array = np.asarray(value)
         return array.reshape(array.shape[0], -1).T if transposed else array.reshape(shape)
 
@@ -133,17 +134,17 @@ def _parameters(model: NucleotideTransformer) -> Iterator[PendingTensor]:
 
 
 def _copied(base: Path, tensors: Sequence[PendingTensor]) -> Iterator[PendingTensor]:
-    """The tensors of the base that the forward pass does not read."""
+    """Yields the tensors of the base that the forward pass does not use."""
     ours = {tensor.name: tensor for tensor in tensors}
     for name, tensor in sorted(list_tensors(base).items()):
-        if name == "lm_head.decoder.bias":  # the same as lm_head.bias, under its other name
+        if name == "lm_head.decoder.bias":  # another name of lm_head.bias
             yield dataclasses.replace(ours["lm_head.bias"], name=name)
         elif name not in ours:
             yield PendingTensor(name, tensor.dtype, tensor.shape, functools.partial(read_rows, tensor))
 
 
 def _tokenizer_config(max_tokens: int) -> str:
-    """Without it transformers appends <eos>, which the models were not trained with and v1 has no embedding for."""
+    """Returns a tokenizer config without <eos>, which the models were not trained with and v1 has no embedding for."""
     special = {f"{name}_token": f"<{name}>" for name in ("cls", "mask", "pad", "unk")}
     parsed = {"tokenizer_class": "EsmTokenizer", "model_max_length": max_tokens, "eos_token": None, **special}
     return json.dumps(parsed, indent=2, sort_keys=True) + "\n"

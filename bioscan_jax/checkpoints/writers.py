@@ -1,4 +1,8 @@
-"""Writes safetensors files, a tensor at a time."""
+"""Writes safetensors files one tensor at a time.
+
+safetensors' own writer needs all tensors of a file in memory (a merged checkpoint is computed layer by layer while it
+is written), and stores several metadata entries in random order (identify records the digest of the heads file).
+"""
 
 import json
 import math
@@ -12,14 +16,14 @@ import numpy as np
 from bioscan_jax.checkpoints.readers import SAFETENSORS_DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
-"""Of tensors in one file, as on the hub."""
+"""Largest total size of the tensors in one file, as on the Hugging Face hub."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class PendingTensor:
-    """A tensor that is made when its turn comes to be written."""
+    """A tensor whose values are computed when it is written."""
 
     name: str
     dtype: np.dtype
@@ -27,24 +31,23 @@ class PendingTensor:
     read: Callable[[], np.ndarray]
 
     @classmethod
-    def of(cls, name: str, values: np.ndarray) -> "PendingTensor":
-        """A tensor that is there already."""
+    def from_array(cls, name: str, values: np.ndarray) -> "PendingTensor":
+        """Wraps values that are already in memory."""
         return cls(name, values.dtype, values.shape, lambda: values)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_weights(directory: Path, tensors: Sequence[PendingTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes `model.safetensors`, or above `max_shard_bytes` its shards with their index; one tensor is held at a time.
+    """Writes `model.safetensors`, or shards with an index above `max_shard_bytes`; holds one tensor at a time.
 
     Args:
         directory: Must exist.
-        tensors: Are written in this order, but for the size of their numbers: the widest first, so that all are
-            aligned.
-        max_shard_bytes: Largest sum of the tensors in one file, unless one tensor alone is larger.
+        tensors: Written in this order after sorting by item size, largest first, so that all are aligned.
+        max_shard_bytes: Largest total size of the tensors in one file, unless a single tensor is larger.
     """
     shards: list[list[PendingTensor]] = [[]]
     for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize):
@@ -52,12 +55,12 @@ def write_weights(directory: Path, tensors: Sequence[PendingTensor], max_shard_b
             shards.append([])
         shards[-1].append(tensor)
     if len(shards) == 1:
-        write_file(directory / "model.safetensors", shards[0])
+        write_safetensors(directory / "model.safetensors", shards[0])
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / name, shard)
+        write_safetensors(directory / name, shard)
         weight_map |= {tensor.name: name for tensor in shard}
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
@@ -66,18 +69,23 @@ def write_weights(directory: Path, tensors: Sequence[PendingTensor], max_shard_b
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_file(path: Path, tensors: Sequence[PendingTensor], facts: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Writes one safetensors file, a tensor at a time.
+def write_safetensors(
+    path: Path, tensors: Sequence[PendingTensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Writes one safetensors file, one tensor at a time.
 
-    The format (github.com/huggingface/safetensors): eight bytes that say how long the header is, the header as JSON
-    padded to a multiple of eight bytes, then the numbers.
+    The format (github.com/huggingface/safetensors): the header's length in eight bytes, the header as JSON padded to a
+    multiple of eight bytes, then the tensors' values.
 
     Args:
         path: The file.
-        tensors: In the order they lie in it.
-        facts: Go into the header's `__metadata__`.
+        tensors: Their order is the order in the file.
+        metadata: Added to the header's `__metadata__`.
+
+    Raises:
+        ValueError: The values of a tensor do not have its dtype and shape.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **facts}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
     for tensor in tensors:
         end = begin + tensor.nbytes

@@ -10,8 +10,8 @@ from flax import nnx
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.checkpoints.head_files import Heads, taxon_tree
+from bioscan_jax.checkpoints.hub import resolve_checkpoint
 from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights
-from bioscan_jax.checkpoints.origin import resolve
 from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.devices.sharding import make_layout, start_devices
@@ -67,7 +67,7 @@ def export(
         write_adapter(target, classifier.trunk, lora, provenance=loaded.provenance, heads=heads, facts=facts)
     else:
         name, revision = record["model"]["checkpoint"], record["model"]["revision"]
-        published = None if name.startswith(RANDOM) else resolve(checkpoint or name, revision).directory
+        published = None if name.startswith(RANDOM) else resolve_checkpoint(checkpoint or name, revision).directory
         write_merged(
             target,
             classifier.trunk,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.checkpoints.converted import Provenance
+from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import random_model
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.devices.sharding import make_layout

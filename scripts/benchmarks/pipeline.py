@@ -18,7 +18,7 @@ from benchmarks.barcodes import barcodes, describe_input, write_repeated
 from benchmarks.figures import Figures, at_least, in_a_process, rest, rounded
 from bioscan_jax import config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.checkpoints.converted import Provenance
+from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.data.batching import BatchShape
@@ -187,7 +187,7 @@ def _sized_like_the_largest(layout: Layout) -> LoadedModel:
         config=transformer,
         vocabulary=Vocabulary.published("v1"),
         layout=layout,
-        described=lambda: Provenance(
+        get_provenance=lambda: Provenance(
             model="zeros instead of a model", revision=None, weights_sha256="none", license=None, dtype="float32"
         ),
     )

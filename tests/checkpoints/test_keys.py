@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from support.places import GOLDEN
 
 from bioscan_jax import config
-from bioscan_jax.checkpoints.converted import is_converted, read_provenance, save
+from bioscan_jax.checkpoints.convert import convert
 from bioscan_jax.checkpoints.keys import abstract_model, load_model, published_names
 from bioscan_jax.checkpoints.load import load_weights
+from bioscan_jax.checkpoints.orbax import is_converted, read_provenance, save_converted
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import PRESETS
@@ -58,7 +59,7 @@ def test_a_misshapen_tensor_is_named(checkpoint):
     name = "esm.encoder.layer.2.intermediate.dense.weight"
     edit(checkpoint, lambda tensors: tensors.update({name: tensors[name][:-1].copy()}))
     with pytest.raises(
-        InputError, match=r"layer.2.intermediate.dense.weight has shape \[63, 16\], .* asks for \[64, 16\]"
+        InputError, match=r"layer.2.intermediate.dense.weight has shape \[63, 16\], .* needs \[64, 16\]"
     ):
         read(checkpoint)
 
@@ -95,7 +96,7 @@ def test_a_vocabulary_whose_pad_differs_is_refused(checkpoint):
     lines = (checkpoint / "vocab.txt").read_text().splitlines()
     lines[1], lines[4] = lines[4], lines[1]
     (checkpoint / "vocab.txt").write_text("\n".join(lines))
-    with pytest.raises(InputError, match="<pad> is id 4, config.json says 1"):
+    with pytest.raises(InputError, match="<pad> is id 4, in config.json 1"):
         read(checkpoint)
 
 
@@ -135,7 +136,7 @@ def test_bfloat16_is_float32_rounded():
 @pytest.mark.parametrize("family", ["v1", "v2"])
 def test_converted_weights_are_the_same_model(family, tmp_path):
     loaded = load_weights(config.ModelConfig(checkpoint=str(GOLDEN / family)), make_layout(ONE), lm_head=True)
-    save(tmp_path / "out", loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
+    save_converted(tmp_path / "out", loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
     assert is_converted(tmp_path / "out")
     for mesh in (ONE, config.MeshConfig(data=8, params="fsdp")):
         again = load_weights(config.ModelConfig(checkpoint=str(tmp_path / "out")), make_layout(mesh), lm_head=True)
@@ -153,12 +154,21 @@ def test_converted_weights_are_the_same_model(family, tmp_path):
     assert trunk.model.word_embeddings.dtype == jnp.bfloat16
 
 
+def test_convert_writes_a_checkpoint_and_tells_what_it_is(tmp_path):
+    out = str(tmp_path / "out")
+    summary = convert(config.ModelConfig(checkpoint=str(GOLDEN / "v2")), out, ONE)
+    assert summary.provenance == read_provenance(tmp_path / "out")
+    assert str(summary) == f"{out}: {GOLDEN / 'v2'} in float32, sha256 {summary.provenance.weights_sha256}"
+    with pytest.raises(InputError, match="not empty"):
+        convert(config.ModelConfig(checkpoint=str(GOLDEN / "v2")), out, ONE)
+
+
 def test_damaged_converted_weights_are_refused(tmp_path):
     loaded = load_weights(config.ModelConfig(checkpoint=str(GOLDEN / "v2")), make_layout(ONE), lm_head=True)
     out = tmp_path / "out"
-    save(out, loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
+    save_converted(out, loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
     with pytest.raises(InputError, match="not empty"):
-        save(out, loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
+        save_converted(out, loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
     shutil.rmtree(out / "weights" / "trunk")
     with pytest.raises(InputError, match="converted weights cannot be read"):
         read(out)

@@ -31,11 +31,12 @@ from support.places import SCRIPTS
 
 from bioscan_jax import DataConfig, EmbedConfig, InputError, ModelConfig, SinkConfig, config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.checkpoints.converted import Provenance, read_provenance, save
-from bioscan_jax.checkpoints.facts import FACTS_FILE
 from bioscan_jax.checkpoints.head_files import HEADS_FILE, LABELS_FILE, read_heads, write_heads
+from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import load_model
 from bioscan_jax.checkpoints.load import LoadedModel, load_weights
+from bioscan_jax.checkpoints.model_card import FACTS_FILE
+from bioscan_jax.checkpoints.orbax import read_provenance, save_converted
 from bioscan_jax.checkpoints.peft import CONFIG_FILE, read_adapter, write_adapter
 from bioscan_jax.checkpoints.readers import sha256_of, weight_files
 from bioscan_jax.data.parquet import open_source
@@ -264,7 +265,7 @@ def test_an_adapter_of_another_base_is_refused(exported):
     assert "adapter of mine/v, not of other/v" in refusal(exported, base=dataclasses.replace(BASE, model="other/v"))
     message = refusal(exported, base=dataclasses.replace(BASE, model="other/v", revision=None), family="v1")
     assert "an adapter of mine/v: " in message
-    assert "intermediate.dense.lora_B.weight has shape [64, 8], other/v and r ask for [32, 8]" in message
+    assert "intermediate.dense.lora_B.weight has shape [64, 8], other/v and r need [32, 8]" in message
 
 
 def test_tensors_that_do_not_fit_are_refused(exported):
@@ -355,19 +356,19 @@ def test_heads_that_do_not_fit_are_refused(tmp_path):
     for change, words in (
         (
             {"head.leaves.linear.bias": np.ones(129, np.float32)},
-            r"has shape \(129,\), the label space asks for \(128,\)",
+            r"has shape \(129,\), the label space needs \(128,\)",
         ),
-        ({"head.more": np.ones(1, np.float32)}, r"head.more has shape \(1,\), the label space asks for None"),
+        ({"head.more": np.ones(1, np.float32)}, r"head.more has shape \(1,\), the label space needs None"),
         ({"head.leaves.linear.bias": np.ones(128, np.float64)}, "head.leaves.linear.bias .*float32"),
     ):
         save_file(tensors | change, tmp_path / HEADS_FILE, facts)
         with pytest.raises(InputError, match=words):
             read_heads(tmp_path, layout)
     save_file({"x": np.ones(1, np.float32)}, tmp_path / HEADS_FILE, facts)
-    with pytest.raises(InputError, match="there is no kernel of a head"):
+    with pytest.raises(InputError, match="no kernel of a head"):
         read_heads(tmp_path, layout)
     mixed = dataclasses.replace(random_heads("marginal"), space=label_space(400))
-    with pytest.raises(ValueError, match="not of this label space"):
+    with pytest.raises(ValueError, match="do not match their kind or label space"):
         write_heads(tmp_path, mixed)
 
 
@@ -387,8 +388,8 @@ def test_load_applies_the_adapter_and_says_so(tmp_path):
     digest = loaded.adapter.sha256
     assert loaded.provenance == dataclasses.replace(base, adapter=str(tmp_path / "a"), adapter_sha256=digest)
     with pytest.raises(InputError, match=r"--model.adapter .* cannot be converted"):
-        save(tmp_path / "c", loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
-    save(tmp_path / "c", golden_model("v2"), loaded.config, loaded.vocabulary, base)
+        save_converted(tmp_path / "c", loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
+    save_converted(tmp_path / "c", golden_model("v2"), loaded.config, loaded.vocabulary, base)
     record = json.loads((tmp_path / "c" / "bioscan_jax.json").read_text())
     assert record.keys() == {"format", "model", "revision", "weights_sha256", "license", "dtype"}
     assert read_provenance(tmp_path / "c") == base
@@ -412,7 +413,7 @@ def test_the_plan_of_a_table_has_the_adapter(tmp_path):
                 config=golden_config("v2"),
                 vocabulary=Vocabulary.published("v2"),
                 layout=make_layout(ONE),
-                described=partial(dataclasses.replace, BASE, **changes),
+                get_provenance=partial(dataclasses.replace, BASE, **changes),
             ),
             data,
             EmbedConfig(),

@@ -16,14 +16,14 @@ from support.adapted import BASE, GOLDEN, ONE, adapt, arrays, golden_model, rand
 
 from bioscan_jax import InputError, ModelConfig, config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.checkpoints.converted import save
-from bioscan_jax.checkpoints.facts import FACTS_FILE
 from bioscan_jax.checkpoints.head_files import read_heads
 from bioscan_jax.checkpoints.keys import load_model, published_names
 from bioscan_jax.checkpoints.load import load_weights
+from bioscan_jax.checkpoints.model_card import FACTS_FILE
+from bioscan_jax.checkpoints.orbax import save_converted
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.checkpoints.readers import list_tensors, read_rows
-from bioscan_jax.checkpoints.writers import PendingTensor, write_file
+from bioscan_jax.checkpoints.writers import PendingTensor, write_safetensors
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.model.lora import merge_adapters
 
@@ -127,7 +127,7 @@ def test_without_the_base_s_files_the_contact_head_is_zero(tmp_path):
     assert written.keys() == names_of(model.config) | CONTACT
     assert not any(written[name].any() for name in CONTACT)
     assert "is zero here" in (tmp_path / "out" / "README.md").read_text()
-    save(tmp_path / "converted", golden_model("v2"), model.config, Vocabulary.published("v2"), BASE)
+    save_converted(tmp_path / "converted", golden_model("v2"), model.config, Vocabulary.published("v2"), BASE)
     publish(tmp_path / "again", model, "v2", tmp_path / "converted")
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == written.keys()
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_published(tmp_path):
         publish(tmp_path / "out", adapt(golden_model("v2")), "v2", tmp_path / "full")
     wrong = PendingTensor("x", np.dtype(np.float32), (3,), lambda: np.zeros(4, np.float32))
     with pytest.raises(ValueError, match=r"x is float32 \(4,\), announced as float32 \(3,\)"):
-        write_file(tmp_path / "x", [wrong])
+        write_safetensors(tmp_path / "x", [wrong])
     assert not (tmp_path / "out").exists()
 
 

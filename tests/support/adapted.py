@@ -14,8 +14,8 @@ from support.places import GOLDEN
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.checkpoints.converted import Provenance
 from bioscan_jax.checkpoints.head_files import Heads, taxon_tree
+from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import load_model
 from bioscan_jax.devices.sharding import make_layout, stored_shardings
 from bioscan_jax.model.heads import make_head

@@ -1,8 +1,7 @@
-"""Flax weights kept as an orbax checkpoint: converted once, read shard by shard at every later start."""
+"""The converted form of a checkpoint: Flax weights in an orbax directory, read shard by shard at every later start."""
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from bioscan_jax.barcodes.tokenizer import Vocabulary
+from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.errors import InputError
@@ -23,38 +23,19 @@ if TYPE_CHECKING:
 PROVENANCE_FILE = "bioscan_jax.json"
 FORMAT = 1
 CHUNK_BYTES = 64 << 20
-"""A stored array is cut into pieces of at most this size, each compressed by itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """What made the vectors; goes into every table."""
-
-    model: str
-    """As the user named it."""
-    revision: str | None
-    weights_sha256: str
-    """Of the published files; a converted copy keeps it."""
-    license: str | None
-    """Of the weights."""
-    dtype: str
-    """Of the parameters in use."""
-    adapter: str | None = None
-    """Directory of the adapter in use, as the user named it."""
-    adapter_sha256: str | None = None
-    """Of what the adapter does to the numbers: its weights and their scaling."""
+"""Largest piece of a stored array; each piece is compressed on its own."""
 
 
 def is_converted(directory: Path) -> bool:
-    """Whether the directory holds what `save` writes."""
+    """Returns whether the directory was written by `save_converted`."""
     return (directory / PROVENANCE_FILE).is_file()
 
 
 def read_provenance(directory: Path) -> Provenance:
-    """Where converted weights came from.
+    """Reads the provenance of converted weights.
 
     Raises:
-        InputError: The file is damaged or of another format.
+        InputError: The file is damaged or has another format.
     """
     path = directory / PROVENANCE_FILE
     try:
@@ -68,24 +49,24 @@ def read_provenance(directory: Path) -> Provenance:
         raise InputError(f"{path}: damaged ({error}); convert the weights again") from None
 
 
-def save(
+def save_converted(
     directory: Path,
     model: NucleotideTransformer,
     config: TransformerConfig,
     vocabulary: Vocabulary,
     provenance: Provenance,
 ) -> None:
-    """Writes a directory that `--model.checkpoint` takes; the provenance file comes last and marks it whole.
+    """Writes a directory that `--model.checkpoint` accepts; the provenance file is written last and marks it complete.
 
     Raises:
-        InputError: The model has an adapter, the directory is there already, or it cannot be written.
+        InputError: The model has an adapter, or the directory is not empty or cannot be written.
     """
     from orbax.checkpoint import v1 as ocp
 
     if provenance.adapter is not None:
         raise InputError(
-            f"--model.adapter {provenance.adapter!r} cannot be converted; convert the checkpoint alone and pass the "
-            "adapter where the vectors are made"
+            f"--model.adapter {provenance.adapter!r} cannot be converted; convert the checkpoint without it and pass "
+            "--model.adapter to the commands that make vectors"
         )
     if directory.exists() and any(directory.iterdir()):
         raise InputError(f"{directory}: not empty; choose another --output or remove it")
@@ -93,7 +74,7 @@ def save(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         trees = {"trunk": trunk} | ({"lm_head": head} if head else {})
-        with _bounded_memory(trees, max(array.dtype.itemsize for array in trunk.values())):
+        with _limited_memory(trees, max(array.dtype.itemsize for array in trunk.values())):
             ocp.save_checkpointables(str(directory.absolute() / "weights"), trees)
         (directory / "config.json").write_text(config.to_json())
         (directory / "vocab.txt").write_text(vocabulary.text())
@@ -104,13 +85,13 @@ def save(
         raise InputError(f"{directory}: cannot be written ({error}); free space or choose another --output") from None
 
 
-def restore(
+def load_converted(
     directory: Path, config: TransformerConfig, dtype: DTypeLike, layout: Layout, *, lm_head: bool
 ) -> NucleotideTransformer:
-    """Reads converted weights, each device its own shard.
+    """Reads converted weights; each device reads its own shard.
 
     Raises:
-        InputError: The checkpoint is damaged, or is not of this architecture.
+        InputError: The checkpoint is damaged or has another architecture.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -127,7 +108,7 @@ def restore(
     trunk, head = _split(wanted)
     try:
         trees = {"trunk": trunk} | ({"lm_head": head} if head else {})
-        with _bounded_memory(trees, max(jax.numpy.dtype(d).itemsize for d in (dtype, stored))):
+        with _limited_memory(trees, max(jax.numpy.dtype(d).itemsize for d in (dtype, stored))):
             parts = ocp.load_checkpointables(str(directory.absolute() / "weights"), trees)
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:200]
@@ -138,8 +119,8 @@ def restore(
     )
 
 
-def _bounded_memory(trees: dict, itemsize: int) -> "ocp.Context":
-    """One large array at a time, in small pieces: what is on its way adds little to the weights in memory."""
+def _limited_memory(trees: dict, itemsize: int) -> "ocp.Context":
+    """Limits orbax to one large array at a time, in small pieces, so that buffers add little to the weights in memory."""
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
@@ -150,7 +131,7 @@ def _bounded_memory(trees: dict, itemsize: int) -> "ocp.Context":
 
 
 def _split(state: nnx.State) -> tuple[dict, dict]:
-    """Arrays by dotted path: the trunk's, the language-model head's."""
+    """Arrays by dotted path: of the trunk, and of the language-model head."""
     flat = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
     trunk = {name: value for name, value in flat.items() if not name.startswith("lm_head.")}
     return trunk, {name: value for name, value in flat.items() if name not in trunk}

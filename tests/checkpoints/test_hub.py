@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import close_session, constants
 from safetensors.numpy import save
 
-from bioscan_jax.checkpoints.origin import Origin, resolve
+from bioscan_jax.checkpoints.hub import ResolvedCheckpoint, resolve_checkpoint
 from bioscan_jax.checkpoints.readers import list_tensors, read_rows, sha256_of, weight_files
 from bioscan_jax.errors import InputError
 
@@ -33,7 +33,7 @@ REPOSITORY = {
 
 def refusal(checkpoint: str, revision: str | None) -> str:
     with pytest.raises(InputError) as raised:
-        resolve(checkpoint, revision)
+        resolve_checkpoint(checkpoint, revision)
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -147,12 +147,14 @@ def test_local_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     directory = tmp_path / "checkpoint"
     directory.mkdir()
     (directory / "config.json").touch()
-    assert resolve(str(directory), None) == Origin(directory, str(directory), None, None)
+    assert resolve_checkpoint(str(directory), None) == ResolvedCheckpoint(directory, str(directory), None, None)
     (directory / "README.md").write_bytes(CARD)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve("~/checkpoint", None) == Origin(directory, "~/checkpoint", None, "cc-by-nc-sa-4.0")
+    assert resolve_checkpoint("~/checkpoint", None) == ResolvedCheckpoint(
+        directory, "~/checkpoint", None, "cc-by-nc-sa-4.0"
+    )
     monkeypatch.chdir(tmp_path)
-    assert resolve("checkpoint", None).directory.resolve() == directory
+    assert resolve_checkpoint("checkpoint", None).directory.resolve() == directory
 
 
 def test_local_directory_wants_no_revision(tmp_path: Path):
@@ -164,12 +166,12 @@ def test_local_directory_wants_no_revision(tmp_path: Path):
 
 
 def test_local_directory_without_config(tmp_path: Path):
-    mend = "pass the directory that holds config.json and the weights"
-    assert refusal(str(tmp_path), None) == f"--model.checkpoint '{tmp_path}' has no config.json, only nothing; {mend}"
+    fix = "pass the directory that holds config.json and the weights"
+    assert refusal(str(tmp_path), None) == f"--model.checkpoint '{tmp_path}' has no config.json, only nothing; {fix}"
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "blobs").mkdir()
     assert refusal(str(tmp_path), None) == (
-        f"--model.checkpoint '{tmp_path}' has no config.json, only blobs, snapshots; {mend}"
+        f"--model.checkpoint '{tmp_path}' has no config.json, only blobs, snapshots; {fix}"
     )
 
 
@@ -216,8 +218,8 @@ def test_revision_that_is_not_a_full_commit(revision: str):
 
 def test_pinned_commit_in_the_cache_needs_no_network(cache: Path):
     snapshot = fill_cache(cache, {file: REPOSITORY[file] for file in ("config.json", "vocab.txt", "model.safetensors")})
-    origin = resolve(NAME, COMMIT)
-    assert origin == Origin(snapshot, NAME, COMMIT, "cc-by-nc-sa-4.0")
+    origin = resolve_checkpoint(NAME, COMMIT)
+    assert origin == ResolvedCheckpoint(snapshot, NAME, COMMIT, "cc-by-nc-sa-4.0")
     np.testing.assert_array_equal(read_rows(list_tensors(origin.directory)["a"]), WEIGHTS)
     line = f"model.safetensors {hashlib.sha256(SAFETENSORS).hexdigest()}\n"
     assert sha256_of(weight_files(origin.directory)) == hashlib.sha256(line.encode()).hexdigest()
@@ -259,8 +261,8 @@ def test_offline_and_a_shard_is_not_in_the_cache(cache: Path):
 def test_offline_is_read_from_the_environment(tmp_path: Path):
     fill_cache(tmp_path, REPOSITORY)
     program = (
-        "import sys; from bioscan_jax.checkpoints.origin import resolve; assert 'huggingface_hub' not in sys.modules; "
-        f"print(resolve({NAME!r}, {COMMIT!r}).directory)"
+        "import sys; from bioscan_jax.checkpoints.hub import resolve_checkpoint; assert 'huggingface_hub' not in sys.modules; "
+        f"print(resolve_checkpoint({NAME!r}, {COMMIT!r}).directory)"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PATH": ""}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
@@ -271,15 +273,15 @@ def test_offline_is_read_from_the_environment(tmp_path: Path):
 
 
 def test_download_takes_one_format_and_then_needs_no_network(hub: Hub, cache: Path):
-    origin = resolve(NAME, COMMIT)
-    assert origin == Origin(
+    origin = resolve_checkpoint(NAME, COMMIT)
+    assert origin == ResolvedCheckpoint(
         cache / f"models--{NAME.replace('/', '--')}/snapshots/{COMMIT}", NAME, COMMIT, "cc-by-nc-sa-4.0"
     )
     assert sorted(hub.fetched) == ["README.md", "config.json", "model.safetensors", "vocab.txt"]
     np.testing.assert_array_equal(read_rows(list_tensors(origin.directory)["a"]), WEIGHTS)
     hub.status = 500
     hub.fetched.clear()
-    assert resolve(NAME, COMMIT) == origin
+    assert resolve_checkpoint(NAME, COMMIT) == origin
     assert hub.fetched == []
 
 
@@ -292,13 +294,13 @@ def test_download_takes_the_shards_of_the_index(hub: Hub):
     ).encode()
     del hub.files["pytorch_model.bin"]
     hub.files["model-00001-of-00001.safetensors"] = b"never wanted"
-    assert [path.name for path in weight_files(resolve(NAME, COMMIT).directory)] == shards
+    assert [path.name for path in weight_files(resolve_checkpoint(NAME, COMMIT).directory)] == shards
     assert sorted(hub.fetched) == ["README.md", "config.json", *shards, "pytorch_model.bin.index.json", "vocab.txt"]
 
 
 def test_download_completes_a_half_filled_cache(hub: Hub, cache: Path):
     fill_cache(cache, {"config.json": b"{}", "pytorch_model.bin": b"older"})
-    assert weight_files(resolve(NAME, COMMIT).directory)[0].name == "model.safetensors"
+    assert weight_files(resolve_checkpoint(NAME, COMMIT).directory)[0].name == "model.safetensors"
     assert sorted(hub.fetched) == ["README.md", "model.safetensors", "vocab.txt"]
 
 
@@ -338,8 +340,8 @@ def test_repository_without_vocabulary(hub: Hub):
             "RevisionNotFound",
             f"{NAME} has no commit {COMMIT}; pass --model.revision from https://huggingface.co/{NAME}/commits/main",
         ),
-        (403, None, f"the hub refused the token for {NAME} (403); run `hf auth login` or mend HF_TOKEN"),
-        (401, None, f"the hub refused the token for {NAME} (401); run `hf auth login` or mend HF_TOKEN"),
+        (403, None, f"the hub refused the token for {NAME} (403); run `hf auth login` or fix HF_TOKEN"),
+        (401, None, f"the hub refused the token for {NAME} (401); run `hf auth login` or fix HF_TOKEN"),
         (500, None, unreachable("it has never been downloaded", "it answered 500")),
     ],
 )
@@ -382,12 +384,12 @@ def test_cache_that_cannot_be_written(hub: Hub, cache: Path, tmp_path: Path):
 def test_license_of_the_model_card(tmp_path: Path, card: str, license: str | None):
     (tmp_path / "config.json").touch()
     (tmp_path / "README.md").write_bytes(card.encode())
-    assert resolve(str(tmp_path), None).license == license
+    assert resolve_checkpoint(str(tmp_path), None).license == license
 
 
 def test_license_of_a_hub_model_without_a_card(cache: Path):
     files = {file: REPOSITORY[file] for file in ("config.json", "vocab.txt", "model.safetensors")}
     fill_cache(cache, files)
     fill_cache(cache, files, name="someone/else")
-    assert resolve(NAME, COMMIT).license == "cc-by-nc-sa-4.0"
-    assert resolve("someone/else", COMMIT).license is None
+    assert resolve_checkpoint(NAME, COMMIT).license == "cc-by-nc-sa-4.0"
+    assert resolve_checkpoint("someone/else", COMMIT).license is None

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a local directory, or a pinned commit of a Hugging Face repository."""
+"""Finds a checkpoint: a local directory, or a pinned commit of a Hugging Face repository, downloaded if needed."""
 
 import os
 import re
@@ -16,33 +16,52 @@ _LICENSES = {"InstaDeepAI/nucleotide-transformer": "cc-by-nc-sa-4.0"}
 
 
 @dataclass(frozen=True)
-class Origin:
-    """A checkpoint on this machine's disk, and what to record of where it came from."""
+class ResolvedCheckpoint:
+    """A checkpoint on this machine's disk and its source."""
 
     directory: Path
     """Holds config.json and the weights."""
     name: str
-    """The directory or hub id as it was asked for."""
+    """The directory or hub id as the user wrote it."""
     revision: str | None
     """Commit of the hub repository; None for a local directory."""
     license: str | None
-    """Licence of the weights as their model card names it; None if nothing says."""
+    """Licence of the weights named by their model card; None if unknown."""
 
 
-def resolve(checkpoint: str, revision: str | None) -> Origin:
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Identity of the weights that made a table's vectors; stored in every table."""
+
+    model: str
+    """As the user named it."""
+    revision: str | None
+    weights_sha256: str
+    """Of the published files; a converted copy keeps this value."""
+    license: str | None
+    """Of the weights."""
+    dtype: str
+    """Of the parameters in use."""
+    adapter: str | None = None
+    """Directory of the adapter in use, as the user named it."""
+    adapter_sha256: str | None = None
+    """Of the adapter's weights file and scaling."""
+
+
+def resolve_checkpoint(checkpoint: str, revision: str | None) -> ResolvedCheckpoint:
     """Finds a checkpoint, downloading it into the Hugging Face cache if it is not there.
 
-    A commit that is whole in the cache is used without asking the network. Otherwise the weights are fetched in
-    one format only, the first of `readers.FORMATS` that the repository has. The variables of huggingface_hub
-    (HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT) hold.
+    A commit that is complete in the cache is used without network access. Otherwise the weights are fetched in
+    one format only, the first of `readers.FORMATS` that the repository has. huggingface_hub's environment variables
+    (HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT) apply.
 
     Args:
         checkpoint: A directory with config.json, or a hub id OWNER/NAME.
         revision: The full commit of a hub id; None for a directory.
 
     Raises:
-        InputError: It is neither; the hub id has no full commit; or it can be had neither from the cache nor
-            from the hub, with the reason and the mend.
+        InputError: `checkpoint` is neither; the hub id has no full commit; or neither the cache nor the hub can
+            provide it (the message gives the reason and the fix).
     """
     directory = Path(os.path.expanduser(checkpoint))
     if checkpoint and directory.is_dir():
@@ -62,10 +81,10 @@ def resolve(checkpoint: str, revision: str | None) -> Origin:
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise InputError(f"--model.revision {revision!r} can move; pass a full commit, 40 hex digits from {commits}")
     directory = _from_hub(checkpoint, revision)
-    return Origin(directory, checkpoint, revision, _license(directory, checkpoint))
+    return ResolvedCheckpoint(directory, checkpoint, revision, _license(directory, checkpoint))
 
 
-def _from_directory(directory: Path, checkpoint: str, revision: str | None) -> Origin:
+def _from_directory(directory: Path, checkpoint: str, revision: str | None) -> ResolvedCheckpoint:
     if revision is not None:
         raise InputError(
             f"--model.revision {revision!r} is for a hub id, but --model.checkpoint {checkpoint!r} is a directory "
@@ -77,7 +96,7 @@ def _from_directory(directory: Path, checkpoint: str, revision: str | None) -> O
             f"--model.checkpoint {checkpoint!r} has no config.json, only {there or 'nothing'}; "
             "pass the directory that holds config.json and the weights"
         )
-    return Origin(directory, checkpoint, None, _license(directory, checkpoint))
+    return ResolvedCheckpoint(directory, checkpoint, None, _license(directory, checkpoint))
 
 
 def _from_hub(name: str, commit: str) -> Path:
@@ -85,7 +104,7 @@ def _from_hub(name: str, commit: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # The hub's own test of wholeness cannot know that one format of the weights is enough.
+        # huggingface_hub cannot check completeness here: it does not know that one weight format is enough.
         cached = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[_NEEDED[0]]))
         missing = _missing(cached)
     except LocalEntryNotFoundError:
@@ -150,7 +169,7 @@ def _download(name: str, commit: str, missing: str) -> Path:
         if error.response.status_code in (401, 403):
             raise InputError(
                 f"the hub refused the token for {name} ({error.response.status_code}); run `hf auth login` "
-                "or mend HF_TOKEN"
+                "or fix HF_TOKEN"
             ) from error
         _raise_unreachable(name, commit, missing, f"it answered {error.response.status_code}", error)
     except TransportError as error:
@@ -178,6 +197,7 @@ def _weight_patterns(name: str, commit: str, files: list[str]) -> list[str]:
 
 
 def _license(directory: Path, name: str) -> str | None:
+    # By regular expression, not huggingface_hub.ModelCard, which raises for cards with malformed YAML.
     readme = directory / "README.md"
     if readme.is_file():
         card = re.match(r"\s*---\s*\n(.*?)\n---", readme.read_text("utf-8-sig", "replace"), re.DOTALL)

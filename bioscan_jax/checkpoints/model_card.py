@@ -1,0 +1,132 @@
+"""Writes and reads the facts of an exported directory: `bioscan_jax_export.json`, and a model card for people."""
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bioscan_jax.checkpoints.head_files import Heads
+from bioscan_jax.checkpoints.hub import Provenance
+from bioscan_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+FACTS_FILE = "bioscan_jax_export.json"
+FORMAT = 1
+
+_ADAPTER = """\
+# LoRA adapter for DNA barcodes
+
+A low-rank adapter of {model}, in PEFT's format. It needs those weights.
+
+In PyTorch, with `model` an `EsmForMaskedLM` that holds the weights of {model} (for a v2 model: with the code published
+with them):
+
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, "DIRECTORY_OF_THIS_FILE")
+
+The tensors are named as in `EsmForMaskedLM`; PEFT refuses to put them on an `EsmModel` (which `AutoModel` and
+`AutoPeftModel` make). In JAX:
+
+    bioscan embed --model.checkpoint {checkpoint} --model.adapter DIRECTORY_OF_THIS_FILE ...
+"""
+_MERGED = """\
+# Nucleotide Transformer for DNA barcodes
+
+The weights of {model} with a trained adapter merged in, named as in the published checkpoints. In JAX:
+
+    bioscan embed --model.checkpoint DIRECTORY_OF_THIS_FILE ...
+
+In PyTorch, for a v1 model: `transformers.EsmForMaskedLM.from_pretrained("DIRECTORY_OF_THIS_FILE")`; v2 models are not
+part of transformers and need the code published with the weights of {model}.
+"""
+_HEADS = """
+`heads.safetensors` holds the taxonomic heads, kernels as [inputs, classes] with classes padded to a multiple of 128;
+`label_space.json` maps classes to taxa (`bioscan_jax.checkpoints.head_files.read_heads` reads both).
+"""
+
+
+def write_facts(
+    directory: Path,
+    kind: Literal["adapter", "merged"],
+    provenance: Provenance,
+    facts: Mapping[str, Any],
+    *,
+    heads: Heads | None,
+    note: str = "",
+) -> None:
+    """Writes `bioscan_jax_export.json` and the model card `README.md`.
+
+    Args:
+        directory: Receives the files.
+        kind: Type of export.
+        provenance: Of the base weights.
+        facts: Further entries; plain JSON values.
+        heads: Taxonomic heads in the directory.
+        note: A paragraph for the card.
+
+    Raises:
+        ValueError: `facts` has a key that is always written.
+    """
+    record = {
+        "format": FORMAT,
+        "kind": kind,
+        "library_version": metadata.version("bioscan_jax"),
+        "base": dataclasses.asdict(provenance),
+        **({} if heads is None else heads.facts),
+    }
+    if taken := record.keys() & facts.keys():
+        raise ValueError(f"facts has {sorted(taken)}, which the export writes itself")
+    record |= facts
+    (directory / FACTS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    _card(provenance, record, heads=heads is not None, note=note).save(directory / "README.md")
+
+
+def read_facts(directory: Path) -> dict[str, Any] | None:
+    """Reads the facts written by `write_facts`; None if another program made the directory.
+
+    Raises:
+        InputError: The file is damaged or has another version.
+    """
+    path = directory / FACTS_FILE
+    if not path.exists():
+        return None
+    try:
+        facts = json.loads(path.read_text())
+        version, base = facts["format"], facts["base"]
+        if version == FORMAT and not isinstance(base["weights_sha256"] + base["model"], str):
+            raise TypeError("base is not text")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error!r}); export again") from None
+    if version != FORMAT:
+        raise InputError(f"{path}: has format {version!r}, this library reads {FORMAT}; export again")
+    return facts
+
+
+def _card(provenance: Provenance, record: Mapping[str, Any], *, heads: bool, note: str) -> "ModelCard":
+    from huggingface_hub import ModelCard, ModelCardData
+
+    front = ModelCardData(
+        library_name="peft" if record["kind"] == "adapter" else "transformers",
+        license=provenance.license,
+        base_model=None if provenance.revision is None else provenance.model,
+        tags=["dna", "barcoding", "biology"],
+    )
+    revision = "" if provenance.revision is None else f" --model.revision {provenance.revision}"
+    usage = {"adapter": _ADAPTER, "merged": _MERGED}[record["kind"]]
+    licence = (
+        f"Derived from the weights of {provenance.model}; their licence ({provenance.license}) applies."
+        if provenance.license is not None
+        else f"Derived from {provenance.model}, which names no licence; ask its authors before passing this on."
+    )
+    parts = [
+        usage.format(model=provenance.model, checkpoint=provenance.model + revision) + (_HEADS if heads else ""),
+        *([f"{note}\n"] if note else []),
+        f"## Licence\n\n{licence}\n",
+        "## Facts\n\n" + textwrap.indent(json.dumps(record, indent=2), " " * 4) + "\n",
+    ]
+    return ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n".join(parts))
