@@ -1,39 +1,37 @@
-"""What a step needs and costs at least on a slice of TPUs, before anybody pays for it.
+"""Plans one step of embed or finetune for a slice of TPUs: what it needs and costs at least, before anybody pays for it.
 
-Memory, collectives and loops are the compiler's word on the very program that would run. Times are bounds from the
-chip's peaks: nothing is ever as fast.
+Memory, collectives and loops are read from the program that libtpu's compiler makes of the step. Times are lower
+bounds from the chip's peak rates: no run is as fast.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from bioscan_jax import config
 from bioscan_jax.checkpoints.load import RANDOM
-from bioscan_jax.data.batching import BatchShape, batch_shapes
+from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes
 from bioscan_jax.devices.chips import Chip, Slice, find_slice
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.attention import Site, choose
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.output import whole_file
-from bioscan_jax.planning.aot import INSTALL, TooLarge, Traced, has_compiler, trace_and_compile
-from bioscan_jax.planning.fit import largest_rows
-from bioscan_jax.planning.planned import Plan, roofline
+from bioscan_jax.planning.aot import INSTALL, Compiled, TooLarge, Traced, has_compiler, trace_and_compile
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, Program
 from bioscan_jax.planning.workload import Workload, embedding_workload, training_workload
 from bioscan_jax.training.step import microbatch_shape
 
 Params = Literal["replicated", "fsdp"]
+Step = Literal["embed", "finetune"]
+SPECIES = 10_000
+"""Number of species of the heads, if not given."""
+ATTEMPTS = 7
+"""Most compilations to find the largest batch."""
+_GROWTH = 16
 _GIB = 2**30
-_NO_DATA, _NO_EXAMPLES = config.DataConfig(path=""), config.ExamplesConfig(path="")
-_EMBED, _MESH, _LORA, _LOSS, _TRAIN = (
-    config.EmbedConfig(),
-    config.MeshConfig(),
-    config.LoRAConfig(),
-    config.LossConfig(),
-    config.TrainConfig(),
-)
 _HUB = "InstaDeepAI/nucleotide-transformer-"
 _PUBLISHED = {
     "500m-human-ref": "nt-v1-500m",
@@ -48,115 +46,267 @@ _PUBLISHED = {
 """Sizes of the checkpoints on the hub: nothing is downloaded to plan."""
 
 
-def plan_embed(
-    topology: str,
-    model: config.ModelConfig,
-    data: config.DataConfig = _NO_DATA,
-    embed: config.EmbedConfig = _EMBED,
-    mesh: config.MeshConfig = _MESH,
-    batch: int | None = None,
-    tokens: int | None = None,
-    params: Params | None = None,
-    largest: bool = False,
-) -> Plan:
-    """Say what the step of embed (of finetune: --step finetune) needs and costs at least, by compiling it for TPUs.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A step on a slice of TPUs."""
 
-    Args:
-        topology: v3-8, v4-8, v5e-8, v6e-8, or a larger slice, up to v5e-256.
-        model: Which model; its weights are not read.
-        data: If data.path is given, the lengths of its first rows are read.
-        embed: Pooling, layer and batching.
-        mesh: How devices are laid out; all of the slice's are used, whatever mesh.data says.
-        batch: Rows of the whole slice at once; what embed.batch_tokens allows if absent.
-        tokens: Tokens of a row; what data.max_tokens and the model allow if absent.
-        params: Instead of mesh.params.
-        largest: Find the largest batch that fits also where this one does.
+    topology: str
+    tpu: Slice
+    model: str
+    program: Program
+    mesh: config.MeshConfig
+    shape: BatchShape
+    """Rows of the whole slice at once."""
+    traced: Traced
+    """Of the part of the slice that works on one batch."""
+    compiled: Compiled | TooLarge | None
+    """None where there is no compiler."""
+    sequences: float
+    """That a batch is worth."""
+    workload: Workload | None
+    hours: float | None
+    """That the workload's sampled rows take at least."""
+    not_padding: float | None
+    """Share of the FLOPs that the workload would cost without padding."""
+    largest: tuple[int, int | None] | None
+    """Rows at once of the slice that fit, and the least tried that do not; None where that was not looked for."""
+    notes: tuple[str, ...]
 
-    Raises:
-        InputError: The settings do not fit each other, or the compiler failed.
-    """
-    tpu, transformer = find_slice(topology), model_size(model)
-    transformer.resolve_layer(embed.layer)
-    width = _width(transformer, data.max_tokens, tokens)
-    devices = _data_devices(tpu.host, mesh)
-    views = embed.phases * (2 if embed.strand == "both" else 1)
-    if batch is None:
-        budget = batch_shapes(
-            [width], devices=devices, tokens_per_device=embed.batch_tokens, most_rows=data.block_rows * views
+    @property
+    def hbm_gib(self) -> float | None:
+        """Memory needed on a device; where the compiler gave up, without all but arguments and temporaries."""
+        if isinstance(self.compiled, TooLarge):
+            return (self.traced.argument_bytes + self.compiled.temporaries) / _GIB
+        return None if self.compiled is None else self.compiled.hbm_bytes / _GIB
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it does; not known without a compiler, unless the arguments alone are too much."""
+        available = self.tpu.chip.hbm_gib
+        if self.compiled is None:
+            return False if self.traced.argument_bytes / _GIB > available else None
+        assert self.hbm_gib is not None
+        return isinstance(self.compiled, Compiled) and self.hbm_gib <= available
+
+    @property
+    def hosts(self) -> int:
+        """Hosts that work on batches of their own."""
+        return self.tpu.hosts if self.program.by_host else 1
+
+    @property
+    def roofline_seconds(self) -> float:
+        """Least time of a batch."""
+        return max(roofline(self.traced, self.tpu.chip, self.tpu.devices // self.hosts))
+
+    @property
+    def vectors_per_hour(self) -> float:
+        """At most: sequences embedded, or trained on once."""
+        return 3600.0 * self.sequences / self.roofline_seconds
+
+    def to_json(self) -> str:
+        """One object; what only the compiler knows is null without one."""
+        done = self.compiled if isinstance(self.compiled, Compiled) else None
+        found: dict[str, Any] = {
+            "topology": self.topology,
+            "devices": self.tpu.devices,
+            "hosts": self.tpu.hosts,
+            "device_kind": self.tpu.chip.device_kind,
+            "step": self.program.name,
+            "model": self.model,
+            "batch": self.shape.rows,
+            "tokens": self.shape.tokens,
+            "params": self.mesh.params,
+            "compiled": self.compiled is not None,
+            "libtpu": done and done.libtpu,
+            "hbm_gib": self.hbm_gib,
+            "hbm_available_gib": self.tpu.chip.hbm_gib,
+            "arguments_gib": self.traced.argument_bytes / _GIB,
+            "temporaries_gib": None if self.compiled is None else self.compiled.temporaries / _GIB,
+            "fits": self.fits,
+            "largest_batch": self.largest and self.largest[0],
+            "matmul_flops": self.traced.matmul_flops * self.hosts,
+            "collectives": done and [dataclasses.asdict(one) for one in done.collectives],
+            "while_loops": done and len(done.trip_counts),
+            "trip_counts": done and list(done.trip_counts),
+            "compile_seconds": done and done.seconds,
+            "roofline_seconds": self.roofline_seconds,
+            "vectors_per_hour_bound": self.vectors_per_hour,
+            "vectors_per_hour_half_of_bound": self.vectors_per_hour / 2,
+            "not_padding": self.not_padding,
+            "data_vectors_per_hour_bound": self._data_vectors_per_hour,
+            "notes": list(self.notes),
+        }
+        return json.dumps(found, indent=2)
+
+    def __str__(self) -> str:
+        """The same as a table."""
+        matrix, memory = roofline(self.traced, self.tpu.chip, self.tpu.devices // self.hosts)
+        peak = f"{self.tpu.chip.bf16_tflops:g} TFLOP/s"
+        lines = {
+            "step": f"{self.program.name}, {self.model}, {self.program.dtype}",
+            "slice": f"{self.topology}: {self.tpu.devices} x {self.tpu.chip.device_kind}, {self.tpu.hosts} host(s)",
+            "batch": f"{self.shape.rows:,} x {self.shape.tokens:,} tokens, parameters {self.mesh.params}",
+            "memory": self._memory(),
+            "FLOPs": f"{self.traced.matmul_flops * self.hosts / 1e12:,.1f} T in matrix products, counted in the jaxpr",
+        }
+        if isinstance(self.compiled, Compiled):
+            rounds = ", ".join("unknown" if count is None else f"{count}" for count in self.compiled.trip_counts)
+            lines["moved"] = _moved(self.compiled)
+            lines["loops"] = f"{len(self.compiled.trip_counts)} (rounds: {rounds or 'none'})"
+            lines["compiled"] = f"in {self.compiled.seconds:.1f} s by libtpu {self.compiled.libtpu}"
+        lines["bound"] = (
+            f"{self.roofline_seconds:.4g} s a batch: the longer of {matrix:.4g} s of products at {peak} and "
+            f"{memory:.4g} s to read the arguments once at {self.tpu.chip.hbm_gb_per_second:g} GB/s; not a measurement"
         )
-        batch = budget[0].rows * tpu.hosts
-    return _plan(
-        EmbedProgram(transformer=transformer, dtype=_dtype(model), embed=embed, attention=model.attention),
-        topology,
-        model,
-        mesh if params is None else dataclasses.replace(mesh, params=params),
-        BatchShape(batch, width),
-        workload=embedding_workload(data, embed, transformer, devices) if data.path else None,
-        views=views,
-        largest=largest,
-    )
+        lines["vectors"] = (
+            f"{self.vectors_per_hour:,.0f} an hour at 100% of that bound, {self.vectors_per_hour / 2:,.0f} at 50%"
+        )
+        if self.workload is not None:
+            lines["data"] = self._data()
+        if self.largest is not None:
+            lines["largest"] = self._largest()
+        for number, note in enumerate(self.notes):
+            lines[f"note {number + 1}"] = note
+        return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+    @property
+    def _data_vectors_per_hour(self) -> float | None:
+        return None if self.workload is None or not self.hours else self.workload.vectors / self.hours
+
+    def _memory(self) -> str:
+        available, arguments = self.tpu.chip.hbm_gib, self.traced.argument_bytes / _GIB
+        if self.hbm_gib is None:
+            verdict = "that is too much" if self.fits is False else "the rest is not known without the compiler"
+            return f"arguments {arguments:.2f} of {available} GiB a device; {verdict}"
+        if isinstance(self.compiled, Compiled):
+            c = self.compiled
+            code, outputs = c.code / _GIB, (c.outputs - c.aliased) / _GIB
+            parts = f"arguments {c.arguments / _GIB:.2f}, outputs {outputs:.2f}, temporaries {c.temporaries / _GIB:.2f}"
+            parts += f", code {code:.2f}"
+            free = available - self.hbm_gib
+            verdict = f"fits, {free:.2f} GiB free" if self.fits else f"does NOT fit, {-free:.2f} GiB too much"
+            return f"{self.hbm_gib:.2f} of {available} GiB a device ({parts}): {verdict}"
+        return f"at least {self.hbm_gib:.2f} of {available} GiB a device: does NOT fit, the compiler gave up"
+
+    def _data(self) -> str:
+        assert self.workload is not None
+        assert self.not_padding is not None
+        assert self._data_vectors_per_hour is not None
+        work = self.workload
+        shapes = ", ".join(f"{s.rows} x {s.tokens} ({n})" for s, n in sorted(work.batches.items(), key=_by_tokens))
+        return (
+            f"first {work.rows:,} rows: {work.vectors:,} vectors of {len(work.lengths):,} rows of "
+            f"{work.lengths.mean():.0f} tokens; {100 * self.not_padding:.1f}% of the FLOPs are not padding; at most "
+            f"{self._data_vectors_per_hour:,.0f} vectors an hour (bound); batches {shapes}"
+        )
+
+    def _largest(self) -> str:
+        assert self.largest is not None
+        fits, over = self.largest
+        if not fits:
+            return "no batch fits, not even one row a device"
+        beyond = f"{over:,} do not" if over is not None else "more was not tried"
+        return f"{fits:,} rows of {self.shape.tokens:,} tokens at once fit, {beyond}"
 
 
-def plan_finetune(
+def plan(
     topology: str,
     model: config.ModelConfig,
-    data: config.ExamplesConfig = _NO_EXAMPLES,
-    lora: config.LoRAConfig = _LORA,
-    loss: config.LossConfig = _LOSS,
-    train: config.TrainConfig = _TRAIN,
-    mesh: config.MeshConfig = _MESH,
+    step: Step = "embed",
+    *,
+    data: config.DataConfig | config.ExamplesConfig | None = None,
+    embed: config.EmbedConfig | None = None,
+    lora: config.LoRAConfig | None = None,
+    loss: config.LossConfig | None = None,
+    train: config.TrainConfig | None = None,
+    mesh: config.MeshConfig | None = None,
     batch: int | None = None,
     tokens: int | None = None,
     params: Params | None = None,
-    species: int = 10_000,
+    species: int | None = None,
     largest: bool = False,
 ) -> Plan:
-    """Say what the step of finetune, optimizer included, needs and costs at least, by compiling it for TPUs.
+    """Plan one step of embed or finetune (--step) for TPUs: its memory, its cost, and whether it fits.
+
+    The step is compiled by libtpu's compiler, where that is installed; without it only the arithmetic is done. No
+    weights are read and no TPU is needed.
 
     Args:
         topology: v3-8, v4-8, v5e-8, v6e-8, or a larger slice, up to v5e-256.
         model: Which model; its weights are not read.
+        step: embed, or finetune (with the optimizer).
         data: If data.path is given, the lengths of its first rows are read; labels are not.
-        lora: The adapters.
+        embed: Pooling, layer and batching; for embed.
+        lora: The adapters; for finetune, as are the next two.
         loss: Objective and heads.
-        train: What is trained, and how a batch is worked.
-        mesh: How devices are laid out; all of the slice's are used, whatever mesh.data says.
-        batch: Rows of an optimizer step; train.batch_size if absent.
-        tokens: Tokens of a row; what data.max_tokens and the model allow if absent.
-        params: Instead of mesh.params.
-        species: That the heads tell apart.
-        largest: Find the largest batch that fits, without accumulation, also where this one does.
+        train: What is trained, and how a batch is split.
+        mesh: How devices are laid out; all of the slice's are used, whatever mesh.data is.
+        batch: Rows of the whole slice at once; what embed.batch_tokens allows, or train.batch_size, if absent.
+        tokens: Tokens per row; what data.max_tokens and the model allow if absent.
+        params: Replaces mesh.params.
+        species: Species that the heads distinguish, for finetune; 10,000 if absent.
+        largest: Find the largest batch that fits (finetune: without accumulation) even where this one does.
 
     Raises:
         InputError: The settings do not fit each other, or the compiler failed.
+
+    Example:
+        >>> from bioscan_jax import ModelConfig
+        >>> found = plan("v5e-8", ModelConfig(checkpoint="random:tiny-v2"), batch=64, tokens=128)
+        >>> found.shape.rows, found.tpu.devices, found.fits is False
+        (64, 8, False)
+        >>> f"{found.traced.matmul_flops:,} floating-point operations"
+        '2,684,354,560 floating-point operations'
     """
-    find_slice(topology)
-    transformer = model_size(model)
-    if batch is not None:
-        train = dataclasses.replace(train, batch_size=batch)
-    if species < 1:
-        raise InputError(f"--species {species} is too small; pass at least 1")
-    return _plan(
-        FinetuneProgram(
+    given = {"embed": embed, "lora": lora, "loss": loss, "train": train, "species": species}
+    if step not in get_args(Step):
+        raise InputError(f"--step {step!r} is unknown; pass one of {', '.join(get_args(Step))}")
+    for name, value in given.items():
+        if value is not None and (name == "embed") != (step == "embed"):
+            raise InputError(f"--{name} does not apply to --step {step}; leave it out, or pass the other step")
+    kind = config.DataConfig if step == "embed" else config.ExamplesConfig
+    if not isinstance(data, kind | None):
+        raise InputError(f"--step {step} takes data as a {kind.__name__}, not {type(data).__name__}")
+    tpu, transformer = find_slice(topology), model_size(model)
+    mesh = mesh or config.MeshConfig()
+    mesh = mesh if params is None else dataclasses.replace(mesh, params=params)
+    width = _width(transformer, None if data is None else data.max_tokens, tokens)
+    dtype = "bfloat16" if model.dtype == "auto" else model.dtype
+    views, workload = 1, None
+    if step == "embed":
+        embed = embed or config.EmbedConfig()
+        transformer.resolve_layer(embed.layer)
+        devices = _data_devices(tpu.host, mesh)
+        views = embed.phases * (2 if embed.strand == "both" else 1)
+        source = data if isinstance(data, config.DataConfig) else config.DataConfig(path="")
+        if batch is None:
+            most_rows = source.block_rows * views
+            [budget] = batch_shapes([width], devices=devices, tokens_per_device=embed.batch_tokens, most_rows=most_rows)
+            batch = budget.rows * tpu.hosts
+        program = EmbedProgram(transformer=transformer, dtype=dtype, embed=embed, attention=model.attention)
+        if source.path:
+            workload = embedding_workload(source, embed, transformer, devices)
+    else:
+        train = train or config.TrainConfig()
+        if batch is not None:
+            train = dataclasses.replace(train, batch_size=batch)
+        batch = train.batch_size
+        species = SPECIES if species is None else species
+        if species < 1:
+            raise InputError(f"--species {species} is too small; pass at least 1")
+        program = FinetuneProgram(
             transformer=transformer,
-            dtype=_dtype(model),
-            lora=lora,
-            loss=loss,
+            dtype=dtype,
+            lora=lora or config.LoRAConfig(),
+            loss=loss or config.LossConfig(),
             train=train,
             species=species,
             attention=model.attention,
-        ),
-        topology,
-        model,
-        mesh if params is None else dataclasses.replace(mesh, params=params),
-        BatchShape(train.batch_size, _width(transformer, data.max_tokens, tokens)),
-        workload=training_workload(data, train, transformer) if data.path else None,
-        views=1,
-        largest=largest,
-    )
-
-
-STEPS: dict[str, Callable[..., Plan]] = {"embed": plan_embed, "finetune": plan_finetune}
+        )
+        if isinstance(data, config.ExamplesConfig) and data.path:
+            workload = training_workload(data, train, transformer)
+    shape = BatchShape(batch, width)
+    return _plan(program, topology, model, mesh, shape, workload=workload, views=views, largest=largest)
 
 
 def write_json(plan: Plan, path: str) -> None:
@@ -194,6 +344,60 @@ def model_size(model: config.ModelConfig) -> TransformerConfig:
     )
 
 
+def roofline(traced: Traced, chip: Chip, devices: int) -> tuple[float, float]:
+    """Least seconds of a batch: by the peak of the matrix units, and by reading every argument once from memory.
+
+    The longer of the two is the bound. It leaves out everything else: activations, vector units, collectives, the host.
+    """
+    products = traced.matmul_passes / (devices * chip.bf16_tflops * 1e12)
+    return products, traced.argument_bytes / (chip.hbm_gb_per_second * 1e9)
+
+
+def step_down(rows: int) -> int:
+    """The next smaller number of rows a device that batches have: up to a TPU's eight sublanes any, then multiples."""
+    return rows if rows <= WIDTH_STEP else rows - rows % WIDTH_STEP
+
+
+def step_up(rows: int) -> int:
+    """The number of rows a device that follows."""
+    return rows + 1 if rows < WIDTH_STEP else rows + WIDTH_STEP
+
+
+def largest_rows(
+    bytes_of: Callable[[int], int], rows: int, used: int, *, fixed: int, available: int
+) -> tuple[int, int | None]:
+    """Finds how many rows a device can take; their memory grows about linearly.
+
+    Args:
+        bytes_of: Compiles the program for some rows a device: bytes it needs.
+        rows: For which that is known.
+        used: Bytes needed for them.
+        fixed: Bytes needed whatever the rows: a first guess.
+        available: Bytes there are.
+
+    Returns:
+        Rows that fit, 0 if none do, and the least number tried that does not. If there is none, or if it is not the
+        one that follows, `ATTEMPTS` programs were not enough to know better.
+    """
+    known = [(0, fixed), (rows, used)]
+    fits, over = (rows, None) if used <= available else (0, rows)
+    for _ in range(ATTEMPTS):
+        if over is not None and step_up(fits) >= over:
+            break
+        (x, a), (y, b) = known[-2:]
+        slope = max((b - a) / (y - x), 1.0)
+        guess = step_down(int(y + (available - b) / slope))
+        guess = max(guess, step_up(fits))
+        guess = min(guess, step_down(over - 1) if over is not None else fits * _GROWTH)
+        need = bytes_of(guess)
+        known.append((guess, need))
+        if need <= available:
+            fits = guess
+        else:
+            over = guess
+    return fits, over
+
+
 def _plan(
     program: Program,
     topology: str,
@@ -218,7 +422,7 @@ def _plan(
     one = BatchShape(shape.rows // hosts, shape.tokens)
     shapes = [one, *(workload.batches if workload is not None else ())]
     traced, compiled = trace_and_compile(program, tpu, mesh, shapes, one if has_compiler() else None)
-    plan = Plan(
+    found = Plan(
         topology=topology,
         tpu=whole,
         model=model.checkpoint,
@@ -234,9 +438,9 @@ def _plan(
         largest=None,
         notes=(),
     )
-    if compiled is not None and (largest or not plan.fits):
-        plan = dataclasses.replace(plan, largest=_largest(plan, tpu, devices, hosts))
-    return dataclasses.replace(plan, notes=tuple(_notes(plan, tpu, devices)))
+    if compiled is not None and (largest or not found.fits):
+        found = dataclasses.replace(found, largest=_largest(found, tpu, devices, hosts))
+    return dataclasses.replace(found, notes=tuple(_notes(found, tpu, devices)))
 
 
 def _largest(plan: Plan, tpu: Slice, devices: int, hosts: int) -> tuple[int, int | None]:
@@ -279,11 +483,11 @@ def _notes(plan: Plan, tpu: Slice, devices: int) -> list[str]:
     if plan.compiled is None:
         notes.append(f"arithmetic only, nothing was compiled: libtpu is not installed; {INSTALL}")
     if plan.fits is False:
-        notes += _mend(plan, tpu, devices)
+        notes += _fixes(plan, tpu, devices)
     return notes
 
 
-def _mend(plan: Plan, tpu: Slice, devices: int) -> list[str]:
+def _fixes(plan: Plan, tpu: Slice, devices: int) -> list[str]:
     mend, program = [], plan.program
     if plan.largest is not None and plan.largest[0]:
         rows = plan.largest[0]
@@ -345,10 +549,6 @@ def _check_attention(program: Program, chip: Chip, mesh: config.MeshConfig) -> N
     choose(program.attention, where, tokens=0)
 
 
-def _dtype(model: config.ModelConfig) -> str:
-    return "bfloat16" if model.dtype == "auto" else model.dtype
-
-
 def _width(transformer: TransformerConfig, max_tokens: int | None, tokens: int | None) -> int:
     limit = transformer.max_tokens
     for flag, value in (("data.max_tokens", max_tokens), ("tokens", tokens)):
@@ -361,3 +561,19 @@ def _data_devices(tpu: Slice, mesh: config.MeshConfig) -> int:
     if tpu.devices % mesh.model:
         raise InputError(f"--mesh.model {mesh.model} does not divide the {tpu.devices} devices that share a batch")
     return tpu.devices // mesh.model
+
+
+def _moved(compiled: Compiled) -> str:
+    """Collectives by kind, the loop's first."""
+    groups: dict[tuple[bool, str, str], list[int]] = {}
+    for one in compiled.collectives:
+        groups.setdefault((not one.in_loop, one.kind, one.dtype), []).append(one.bytes)
+    parts = [
+        f"{len(sizes)} {kind} of {dtype} ({sum(sizes) / 2**20:.1f} MiB) {'once' if outside else 'each round of a loop'}"
+        for (outside, kind, dtype), sizes in sorted(groups.items())
+    ]
+    return "; ".join(parts) or "nothing between devices"
+
+
+def _by_tokens(item: tuple[BatchShape, int]) -> int:
+    return item[0].tokens

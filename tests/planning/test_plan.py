@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from support.commands import call
 from support.places import ROOT, SCRIPTS
 
@@ -20,10 +22,9 @@ from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.chips import CHIPS, find_slice
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.model.config import PRESETS
-from bioscan_jax.planning import aot, plan
+from bioscan_jax.planning import aot
 from bioscan_jax.planning.flops import dots
-from bioscan_jax.planning.plan import model_size, plan_embed, plan_finetune
-from bioscan_jax.planning.planned import roofline
+from bioscan_jax.planning.plan import ATTEMPTS, largest_rows, model_size, plan, roofline, step_down, step_up, write_json
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram
 
 TINY = ModelConfig(checkpoint="random:tiny-v1")
@@ -37,7 +38,7 @@ KEYS = {
 @pytest.fixture(scope="module")
 def without_compiler():
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(plan, "has_compiler", lambda: False)
+        changed.setattr("bioscan_jax.planning.plan.has_compiler", lambda: False)
         yield
 
 
@@ -61,7 +62,7 @@ def test_arithmetic_without_the_compiler(without_compiler, tmp_path):
     pq.write_table(pa.table({"dna_sequence": ["ACGTAC" * 11, "ACGTAC" * 30] * 20}), path)
     data = config.DataConfig(path=str(path))
     settings = config.EmbedConfig(batch_tokens=64, deduplicate=False, strand="both")
-    found = plan_embed("v3-32", TINY, data, settings, batch=64, tokens=16, params="fsdp")
+    found = plan("v3-32", TINY, data=data, embed=settings, batch=64, tokens=16, params="fsdp")
     told = json.loads(found.to_json())
     assert told.keys() >= KEYS
     assert (told["devices"], told["hosts"], told["params"], told["compiled"]) == (32, 4, "fsdp", False)
@@ -77,10 +78,10 @@ def test_arithmetic_without_the_compiler(without_compiler, tmp_path):
     )
     assert told["not_padding"] == real / computed
     assert 0.3 < told["not_padding"] < 1
-    plan.write_json(found, str(tmp_path / "plan.json"))
+    write_json(found, str(tmp_path / "plan.json"))
     assert json.loads((tmp_path / "plan.json").read_text()) == told
     with pytest.raises(InputError, match=r"plan.json: cannot be written \(No such file or directory\); pass another"):
-        plan.write_json(found, str(tmp_path / "none" / "plan.json"))
+        write_json(found, str(tmp_path / "none" / "plan.json"))
     text = str(found)
     assert "fsdp" in text
     assert "40 vectors of 80 rows of 22 tokens" in text
@@ -93,7 +94,7 @@ def test_the_training_step_s_arithmetic(without_compiler, tmp_path):
     pq.write_table(pa.table({"dna_sequence": ["ACGTAC" * 11] * 20 + ["ACGTAC" * 31] * 20}), path)
     train = config.TrainConfig(batch_size=20, batch_tokens=64)
     data = config.ExamplesConfig(path=str(path))
-    found = plan_finetune("v5e-16", TINY, data, train=train, tokens=32, species=50, mesh=MeshConfig(data=4))
+    found = plan("v5e-16", TINY, "finetune", data=data, train=train, tokens=32, species=50, mesh=MeshConfig(data=4))
     told = json.loads(found.to_json())
     assert (told["step"], told["devices"], told["batch"], told["hosts"]) == ("finetune", 16, 20, 4)
     flops = PRESETS["tiny-v1"].forward_flops
@@ -104,7 +105,7 @@ def test_the_training_step_s_arithmetic(without_compiler, tmp_path):
 
 
 def test_arguments_alone_can_be_too_much(without_compiler):
-    found = plan_finetune("v3-8", BIG, train=config.TrainConfig(mode="full"), tokens=128, species=9)
+    found = plan("v3-8", BIG, "finetune", train=config.TrainConfig(mode="full"), tokens=128, species=9)
     assert found.fits is False
     assert found.traced.argument_bytes > 3 * 4 * 2.5e9
     assert any("--train.remat layer" in note for note in found.notes)
@@ -149,14 +150,14 @@ def test_bounds_are_from_the_chip():
 )
 def test_mistakes(settings, message):
     with pytest.raises(InputError, match=message):
-        plan_embed(**({"topology": "v3-8", "model": TINY} | settings))
+        plan(**({"topology": "v3-8", "model": TINY} | settings))
 
 
 def test_mistakes_of_training():
     with pytest.raises(InputError, match="--species 0 is too small"):
-        plan_finetune("v3-8", TINY, species=0)
+        plan("v3-8", TINY, "finetune", species=0)
     with pytest.raises(InputError, match="--train.batch_size 0 is too small"):
-        plan_finetune("v3-8", TINY, batch=0)
+        plan("v3-8", TINY, "finetune", batch=0)
 
 
 def test_what_the_compiler_s_process_refuses_is_an_input_error():
@@ -172,6 +173,61 @@ def test_sizes_come_from_names_or_config_json(tmp_path):
     assert model_size(ModelConfig(checkpoint=f"{hub}v2-500m-multi-species")) == PRESETS["nt-v2-500m"]
     (tmp_path / "config.json").write_text(PRESETS["tiny-v2"].to_json())
     assert model_size(ModelConfig(checkpoint=str(tmp_path))) == PRESETS["tiny-v2"]
+
+
+@given(st.integers(0, 3000))
+def test_steps_are_the_batches_that_there_are(rows):
+    assert step_down(rows) <= rows < step_up(step_down(rows))
+    assert step_down(step_up(rows)) == step_up(rows) or rows > 8
+
+
+@given(
+    fixed=st.integers(0, 10_000),
+    per_row=st.integers(1, 500),
+    bent=st.floats(0.0, 0.3),
+    start=st.integers(1, 400).map(step_down),
+    available=st.integers(1, 40_000),
+)
+def test_finds_the_last_that_fits(fixed, per_row, bent, start, available):
+    """Also where memory grows a little faster than linearly, as attention's does."""
+    tried = []
+
+    def bytes_of(rows):
+        tried.append(rows)
+        return fixed + int(per_row * rows * (1 + bent * rows / 1000))
+
+    fits, over = largest_rows(bytes_of, start, bytes_of(start), fixed=fixed, available=available)
+    assert len(tried) <= ATTEMPTS + 1
+    assert step_down(fits) == fits
+    if fits:
+        assert bytes_of(fits) <= available
+    if over is not None:
+        assert over > fits
+        assert bytes_of(over) > available
+    else:
+        assert len(tried) > ATTEMPTS
+
+
+@pytest.mark.parametrize(("available", "expected"), [(99, (0, 1)), (100, (1, 2)), (850, (8, 16)), (8_000, (80, 88))])
+def test_is_exact_for_linear_memory(available, expected):
+    asked = []
+
+    def bytes_of(rows):
+        asked.append(rows)
+        return 100 * rows
+
+    assert largest_rows(bytes_of, 16, 1600, fixed=0, available=available) == expected
+    assert len(asked) <= 4
+
+
+def test_a_jump_in_memory_is_bisected_or_said():
+    """The compiler may choose another layout from some size on."""
+    jump = lambda rows: 10 * rows + 5_000 * (rows > 200)  # noqa: E731
+    fits, over = largest_rows(jump, 16, jump(16), fixed=0, available=4_000)
+    assert fits <= 200
+    assert jump(fits) <= 4_000
+    assert over is not None
+    assert jump(over) > 4_000
 
 
 def test_the_script_reads_every_config_file_of_a_run_and_refuses_in_one_line():
@@ -201,7 +257,7 @@ def test_a_demonstration_is_planned_before_its_barcodes_are_there(tmp_path):
     )
     ran = script("--config", str(tmp_path / "demo.yaml"), "--topology", "v5e-8", "--json")
     assert ran.returncode == 0, ran.stderr
-    assert "absent.parquet is not simulated yet: planned without its lengths\n" in ran.stderr
+    assert "absent.parquet is not simulated yet: planned without the lengths of its barcodes\n" in ran.stderr
     assert json.loads(ran.stdout)["not_padding"] is None
 
 
@@ -228,7 +284,7 @@ def test_2_5b_embeds_replicated(topology, rows, tokens, most, tmp_path):
 @compiles
 @pytest.mark.parametrize("topology", ["v3-8", "v5e-8"])
 def test_2_5b_embeds_fully_sharded(topology):
-    found = plan_embed(topology, BIG, batch=128, tokens=1000, params="fsdp")
+    found = plan(topology, BIG, batch=128, tokens=1000, params="fsdp")
     assert isinstance(found.compiled, aot.Compiled)
     assert found.hbm_gib <= 2.6
     assert found.compiled.trip_counts == (32,)
@@ -263,7 +319,7 @@ def test_2_5b_lora_makes_no_gradients_of_frozen_weights(remat, most):
 @pytest.mark.parametrize("topology", ["v3-8", "v5e-8"])
 def test_2_5b_trains_adapters(topology):
     train = config.TrainConfig(remat="layer")
-    found = plan_finetune(topology, BIG, train=train, batch=32, tokens=1000, params="replicated")
+    found = plan(topology, BIG, "finetune", train=train, batch=32, tokens=1000, params="replicated")
     assert isinstance(found.compiled, aot.Compiled)
     assert found.hbm_gib <= 8.2
     assert found.compiled.trip_counts == (32, 32)
@@ -277,12 +333,12 @@ def test_2_5b_trains_adapters(topology):
 
 @compiles
 def test_a_batch_that_does_not_fit_is_answered_with_one_that_does():
-    found = plan_embed("v3-8", BIG, batch=1024, tokens=1000)
+    found = plan("v3-8", BIG, batch=1024, tokens=1000)
     assert isinstance(found.compiled, aot.TooLarge)
     assert found.fits is False
     fits, over = found.largest
     assert 512 <= fits < over <= 1024
-    assert plan_embed("v3-8", BIG, batch=fits, tokens=1000).fits
+    assert plan("v3-8", BIG, batch=fits, tokens=1000).fits
     assert f"--embed.batch_tokens {fits // 8 * 1000}" in str(found)
     assert "--mesh.params fsdp keeps 0.59 GiB of them a device, not 4.71" in str(found)
 
@@ -327,7 +383,7 @@ print(json.dumps(found))
 @compiles
 @pytest.mark.parametrize("topology", ["v4-8", "v5p-8", "v6e-8"])
 def test_other_generations_compile_a_small_model(topology):
-    found = plan_embed(topology, TINY, batch=64, tokens=128)
+    found = plan(topology, TINY, batch=64, tokens=128)
     assert isinstance(found.compiled, aot.Compiled)
     assert found.fits
     assert found.compiled.collectives == ()
@@ -339,7 +395,7 @@ def test_other_generations_compile_a_small_model(topology):
 def test_the_attention_asked_for_is_the_one_compiled():
     """Rows of 1000 tokens on v5e: dense holds the logits of all heads, splash does not, and `auto` is splash."""
     asked = [dataclasses.replace(TINY, attention=kind) for kind in ("dense", "splash", "auto")]
-    found = [plan_embed("v5e-8", model, batch=128, tokens=1000) for model in asked]
+    found = [plan("v5e-8", model, batch=128, tokens=1000) for model in asked]
     dense, splash, auto = (one.compiled.temporaries for one in found)
     assert splash == auto < 0.8 * dense
     assert len({one.traced.matmul_flops for one in found}) == 1
@@ -348,4 +404,4 @@ def test_the_attention_asked_for_is_the_one_compiled():
 @compiles
 def test_no_second_copy_of_the_weights_is_kept():
     """Without recomputation the backward pass keeps activations; the layers' gathered weights would be 5 GB more."""
-    assert plan_finetune("v3-8", BIG, batch=32, tokens=128).hbm_gib <= 9.0
+    assert plan("v3-8", BIG, "finetune", batch=32, tokens=128).hbm_gib <= 9.0
