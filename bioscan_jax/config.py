@@ -327,6 +327,7 @@ class TrackingConfig:
 
 
 SearchKind = Literal["auto", "exact", "index"]
+AnswerFormat = Literal["parquet", "tsv", "sintax"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,26 +354,26 @@ class QueryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifyConfig:
-    """How a barcode gets its names; a calibration holds for the same settings alone."""
+    """How queries are compared with the reference; a calibration is valid only for the same settings."""
 
     k: int = 50
-    """Nearest neighbours of a query."""
+    """Nearest neighbours per query: the candidates."""
     rerank: Literal["none", "alignment"] = "none"
-    """alignment orders the k candidates by the identity of an alignment."""
+    """alignment sorts the k candidates by the identity of a sequence alignment."""
     aligned: int = 32
-    """Of the candidates, so many are aligned in full and vote; all are compared by edit distance."""
+    """Candidates that are aligned in full and vote: the best of the k by edit distance."""
     filter: str | None = None
-    """SQL condition on the reference's columns, such as "marker_gene = 'COI'"; other rows are not looked at."""
+    """SQL condition on the reference's columns, such as "marker_gene = 'COI'"; other rows are ignored."""
     search: SearchKind = "auto"
-    """auto takes the table's vector index, where it has one, from 50,000 rows on."""
+    """auto uses the table's vector index, if it has one and more than 50,000 rows."""
     nprobes: int | None = None
-    """Partitions of the index to search."""
+    """Partitions of the index to search; at least 50 if absent."""
     refine_factor: int | None = None
-    """Times k candidates taken from the index by quantised vectors and compared by the exact ones."""
+    """The index proposes refine_factor * k candidates by quantised vectors; exact vectors choose among them."""
     heads: str | None = None
-    """Directory of an export with taxonomic heads trained on these vectors, to vote too."""
+    """Directory of an export with taxonomic heads trained on these vectors; they vote too."""
     processes: int = 2
-    """Processes that align."""
+    """Processes for the alignments."""
 
     def __post_init__(self) -> None:
         _at_least("k", self.k, 1)
@@ -384,16 +385,16 @@ class IdentifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
-    """What the answers shall be worth."""
+    """The precision required of answers."""
 
     precision: float = 0.95
-    """Share of the answers of each rank that must be right, with confidence 1 - `risk`."""
+    """Share of each rank's answers that must be correct, with confidence 1 - `risk`."""
     risk: float = 0.05
-    """Probability, over the draw of the labelled barcodes, that a threshold does not keep its precision."""
+    """Probability, over the draw of the labelled barcodes, that a threshold misses its precision."""
     held_out: float = 0.5
-    """Share of the labelled barcodes that nothing is fitted on; the figures are theirs."""
+    """Share of the labelled barcodes kept aside for the printed figures; nothing is fitted on them."""
     seed: int = 0
-    """Of the parting, which goes by sequence: equal ones stay together."""
+    """Seed of the split, which is by sequence: equal sequences stay together."""
 
     def __post_init__(self) -> None:
         for name in ("precision", "risk", "held_out"):

@@ -58,22 +58,26 @@ def exit_code_of(command: Command, words: Sequence[str]) -> int:
     return 0
 
 
-def from_flags(function: Callable[..., object], name: str) -> Command:
+def from_flags(function: Callable[..., object], name: str, unprefixed: Sequence[str] = ()) -> Command:
     """The command that calls `function` with what the flags say.
 
     Args:
         function: Its parameters become flags, its docstring the help; dataclasses become groups of flags.
         name: What `--help` calls it, such as "embed".
+        unprefixed: Parameters that are dataclasses and whose fields are flags without a prefix: `--k`, not
+            `--settings.k`.
     """
 
     def command(words: Sequence[str]) -> None:
-        function(**parse(function, words, name))
+        function(**parse(function, words, name, unprefixed))
 
     return command
 
 
-def parse(function: Callable[..., object], words: Sequence[str], name: str) -> dict[str, Any]:
-    """The arguments for `function` that a command line states.
+def parse(
+    function: Callable[..., object], words: Sequence[str], name: str, unprefixed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The arguments for `function` that a command line states; see `from_flags`.
 
     Raises:
         InputError: A dataclass refused its values.
@@ -91,7 +95,10 @@ def parse(function: Callable[..., object], words: Sequence[str], name: str) -> d
     parser.add_argument(
         "--config", action="config", help="YAML file with these settings, or the name of a shipped one; may be repeated"
     )
-    parser.add_function_arguments(function)
+    groups = {group: typing.get_type_hints(function)[group] for group in unprefixed}
+    parser.add_function_arguments(function, skip=set(groups))
+    for group in groups.values():
+        parser.add_class_arguments(group)
     for action in parser._actions:
         if isinstance(action.default, bool):  # `--explain` alone means true
             action.nargs, action.const = "?", True
@@ -103,8 +110,11 @@ def parse(function: Callable[..., object], words: Sequence[str], name: str) -> d
             raise cause from None
         reason = re.sub('Parser key "([^"]+)":', r"--\1:", str(error))
         raise UsageError(f"{reason}; --help lists the flags") from None
-    given.pop("config", None)
-    return vars(given)
+    arguments = vars(given)
+    arguments.pop("config", None)
+    for group, kind in groups.items():
+        arguments[group] = kind(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(kind)})
+    return arguments
 
 
 def positional(words: Sequence[str], flag: str) -> list[str]:

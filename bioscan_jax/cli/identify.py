@@ -1,6 +1,4 @@
-"""Names barcodes by a table of vectors; one row each, with what it is worth."""
-
-from typing import Literal
+"""Identifies barcodes with a vector table of labelled ones: one row of names and confidences per barcode."""
 
 from bioscan_jax import config
 from bioscan_jax.cli._command import from_flags
@@ -10,16 +8,8 @@ def main(
     reference: config.ReferenceConfig,
     query: config.QueryConfig,
     output: str,
-    rerank: Literal["none", "alignment"] = "none",
-    k: int = 50,
-    aligned: int = 32,
-    filter: str | None = None,
-    search: config.SearchKind = "auto",
-    nprobes: int | None = None,
-    refine_factor: int | None = None,
-    heads: str | None = None,
-    processes: int = 2,
-    format: Literal["parquet", "tsv", "sintax"] | None = None,
+    settings: config.IdentifyConfig,
+    format: config.AnswerFormat | None = None,
     calibration: str | None = None,
     groups: str | None = None,
     group_size: int = 3,
@@ -28,43 +18,25 @@ def main(
     model: config.ModelConfig | None = None,
     mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
 ) -> None:
-    """Name barcodes by a table of vectors; one row each, with what it is worth.
+    """Identify barcodes with a vector table of labelled ones: one row of names and confidences per barcode.
 
     Args:
         reference: Which table.
         query: Which barcodes.
         output: FILE.parquet, FILE.tsv or FILE.sintax.
-        rerank: alignment orders the k candidates by identity.
-        k: Nearest neighbours of a query.
-        aligned: Of the candidates, so many are aligned in full and vote.
-        filter: SQL condition on the reference's columns, such as "marker_gene = 'COI'".
-        search: auto takes the table's vector index, where it has one, from 50,000 rows on.
-        nprobes: Partitions of the index to search.
-        refine_factor: Times k candidates taken from the index and compared by their exact vectors.
-        heads: Directory of an export with taxonomic heads, to vote too.
-        processes: Processes that align.
-        format: Of the output, where its name does not say.
-        calibration: File made by scripts/calibrate.py; the one beside the table if absent.
+        settings: How barcodes are compared.
+        format: Format of the output, where its name does not tell.
+        calibration: File made by bioscan calibrate; the one beside the table if absent.
         groups: FILE.parquet or FILE.tsv for groups of novel barcodes.
-        group_size: Barcodes of a group at least.
-        check_recall: Of so many queries, say how often the best alignment is among the k, and what the index finds.
-        seed: Of that sample.
-        model: Where the table's model is now, if not where the table says.
+        group_size: Fewest barcodes in a group.
+        check_recall: Number of queries for which to measure how often the best alignment is among the k candidates,
+            and how many of the nearest references the index finds.
+        seed: Seed for drawing these queries.
+        model: Where the table's model is now, if not where the table records it.
         mesh: Which devices.
     """
     from bioscan_jax.matching.identify import identify
 
-    settings = config.IdentifyConfig(
-        k=k,
-        rerank=rerank,
-        aligned=aligned,
-        filter=filter,
-        search=search,
-        nprobes=nprobes,
-        refine_factor=refine_factor,
-        heads=heads,
-        processes=processes,
-    )
     summary = identify(
         reference,
         query,
@@ -82,4 +54,4 @@ def main(
     print(summary)
 
 
-command = from_flags(main, "identify")
+command = from_flags(main, "identify", unprefixed=["settings"])

@@ -1,15 +1,13 @@
 """Answers as files: Parquet, TSV, and the tab output of SINTAX that tools of the field read."""
 
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 
+from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
 from bioscan_jax.output import output_file, output_path
-
-Format = Literal["parquet", "tsv", "sintax"]
 
 ANSWERS = pa.schema(
     [
@@ -27,13 +25,13 @@ ANSWERS = pa.schema(
 """One row a query; a query that has no vector has its id and nothing else."""
 
 
-def output_format(output: str, wanted: Format | None) -> Format:
+def output_format(output: str, wanted: config.AnswerFormat | None) -> config.AnswerFormat:
     """The format of a file: what is asked for, or what its name ends in.
 
     Raises:
         InputError: The name says nothing, or as for `output_path`.
     """
-    ends: dict[str, Format] = {".parquet": "parquet", ".tsv": "tsv", ".sintax": "sintax"}
+    ends: dict[str, config.AnswerFormat] = {".parquet": "parquet", ".tsv": "tsv", ".sintax": "sintax"}
     suffix = Path(output).suffix
     if wanted is None and suffix not in ends:
         raise InputError(f"--output {output}: pass FILE.parquet, FILE.tsv or FILE.sintax, or --format")
@@ -41,7 +39,7 @@ def output_format(output: str, wanted: Format | None) -> Format:
     return wanted or ends[suffix]
 
 
-def write(answers: pa.Table, output: str, form: Format, *, calibrated: bool = False) -> None:
+def write(answers: pa.Table, output: str, form: config.AnswerFormat, *, calibrated: bool = False) -> None:
     """Writes a file, whole or not at all.
 
     Args:

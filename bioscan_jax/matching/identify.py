@@ -15,7 +15,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.alignment import workers
-from bioscan_jax.matching.answers import ANSWERS, Format, output_format, write
+from bioscan_jax.matching.answers import ANSWERS, output_format, write
 from bioscan_jax.matching.calibration import (
     Calibration,
     answered,
@@ -78,7 +78,7 @@ def identify(
     output: str,
     settings: config.IdentifyConfig | None = None,
     *,
-    format: Format | None = None,
+    format: config.AnswerFormat | None = None,
     model: config.ModelConfig | None = None,
     mesh: config.MeshConfig | None = None,
     calibration: str | None = None,
