@@ -1,4 +1,4 @@
-"""What a run is asked to do: frozen dataclasses, one per concern, checked when they are made."""
+"""The settings of a run: frozen dataclasses, one per subject, checked when they are created."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from bioscan_jax.errors import InputError
 
 DEFAULT_METADATA_WEIGHT = 0.3
-"""Share of the metadata's loss in the total."""
+"""Share of the total loss that goes to the metadata prediction."""
 
 
 def _at_least(flag: str, value: int | None, least: int) -> None:
@@ -16,41 +16,52 @@ def _at_least(flag: str, value: int | None, least: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which weights to use, and in which precision."""
+    """The model's weights and the precision to run them in.
+
+    Example:
+        >>> ModelConfig(checkpoint="random:tiny-v2").dtype
+        'auto'
+    """
 
     checkpoint: str
     """Local directory, Hugging Face hub id, or random:PRESET for seeded random weights."""
     revision: str | None = None
-    """Commit of the hub repository; required for a hub id, so that a run can be repeated."""
+    """Commit of the Hugging Face repository; required with a hub id, so that the run can be repeated."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Parameters and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+    """Number format of weights and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
     seed: int = 0
-    """Seed of random:PRESET weights; not used for a real checkpoint."""
+    """Seed of random:PRESET weights; ignored for a real checkpoint."""
     adapter: str | None = None
-    """Directory with a LoRA adapter for this checkpoint, in PEFT's format."""
+    """Directory of a LoRA adapter (PEFT format) trained on this checkpoint; none if absent."""
     attention: Literal["auto", "dense", "splash", "cudnn"] = "auto"
-    """auto is dense below 512 tokens, from there on splash (TPU v4 and newer) or cuDNN's flash (NVIDIA) where it works.
+    """How attention is computed. auto is dense below 512 tokens, else splash (TPU v4 or newer) or cuDNN flash (NVIDIA).
 
-    Like the devices it changes vectors by rounding alone, and another choice may go on with a table.
+    auto stays with dense where the faster kernel does not work. The choice changes vectors by rounding only, so a table
+    may be continued with another one.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the barcodes are and how they become tokens."""
+    """The barcodes to embed, and how they become tokens.
+
+    Example:
+        >>> DataConfig(path="barcodes.parquet", block_rows=1024).sequence_column
+        'dna_sequence'
+    """
 
     path: str
-    """Parquet or FASTA (plain or gzipped): a file, a directory, a glob or an fsspec URL."""
+    """Parquet or FASTA/FASTQ (plain or gzipped): a file, a directory, a glob or an fsspec URL such as gs://..."""
     sequence_column: str = "dna_sequence"
-    """Parquet column with the DNA."""
+    """Parquet column that holds the DNA."""
     id_column: str = "sequence_id"
-    """Parquet column with unique ids; where there is no `sequence_id`, ids are FILE:ROW."""
+    """Parquet column that holds unique ids; without a `sequence_id` column, ids become FILE:ROW."""
     max_tokens: int | None = None
-    """Longest row of tokens, CLS included; the model's own limit if absent."""
+    """Most tokens per sequence, with CLS (about one per 6 bases); the model's limit if absent."""
     overlong: Literal["truncate", "window", "error"] = "truncate"
-    """A sequence over max_tokens is cut, embedded in windows, or sent to the rejects."""
+    """Sequences over max_tokens: truncate cuts them, window averages several pieces, error rejects them."""
     block_rows: int = 8192
-    """Rows read, embedded and committed together; the unit of resuming."""
+    """Rows read, embedded and saved together; an interrupted run loses at most the blocks in progress."""
 
     def __post_init__(self) -> None:
         _at_least("data.max_tokens", self.max_tokens, 2)
@@ -59,24 +70,29 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """The devices and how arrays are laid over them."""
+    """The devices to use and how arrays are split over them.
+
+    Example:
+        >>> MeshConfig(model=2).data  # all devices, in pairs that share each layer
+        -1
+    """
 
     data: int = -1
-    """Devices along the batch; -1 takes all that `model` leaves."""
+    """Devices that split each batch between them; -1 uses all, divided by `model`."""
     model: int = 1
-    """Devices that share one layer's heads and feed-forward (tensor parallelism)."""
+    """Devices that split each layer between them (tensor parallelism); raise it if one cannot hold the model."""
     params: Literal["replicated", "fsdp"] = "replicated"
-    """Whole parameters on each data device, or split over them and gathered layer by layer."""
+    """replicated: each data device holds all weights. fsdp: they are split, and gathered layer by layer when needed."""
     distributed: bool = False
-    """Call jax.distributed.initialize: several hosts, one process each."""
+    """Run as one of several processes, one per host (calls jax.distributed.initialize)."""
     coordinator: str | None = None
-    """HOST:PORT of process 0; found by itself on Cloud TPU, SLURM and the like."""
+    """HOST:PORT of process 0; found automatically on Cloud TPU, SLURM and similar clusters."""
     processes: int | None = None
-    """Number of processes; found by itself as above."""
+    """Number of processes; found automatically as above."""
     process_id: int | None = None
-    """This process's number; found by itself as above."""
+    """Number of this process, from 0; found automatically as above."""
     compilation_cache: str | None = "~/.cache/bioscan_jax/xla"
-    """Directory that keeps compiled programs between runs; null switches it off, JAX_COMPILATION_CACHE_DIR replaces it."""
+    """Directory that keeps compiled programs between runs; null disables it, JAX_COMPILATION_CACHE_DIR overrides it."""
 
     def __post_init__(self) -> None:
         _at_least("mesh.model", self.model, 1)
@@ -86,24 +102,29 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """How a sequence's tokens become one vector, and how many go to a device at once."""
+    """How a sequence's tokens become one vector, and how many are processed at once.
+
+    Example:
+        >>> EmbedConfig(phases=6, strand="both").pooling
+        'mean'
+    """
 
     pooling: Literal["mean", "mean_no_cls", "cls", "max"] = "mean"
-    """Over the tokens of a view; mean counts CLS, as the model card does."""
+    """How token vectors become one: their mean (with or without the CLS token), CLS alone, or the maximum."""
     layer: int = -1
-    """Hidden state to pool: 0 the embeddings, k after layer k, -1 after the final LayerNorm."""
+    """Layer whose output is pooled: 0 is the token embeddings, k follows layer k, -1 is after the final LayerNorm."""
     strand: Literal["forward", "both"] = "forward"
-    """both averages the sequence and its reverse complement."""
+    """both averages the vectors of the sequence and of its reverse complement."""
     phases: int = 1
-    """Average over this many start offsets (1 to 6) of the 6-mer frame."""
+    """Average over this many start positions (1 to 6) of the 6-mer reading; 6 makes vectors robust to a shifted start."""
     batch_tokens: int = 16384
-    """Tokens per data device in one batch, padding included."""
+    """Tokens per data device in one batch, with padding; lower it if memory runs out."""
     max_shapes: int = 8
-    """Compiled (batch, tokens) shapes at most."""
+    """Most batch shapes (rows x tokens) to compile; fewer start faster, more waste less on padding."""
     deduplicate: bool = True
-    """Embed a repeated sequence once and write its vector to each row."""
+    """Embed equal sequences once and copy the vector to each row."""
     cache_rows: int = 65536
-    """Rows behind the current block in which a repeat is still found; host memory up to this times a stored vector."""
+    """How many earlier rows to search for a repeat; costs host memory of up to one vector per row."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.phases <= 6:
@@ -115,18 +136,23 @@ class EmbedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SinkConfig:
-    """The Lance table that takes the vectors."""
+    """The Lance table that the vectors are written to.
+
+    Example:
+        >>> SinkConfig(uri="runs/coi").table
+        'sequences'
+    """
 
     uri: str
     """Directory (or object-store URL) of the LanceDB database."""
     table: str = "sequences"
     """Name of the vector table; rejected rows go to TABLE_rejects."""
     vector_dtype: Literal["float32", "float16"] = "float32"
-    """Type the vectors are stored in."""
+    """Number format of the stored vectors; float16 halves the table."""
     index: Literal["none", "ivf_sq", "ivf_pq"] = "none"
-    """Vector index built when the table is complete, with one on sequence_id."""
+    """Vector index built once the table is complete, with one on sequence_id; ivf_pq is smaller, ivf_sq more exact."""
     max_bytes_per_file: int = 3 << 30
-    """Data files stay below this, so that they fit a FAT32 stick; soft limit."""
+    """Start a new data file at about this many bytes; the default fits a FAT32 USB stick."""
 
     def __post_init__(self) -> None:
         _at_least("sink.max_bytes_per_file", self.max_bytes_per_file, 1 << 20)
@@ -136,18 +162,23 @@ class SinkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateConfig:
-    """Simulated barcodes: sequences evolved along a random seven-rank tree."""
+    """Simulated barcodes: sequences evolved along a random seven-rank tree.
+
+    Example:
+        >>> SimulateConfig(species=5, per_species=2).length
+        658
+    """
 
     species: int = 200
-    """Species of the tree."""
+    """Species in the tree."""
     per_species: int = 10
-    """Barcodes of each."""
+    """Barcodes per species."""
     length: int = 658
     """Bases of a full barcode."""
     seed: int = 0
-    """Of the tree and the mutations."""
+    """Seed of the tree and the mutations."""
     path: str | None = None
-    """Parquet file to write; only if data.path names the same file are barcodes simulated. data.path if absent."""
+    """Parquet file to write. Barcodes are simulated only if data.path is this file; data.path if absent."""
 
     def __post_init__(self) -> None:
         _at_least("simulate.species", self.species, 1)
@@ -157,16 +188,21 @@ class SimulateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Low-rank adapters on a frozen model."""
+    """Low-rank adapters that are trained while the model stays frozen.
+
+    Example:
+        >>> LoRAConfig(rank=8, targets=("all_linear",)).alpha
+        32.0
+    """
 
     rank: int = 16
-    """Columns of each adapter."""
+    """Rank of each adapter's matrices; higher can learn more and needs more memory."""
     alpha: float = 32.0
-    """An adapter is scaled by alpha / rank."""
+    """Adapter outputs are multiplied by alpha / rank."""
     dropout: float = 0.1
-    """Share of an adapter's inputs dropped in training."""
+    """Share of each adapter's inputs set to zero while training, against overfitting."""
     targets: tuple[str, ...] = ("query", "value")
-    """Layers to adapt: query, key, value, attention_output, feed_forward_in, feed_forward_out, or all_linear."""
+    """Layers with an adapter: query, key, value, attention_output, feed_forward_in, feed_forward_out, or all_linear."""
 
     def __post_init__(self) -> None:
         _at_least("lora.rank", self.rank, 1)
@@ -178,26 +214,31 @@ class LoRAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExamplesConfig:
-    """The labelled barcodes to train on, and which of them are kept aside."""
+    """The labelled barcodes to train on, and which of them are held out.
+
+    Example:
+        >>> ExamplesConfig(path="coi.parquet", split="held_out_species").validation
+        0.1
+    """
 
     path: str
-    """Parquet: a file, a directory, a glob or an fsspec URL; with `taxonomy` or the seven rank columns."""
+    """Parquet with `taxonomy` or the seven rank columns: a file, a directory, a glob or an fsspec URL such as gs://..."""
     sequence_column: str = "dna_sequence"
-    """Column with the DNA."""
+    """Parquet column that holds the DNA."""
     id_column: str = "sequence_id"
-    """Column with unique ids; where there is no `sequence_id`, ids are FILE:ROW."""
+    """Parquet column that holds unique ids; without a `sequence_id` column, ids become FILE:ROW."""
     max_tokens: int | None = None
-    """Longest row of tokens, CLS included; the model's own limit if absent. Longer sequences are cut."""
+    """Most tokens per sequence, with CLS; longer ones are cut. The model's limit if absent."""
     split: Literal["random", "held_out_species", "held_out_genera"] = "random"
-    """What validation and test rows have that training rows have not: the sequence, the species, the genus."""
+    """What validation and test rows never share with training rows: the sequence, the species or the genus."""
     split_column: str | None = None
-    """Column that says train, validation, test or unused; then `split` and the shares are not used."""
+    """Column that assigns each row to train, validation, test or unused; replaces `split` and the shares."""
     validation: float = 0.1
-    """Share of the distinct sequences (or taxa) to validate on."""
+    """Share of the distinct sequences (or held-out taxa) used for validation."""
     test: float = 0.0
-    """Share of them kept for a test; no training run looks at these."""
+    """Share kept for a final test; no training run reads it."""
     split_seed: int = 0
-    """Another seed keeps other rows aside."""
+    """Seed of the split; another one holds out other rows."""
 
     def __post_init__(self) -> None:
         _at_least("data.max_tokens", self.max_tokens, 2)
@@ -205,20 +246,25 @@ class ExamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What training minimises."""
+    """The loss that training minimises.
+
+    Example:
+        >>> LossConfig(metadata=True).metadata_share
+        0.3
+    """
 
     head: Literal["marginal", "independent"] = "marginal"
-    """One softmax over the finest taxa, summed up the tree; or one softmax a rank."""
+    """marginal: one softmax over the finest taxa, summed up the tree. independent: one softmax per rank."""
     pooling: Literal["mean", "mean_no_cls", "cls", "max"] = "mean"
-    """Over the tokens; the vector that the heads see."""
+    """How token vectors become the one vector that the heads classify."""
     rank_weights: tuple[float, float, float, float, float, float, float] = (2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.6)
-    """Kingdom to species."""
+    """Weight of each rank in the loss, from kingdom to species."""
     metadata: bool | None = None
-    """Also predict the ranks from depth, latitude and longitude; if absent, where metadata_weight is given."""
+    """Also predict the ranks from depth, latitude and longitude; if absent, only where metadata_weight is given."""
     metadata_weight: float | None = None
-    """Share of the metadata's loss in the total; 0.3 if absent."""
+    """Share of the total loss that goes to the metadata prediction; 0.3 if absent."""
     mask_rate: float = 0.15
-    """Share of the tokens to be predicted by mlm."""
+    """Share of the tokens to predict with --train.objective mlm."""
 
     def __post_init__(self) -> None:
         if not all(0 <= weight < float("inf") for weight in self.rank_weights) or not any(self.rank_weights):
@@ -231,57 +277,62 @@ class LossConfig:
 
     @property
     def with_metadata(self) -> bool:
-        """Whether the metadata have a share in the loss."""
+        """Whether the loss includes the metadata prediction."""
         return bool(self.metadata) or self.metadata_weight is not None
 
     @property
     def metadata_share(self) -> float:
-        """Of the metadata's loss in the total, where they have one."""
+        """The metadata prediction's share of the total loss, where it is included."""
         return DEFAULT_METADATA_WEIGHT if self.metadata_weight is None else self.metadata_weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How training goes."""
+    """How the model is trained.
+
+    Example:
+        >>> TrainConfig(epochs=3, batch_size=64).mode
+        'lora'
+    """
 
     output_dir: str = "runs/finetune"
-    """The run's directory: checkpoints, label space, metrics, curves; the same command goes on there."""
+    """Directory for checkpoints, labels, metrics and curves; the same command continues the run there."""
     objective: Literal["taxonomy", "mlm"] = "taxonomy"
-    """The seven ranks of each barcode, or its masked 6-mers (then no labels are read)."""
+    """taxonomy learns the seven ranks; mlm predicts masked 6-mers and reads no labels."""
     mode: Literal["lora", "full"] = "lora"
-    """Adapters on a frozen model, or all of its weights (kept in float32)."""
+    """lora trains adapters on a frozen model; full trains all weights, in float32, and needs far more memory."""
     epochs: int = 10
     """Passes over the training rows."""
     batch_size: int = 32
-    """Barcodes of one optimizer step, over all devices."""
+    """Barcodes per optimizer step, over all devices."""
     learning_rate: float = 2e-4
-    """After the warm-up; AdamW."""
+    """Peak learning rate of AdamW, reached after the warm-up."""
     warmup_steps: int = 500
-    """Linear from 0; a cosine down to 0 at the last step follows."""
+    """Steps in which the learning rate rises from 0; then it falls along a cosine to 0 at the last step."""
     weight_decay: float = 0.01
-    """Not on biases and norms."""
+    """Weight decay of AdamW; biases and norms are exempt."""
     clip_norm: float = 1.0
-    """Largest norm of the gradient."""
+    """Gradients with a larger norm are scaled down to it."""
     batch_tokens: int = 16384
-    """Tokens per data device worked at once, padding included; a larger batch is accumulated in equal parts."""
+    """Tokens per data device processed at once, with padding; a larger batch is accumulated in equal parts."""
     max_shapes: int = 4
-    """Compiled widths at most."""
+    """Most token widths to compile; fewer start faster, more waste less on padding."""
     remat: Literal["none", "layer"] = "none"
-    """layer keeps only each layer's input for the backward pass: less memory, a third more work."""
+    """layer stores only each layer's input and recomputes the rest: less memory, about a third more work."""
     reverse_complement: float = 0.5
-    """Share of the barcodes turned to the other strand, drawn anew each epoch."""
+    """Share of the barcodes reverse-complemented, drawn anew each epoch."""
     subsequence: float = 0.5
-    """Share of the barcodes cut to a random stretch, drawn anew each epoch; ends come in any phase."""
+    """Share of the barcodes cut to a random stretch, drawn anew each epoch; it may start and end at any base."""
     shortest: int = 150
-    """Bases of such a stretch at least."""
+    """Fewest bases of such a stretch."""
     balance: Literal["none", "kingdom", "phylum", "class", "order", "family", "genus", "species"] = "none"
-    """Draw rows with replacement so that the taxa of this rank come equally often."""
+    """Draw rows with replacement so that all taxa of this rank are seen equally often."""
     patience: int | None = None
-    """Stop after this many epochs without a lower validation loss."""
+    """Stop after this many epochs without a lower validation loss; if absent, train all epochs."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     seed: int = 0
-    """Of the new parameters, the order of rows, augmentation, dropout and masking."""
+    """Seed of new parameters, row order, augmentation, dropout and masking."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_shapes", "log_every", "patience", "shortest"):
@@ -301,12 +352,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state of training is saved; it always is at a SIGTERM and at the end."""
+    """How often training saves its state; it also saves on SIGTERM and at the end.
+
+    Example:
+        >>> CheckpointConfig(interval_minutes=10.0).keep
+        2
+    """
 
     interval_minutes: float = 30.0
-    """Wall time between two checkpoints."""
+    """Minutes between two checkpoints."""
     keep: int = 2
-    """The newest ones kept; the best state is kept beside them."""
+    """How many of the newest checkpoints to keep; the best one is kept as well."""
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.keep", self.keep, 1)
@@ -316,12 +372,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Weights & Biases; metrics.jsonl and curves.png are written in any case."""
+    """Weights & Biases logging; metrics.jsonl and curves.png are always written.
+
+    Example:
+        >>> TrackingConfig(mode="offline").project
+        'bioscan_jax'
+    """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online where WANDB_API_KEY or a login is found, offline elsewhere."""
+    """auto is online if WANDB_API_KEY or a login is found, else offline."""
     project: str = "bioscan_jax"
-    """Project of the dashboard."""
+    """Weights & Biases project."""
     name: str | None = None
     """Name of the run; Weights & Biases invents one if absent."""
 
@@ -332,7 +393,12 @@ AnswerFormat = Literal["parquet", "tsv", "sintax"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The table of vectors that barcodes are compared with."""
+    """The table of vectors that barcodes are compared with.
+
+    Example:
+        >>> ReferenceConfig(uri="runs/coi").table
+        'sequences'
+    """
 
     uri: str
     """Directory (or object-store URL) of the LanceDB database."""
@@ -342,38 +408,48 @@ class ReferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryConfig:
-    """The barcodes to identify."""
+    """The barcodes to identify.
+
+    Example:
+        >>> QueryConfig(path="unknown.fasta").sequence_column
+        'dna_sequence'
+    """
 
     path: str
-    """Parquet, FASTA or FASTQ (plain or gzipped): a file, a directory, a glob or an fsspec URL."""
+    """Parquet or FASTA/FASTQ (plain or gzipped): a file, a directory, a glob or an fsspec URL such as gs://..."""
     sequence_column: str = "dna_sequence"
-    """Parquet column with the DNA."""
+    """Parquet column that holds the DNA."""
     id_column: str = "sequence_id"
-    """Parquet column with unique ids; where there is no `sequence_id`, ids are FILE:ROW."""
+    """Parquet column that holds unique ids; without a `sequence_id` column, ids become FILE:ROW."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifyConfig:
-    """How queries are compared with the reference; a calibration is valid only for the same settings."""
+    """How barcodes are named; a calibration is valid only for the settings it was made with.
+
+    Example:
+        >>> IdentifyConfig(k=20, rerank="alignment").aligned
+        32
+    """
 
     k: int = 50
-    """Nearest neighbours per query: the candidates."""
+    """Nearest neighbours per barcode."""
     rerank: Literal["none", "alignment"] = "none"
-    """alignment sorts the k candidates by the identity of a sequence alignment."""
+    """alignment re-orders the k neighbours by their identity in an alignment."""
     aligned: int = 32
-    """Candidates that are aligned in full and vote: the best of the k by edit distance."""
+    """Neighbours aligned in full, which then vote: the best of the k by edit distance."""
     filter: str | None = None
-    """SQL condition on the reference's columns, such as "marker_gene = 'COI'"; other rows are ignored."""
+    """SQL condition on the reference's columns, such as "marker_gene = 'COI'"; only matching rows are used."""
     search: SearchKind = "auto"
-    """auto uses the table's vector index, if it has one and more than 50,000 rows."""
+    """exact compares all vectors, index is faster; auto uses the table's index, if any, from 50,000 rows on."""
     nprobes: int | None = None
-    """Partitions of the index to search; at least 50 if absent."""
+    """Partitions of the index to search, at least 50 if absent; more find more true neighbours and take longer."""
     refine_factor: int | None = None
-    """The index proposes refine_factor * k candidates by quantised vectors; exact vectors choose among them."""
+    """The index returns refine_factor * k candidates, which are then compared by exact vectors."""
     heads: str | None = None
-    """Directory of an export with taxonomic heads trained on these vectors; they vote too."""
+    """Directory of an export whose taxonomic heads were trained on these vectors; they vote too."""
     processes: int = 2
-    """Processes for the alignments."""
+    """Worker processes for alignment."""
 
     def __post_init__(self) -> None:
         _at_least("k", self.k, 1)
@@ -385,16 +461,21 @@ class IdentifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
-    """The precision required of answers."""
+    """The precision required of answers.
+
+    Example:
+        >>> CalibrateConfig(precision=0.99).risk
+        0.05
+    """
 
     precision: float = 0.95
-    """Share of each rank's answers that must be correct, with confidence 1 - `risk`."""
+    """Share of the answers at each rank that must be right, with confidence 1 - `risk`."""
     risk: float = 0.05
-    """Probability, over the draw of the labelled barcodes, that a threshold misses its precision."""
+    """Accepted probability that a threshold misses the precision, given how the labelled barcodes were drawn."""
     held_out: float = 0.5
-    """Share of the labelled barcodes kept aside for the printed figures; nothing is fitted on them."""
+    """Share of the labelled barcodes used only to measure the result, not to fit it."""
     seed: int = 0
-    """Seed of the split, which is by sequence: equal sequences stay together."""
+    """Seed of that split; equal sequences stay on one side."""
 
     def __post_init__(self) -> None:
         for name in ("precision", "risk", "held_out"):
