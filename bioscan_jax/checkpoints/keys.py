@@ -155,7 +155,7 @@ def load_model(
         stored = [tensors[name] for name in row.names(config.num_hidden_layers)]
         if path[0] != "layers":
             array = shard_array(_read(stored[0], shape, row.transposed, dtype, on_bytes), sharding)
-        elif layout.is_host:
+        elif layout.is_single_cpu:
             array = shard_array(_read_layers(stored, shape, row.transposed, dtype, on_bytes), sharding)
         else:
             axes = parameter_axes(path, variable)[1:]

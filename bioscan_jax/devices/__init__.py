@@ -1,1 +1,1 @@
-"""Devices: the mesh and its sharding rules, processes, signals, what is known of chips."""
+"""Devices: the mesh and its sharding rules, processes, signals, chip specifications."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and preemption: finish what is being written, then stop and say how to go on."""
+"""Ctrl-C and preemption: turns signals into requests to stop once the current work is saved."""
 
 import os
 import signal
@@ -10,7 +10,14 @@ from types import FrameType
 
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM."""
+    """A flag, true once SIGINT or SIGTERM has arrived.
+
+    Example:
+        >>> stop = StopRequest()
+        >>> stop.set()
+        >>> bool(stop)
+        True
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -21,16 +28,19 @@ class StopRequest:
         return self._event.is_set()
 
     def set(self, signal_number: int = signal.SIGTERM) -> None:
-        """Asks everyone who looks to stop."""
+        """Requests a stop."""
         self.signal_number = signal_number
         self._event.set()
 
 
 @contextmanager
-def stop_on_signals(what: str = "block") -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request to stop; a second SIGINT is handled as it was before.
+def stop_on_signals(unit: str = "block") -> Iterator[StopRequest]:
+    """Turns the first SIGINT or SIGTERM into a request to stop; the previous handler takes a second SIGINT.
 
-    Python's own way with SIGINT is KeyboardInterrupt; the scripts leave at once. Outside the main thread, where Python cannot take signals, the request is never set.
+    Outside the main thread, where Python cannot handle signals, the request is never set.
+
+    Args:
+        unit: What the run finishes before it stops, for the notice on stderr.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -38,13 +48,13 @@ def stop_on_signals(what: str = "block") -> Iterator[StopRequest]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        before = previous[signal.Signals(number)]
-        if stop and number == signal.SIGINT and callable(before):
-            before(number, frame)
+        handler = previous[signal.Signals(number)]
+        if stop and number == signal.SIGINT and callable(handler):
+            handler(number, frame)
         stop.set(number)
         if sys.stderr is not None:
-            with suppress(OSError):  # sys.stderr itself may be in the middle of a write, and cannot be entered twice
-                os.write(2, f"\nstopping after the {what} in hand\n".encode())
+            with suppress(OSError):  # not sys.stderr, which is not reentrant
+                os.write(2, f"\nstopping after the current {unit}\n".encode())
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:

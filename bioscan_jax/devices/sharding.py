@@ -1,4 +1,4 @@
-"""The device mesh and the rules from logical axes to mesh axes: the only place that names mesh axes."""
+"""The device mesh and the rules that map logical axes to mesh axes: the only place that names mesh axes."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bioscan_jax import config
-from bioscan_jax.devices.hosts import join
+from bioscan_jax.devices.hosts import initialize_distributed
 from bioscan_jax.errors import InputError
 
 Axes = tuple[str | None, ...]
-"""Logical axes of an array, one a dimension: batch, layer, vocab, position, hidden, heads, mlp, taxa or None."""
+"""Logical axis of each dimension of an array: batch, layer, vocab, position, hidden, heads, mlp, taxa or None."""
 Tree = TypeVar("Tree")
 
 _TENSOR_PARALLEL = {"heads": "model", "mlp": "model"}
@@ -27,14 +27,14 @@ _CLASSES = {"taxa": "data"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Where arrays live on a mesh: batches over `data`, parameters by the rules above."""
+    """How arrays are split over a mesh: batches over `data`, parameters by the rules above."""
 
     mesh: jax.sharding.Mesh
     params: Literal["replicated", "fsdp"] = "replicated"
 
     @property
     def data_devices(self) -> int:
-        """Devices along the batch."""
+        """Devices that split the batch."""
         return self.mesh.shape["data"]
 
     @property
@@ -43,33 +43,33 @@ class Layout:
         return self.mesh.shape["model"]
 
     def stored(self, axes: Axes) -> NamedSharding:
-        """Where a parameter with these logical axes is kept."""
+        """Returns the sharding of a parameter with these logical axes between uses."""
         rules = _TENSOR_PARALLEL | _CLASSES | (_FULLY_SHARDED if self.params == "fsdp" else {})
         return self._sharding(axes, rules)
 
     def gathered(self, axes: Axes) -> NamedSharding:
-        """How a parameter is laid out while it is used: never split over the batch's devices."""
+        """Returns the sharding of a parameter while it is used: never split over the batch's devices."""
         return self._sharding(axes, _TENSOR_PARALLEL)
 
     def batched(self, rank: int) -> NamedSharding:
-        """An array of this rank whose first axis is the batch."""
+        """Returns the sharding of an array of this rank whose first axis is the batch."""
         return NamedSharding(self.mesh, P("data", *(None,) * (rank - 1)))
 
     def accumulated(self, rank: int) -> NamedSharding:
-        """An array of this rank whose first axis is worked in turn, the second being the batch."""
+        """Returns the sharding of an array of this rank with micro-batches first and the batch second."""
         return NamedSharding(self.mesh, P(None, "data", *(None,) * (rank - 2)))
 
     @property
-    def is_host(self) -> bool:
-        """Whether it is one CPU device, whose memory is the host's."""
+    def is_single_cpu(self) -> bool:
+        """Whether the mesh is one CPU device, which shares the host's memory."""
         return self.mesh.devices.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
 
     def replicated(self) -> NamedSharding:
-        """The same array on every device."""
+        """Returns the sharding of an array that every device holds whole."""
         return NamedSharding(self.mesh, P())
 
     def gather(self, tree: Tree) -> Tree:
-        """Constrains the parameters in `tree` (one layer's, inside the scan) to their layout in use."""
+        """Constrains the parameters in `tree` (of one layer, inside the scan) to `gathered`."""
 
         def constrain(variable: nnx.Variable) -> nnx.Variable:
             axes = variable.get_metadata().get("logical_axes")
@@ -80,20 +80,20 @@ class Layout:
         return jax.tree.map(constrain, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def on_batch(self, x: jax.Array) -> jax.Array:
-        """Constrains an activation to be split along its first axis alone."""
+        """Constrains an activation to be split along its first axis only."""
         return jax.lax.with_sharding_constraint(x, self.batched(x.ndim))
 
-    def by_rows_and_heads(
+    def map_rows_and_heads(
         self, function: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
     ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-        """Gives each device its own rows and heads, for kernels that the compiler cannot split.
+        """Runs `function` on each device's own rows and heads, for kernels that the compiler cannot split.
 
         Args:
-            function: Of three arrays whose first axes are rows and heads and one whose first axis is rows, to one like
-                the three. Rows and heads must be multiples of their devices.
+            function: Takes three arrays with rows and heads as first axes and one with rows as first axis, and returns
+                one like the first three. Rows and heads must be multiples of their numbers of devices.
         """
         heads, rows = P("data", "model"), P("data")
-        # Kernels do not say over which axes their results differ.
+        # check_vma is off since kernels do not declare over which axes their results vary.
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
         )
@@ -102,18 +102,18 @@ class Layout:
         named = [rules.get(axis) if axis is not None else None for axis in axes]
         used = [axis for axis in named if axis is not None]
         if len(set(used)) != len(used):
-            raise InputError(f"logical axes {axes} put two dimensions on one mesh axis: {named}")
+            raise InputError(f"logical axes {axes} map two dimensions to one mesh axis: {named}")
         return NamedSharding(self.mesh, P(*named))
 
 
 def stored_shardings(state: nnx.State, layout: Layout) -> dict[tuple, NamedSharding]:
-    """The sharding of each parameter in an (abstract) state, by its path.
+    """Returns the sharding of each parameter in an (abstract) state, by its path.
 
     Raises:
         InputError: A dimension is not divisible by the devices it is split over.
     """
 
-    def of(path: tuple, variable: nnx.Variable) -> NamedSharding:
+    def sharding_of(path: tuple, variable: nnx.Variable) -> NamedSharding:
         axes = parameter_axes(path, variable)
         sharding = layout.stored(axes)
         shape = variable.get_value().shape
@@ -125,24 +125,28 @@ def stored_shardings(state: nnx.State, layout: Layout) -> dict[tuple, NamedShard
                 )
         return sharding
 
-    return {path: of(path, variable) for path, variable in nnx.to_flat_state(state)}
+    return {path: sharding_of(path, variable) for path, variable in nnx.to_flat_state(state)}
 
 
 def parameter_axes(path: Sequence, variable: nnx.Variable) -> Axes:
-    """Logical axes of a parameter; those of the stacked layers start with `layer`."""
+    """Returns the logical axes of a parameter; in the stacked layers they start with `layer`."""
     axes = variable.get_metadata()["logical_axes"]
     return ("layer", *axes) if "layers" in path else axes
 
 
 def make_layout(mesh: config.MeshConfig, *, local: bool = False) -> Layout:
-    """Lays the available devices out as the config asks.
+    """Builds the layout that the settings ask for from the available devices.
 
     Args:
-        mesh: The user's wishes.
-        local: Use this process's devices alone, for work that several processes do independently.
+        mesh: The mesh settings.
+        local: Use only this process's devices, for work that several processes do independently.
 
     Raises:
-        InputError: More devices are asked for than there are.
+        InputError: The settings ask for more devices than there are.
+
+    Example:
+        >>> make_layout(config.MeshConfig(data=1)).data_devices
+        1
     """
     devices = jax.local_devices() if local else jax.devices()
     data = mesh.data if mesh.data != -1 else len(devices) // mesh.model
@@ -156,16 +160,16 @@ def make_layout(mesh: config.MeshConfig, *, local: bool = False) -> Layout:
 
 
 def start_devices(mesh: config.MeshConfig) -> None:
-    """Sets up what must precede the first use of a device: several processes, the compilation cache."""
+    """Sets up the compilation cache and the connection between processes; call it before any device is used."""
     if mesh.compilation_cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(mesh.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if mesh.distributed:
-        join(mesh)
+        initialize_distributed(mesh)
 
 
 def compute_dtype(wanted: Literal["auto", "bfloat16", "float32"]) -> jax.typing.DTypeLike:
-    """The dtype of parameters and matrix products: auto is float32 on CPU, bfloat16 elsewhere."""
+    """Returns the dtype of parameters and matrix products: auto is float32 on CPU, bfloat16 elsewhere."""
     if wanted == "auto":
         return jax.numpy.float32 if jax.default_backend() == "cpu" else jax.numpy.bfloat16
     return jax.numpy.dtype(wanted)

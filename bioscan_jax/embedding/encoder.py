@@ -41,7 +41,7 @@ def make_embed_step(
     if layout.mesh.devices.flat[0].platform == "cpu":
         state = kept_narrow(state)
     pad = model.config.pad_token_id
-    in_cache = layout.is_host and model.word_embeddings.dtype == jnp.float32
+    in_cache = layout.is_single_cpu and model.word_embeddings.dtype == jnp.float32
 
     def embed_step(state: nnx.State, ids: Int[Array, "b s"]) -> Float[Array, "b d"]:
         rows = cached_rows(*ids.shape) if in_cache else None

@@ -29,7 +29,7 @@ from bioscan_jax.barcodes.views import Views
 from bioscan_jax.data.batching import BatchShape, make_batches
 from bioscan_jax.data.encode import BlockCounts, EncodedBlock, encode_block
 from bioscan_jax.data.parquet import Block
-from bioscan_jax.devices.hosts import failing_together, gather_bytes
+from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import StopRequest
 from bioscan_jax.embedding.encoder import CompiledSteps, collect, sequence_vectors
 from bioscan_jax.embedding.job import Job
@@ -174,7 +174,7 @@ def _batches(job: Job, item: _Ready | None) -> list[TokenBatch]:
     return make_batches(item.views.tokens, job.shapes, cls=vocabulary.cls_id, pad=vocabulary.pad_id)
 
 
-@failing_together()
+@propagate_failure()
 def _write(
     job: Job,
     work: Work,

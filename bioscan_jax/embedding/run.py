@@ -14,7 +14,7 @@ from bioscan_jax.barcodes.cleaning import CleaningCounts
 from bioscan_jax.checkpoints.load import LoadedModel, load_weights
 from bioscan_jax.data.encode import BlockCounts
 from bioscan_jax.data.parquet import check_unique_ids, open_source
-from bioscan_jax.devices.hosts import failing_together, gather_bytes
+from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import stop_on_signals
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
 from bioscan_jax.embedding.encoder import CompiledSteps
@@ -58,7 +58,7 @@ def embed(
     return embed_with(load_model, CompiledSteps, data, sink, embed, mesh, progress=progress)
 
 
-@failing_together()
+@propagate_failure()
 def embed_with(
     load_model: Callable[[Layout], LoadedModel],
     make_steps: Callable[[NucleotideTransformer, Layout, config.EmbedConfig], CompiledSteps],

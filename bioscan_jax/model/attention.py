@@ -177,7 +177,7 @@ def splash(
     segments = jnp.pad(mask, ((0, 0), (0, whole - tokens))).astype(jnp.int32)
     function = partial(_splash, block=block, interpret=interpret)
     if layout is not None:
-        function = layout.by_rows_and_heads(function)
+        function = layout.map_rows_and_heads(function)
     return function(q, k, v, segments).transpose(0, 2, 1, 3)[:, :tokens]
 
 

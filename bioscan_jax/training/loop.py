@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.devices.chips import peak_flops
-from bioscan_jax.devices.hosts import agree
+from bioscan_jax.devices.hosts import any_process
 from bioscan_jax.devices.interrupt import StopRequest
 from bioscan_jax.embedding.summary import device_bytes_in_use, resident_bytes
 from bioscan_jax.errors import InputError, Interrupted
@@ -88,7 +88,7 @@ def run(setup: TrainingSetup, state: State, progress: Progress, stop: StopReques
             progress, over = _evaluate_after_epoch(setup, state, progress, stop)
             if progress.step >= total and (setup.evaluate is None or progress.evaluated == total):
                 over = over or "all epochs done"
-            asked, due = agree(bool(stop), time.monotonic() - saved >= 60.0 * setup.checkpoint.interval_minutes)
+            asked, due = any_process(bool(stop), time.monotonic() - saved >= 60.0 * setup.checkpoint.interval_minutes)
             if over or asked or (due and progress.step):
                 window.collect(pending, 0)
                 progress = dataclasses.replace(

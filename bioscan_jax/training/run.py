@@ -20,7 +20,7 @@ from bioscan_jax.checkpoints.head_files import taxon_tree
 from bioscan_jax.checkpoints.load import LoadedModel, load_weights
 from bioscan_jax.data.batching import batch_shapes
 from bioscan_jax.data.parquet import ParquetBlocks, open_source
-from bioscan_jax.devices.hosts import failing_together, gather_bytes
+from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.devices.sharding import Layout, compute_dtype, make_layout, start_devices
 from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
@@ -96,7 +96,7 @@ class TrainingSummary:
         return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
 
 
-@failing_together()
+@propagate_failure()
 def finetune(
     model: config.ModelConfig,
     data: config.ExamplesConfig,

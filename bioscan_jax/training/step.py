@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.devices.hosts import agree
+from bioscan_jax.devices.hosts import any_process
 from bioscan_jax.devices.interrupt import StopRequest
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.model.classifier import Arrays, Classifier, is_new, named_arrays, with_arrays
@@ -293,7 +293,7 @@ class Evaluation:
             known += found.counts
             if model.train.objective == "taxonomy":
                 counts = add_predictions(counts, found.predicted[: len(batch.labels)], batch.labels)
-            if agree(bool(stop))[0]:
+            if any_process(bool(stop))[0]:
                 return None
         means = sums / np.maximum(known, 1.0)
         if model.train.objective == "mlm":

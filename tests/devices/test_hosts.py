@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -18,50 +19,67 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.places import ROOT
+from support.paused import paused, reached
+from support.places import GOLDEN, ROOT, SCRIPTS, TESTS
 
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.devices.hosts import failing_together, gather_bytes
+from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.errors import InputError
 
-CHECKPOINT = ROOT / "tests" / "golden" / "v2"
+pytestmark = pytest.mark.timeout(900)  # the only limit: how long processes take depends on the machine's load
+
 POISON = "ACACAC"
 """A 6-mer that the barcodes do not have."""
 BLOCK_ROWS = 4
-BLOCKS = 201
+BLOCKS = 61
 ROWS = (BLOCKS - 1) * BLOCK_ROWS + 3
-SECONDS = 90
-"""No process may take longer, whatever happens to the others."""
+PAUSE = 5
+"""Commits after which an interrupted run pauses."""
 
-Start = Callable[..., list[subprocess.Popen]]
+
+@dataclass(frozen=True)
+class Process:
+    """A process and the file that takes its stdout and stderr."""
+
+    popen: subprocess.Popen
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            assert self.popen.poll() is None, self.output
+            time.sleep(0.01)
+
+
+Start = Callable[..., list[Process]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts the same Python command line once a process, and lets none outlive the test."""
-    started = []
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the same Python command line in each process; none outlives the test."""
+    started: list[Process] = []
 
     def start(command: Sequence[str], processes: int, distributed: Callable[[str, int], Sequence[str]]) -> list:
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join([str(ROOT), str(TESTS)])
+        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": paths}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
         for process in range(processes):
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, *command, *distributed(coordinator, process)],
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
+            log = tmp_path / f"process-{len(started)}.log"
+            arguments = [sys.executable, *command, *distributed(coordinator, process)]
+            with log.open("w") as output:
+                popen = subprocess.Popen(arguments, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            started.append(Process(popen, log))
         return started[-processes:]
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        process.popen.kill()
+        process.popen.wait()
 
 
 @pytest.fixture(scope="module")
@@ -76,57 +94,40 @@ def barcodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def embed(start: Start, barcodes: Path, cache: Path) -> Start:
+def embed(start: Start, barcodes: Path) -> Start:
     def embed(
-        sink: Path, processes: int, checkpoint: Path = CHECKPOINT, data: Path = barcodes
-    ) -> list[subprocess.Popen]:
+        sink: Path,
+        processes: int,
+        *,
+        resume: Path | None = None,
+        checkpoint: Path = GOLDEN / "v2",
+        data: Path = barcodes,
+    ) -> list[Process]:
         def distributed(coordinator: str, process: int) -> Sequence[str]:
             if processes == 1:
                 return []
             flags = {"distributed": "true", "coordinator": coordinator, "processes": processes, "process_id": process}
             return [f"--mesh.{name}={value}" for name, value in flags.items()]
 
+        script = SCRIPTS / "embed.py"
         command = [
-            str(ROOT / "scripts" / "embed.py"),
+            *([str(script)] if resume is None else paused(script, resume, PAUSE)),
             f"--model.checkpoint={checkpoint}",
             f"--data.path={data}",
             f"--data.block_rows={BLOCK_ROWS}",
             "--data.max_tokens=24",
             f"--sink.uri={sink}",
             "--embed.max_shapes=2",
-            f"--mesh.compilation_cache={cache}",
         ]
         return start(command, processes, distributed)
 
     return embed
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, pa.Table]:
-    """The tables of an uninterrupted run of one process, filled by the first test that makes them."""
-    return {}
-
-
-def wait(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
+def wait(processes: Sequence[Process]) -> list[tuple[int, str]]:
     """Exit code and output of each."""
-    end = time.monotonic() + SECONDS
-    outputs = [process.communicate(timeout=end - time.monotonic())[0] for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
-
-
-def wait_for_commits(sink: Path, processes: Sequence[subprocess.Popen], commits: int = 12) -> None:
-    end = time.monotonic() + SECONDS
-    while len(list((sink / "sequences.lance" / "_versions").glob("*"))) <= commits:
-        assert time.monotonic() < end
-        for process in processes:
-            assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
+    return [(process.popen.wait(), process.output) for process in processes]
 
 
 def read(sink: Path) -> dict[str, pa.Table]:
@@ -138,7 +139,7 @@ def read(sink: Path) -> dict[str, pa.Table]:
 
 
 def check_whole(sink: Path, expected: dict[str, pa.Table]) -> None:
-    """Same rows in the same order, same rejects; vectors bit by bit."""
+    """Checks for the same rows in the same order, the same rejects, and vectors equal to the bit."""
     found = read(sink)
     rows = [found[name]["source_row"].to_numpy() for name in found]
     assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(ROWS))
@@ -147,7 +148,7 @@ def check_whole(sink: Path, expected: dict[str, pa.Table]) -> None:
 
 
 def check_beginning(sink: Path, expected: dict[str, pa.Table]) -> int:
-    """A table of which a part is done holds whole blocks from the first on; gives their number."""
+    """Checks that an unfinished table holds whole blocks from the first on; returns their number."""
     found = read(sink)["sequences"]
     blocks = int(found["source_row"][-1].as_py()) // BLOCK_ROWS + 1
     assert 0 < blocks < BLOCKS
@@ -157,14 +158,18 @@ def check_beginning(sink: Path, expected: dict[str, pa.Table]) -> int:
     return blocks
 
 
+_whole: dict[str, pa.Table] = {}
+
+
 @pytest.fixture
-def whole(embed: Start, expected: dict[str, pa.Table], tmp_path: Path) -> dict[str, pa.Table]:
-    if not expected:
+def whole(embed: Start, tmp_path: Path) -> dict[str, pa.Table]:
+    """The tables of an uninterrupted run of one process, made for the first test that needs them."""
+    if not _whole:
         [(code, output)] = wait(embed(tmp_path / "whole", 1))
         assert code == 0, output
-        expected.update(read(tmp_path / "whole"))
-        assert expected["sequences_rejects"].num_rows == len(range(6, ROWS, 50))
-    return expected
+        _whole.update(read(tmp_path / "whole"))
+        assert _whole["sequences_rejects"].num_rows == len(range(6, ROWS, 50))
+    return _whole
 
 
 def test_two_processes_make_the_table_of_one(embed: Start, whole: dict[str, pa.Table], tmp_path: Path) -> None:
@@ -180,10 +185,11 @@ def test_two_processes_make_the_table_of_one(embed: Start, whole: dict[str, pa.T
 
 @pytest.mark.slow
 def test_two_killed_processes_are_resumed_by_two(embed: Start, whole: dict[str, pa.Table], tmp_path: Path) -> None:
-    killed = embed(tmp_path / "t", 2)
-    wait_for_commits(tmp_path / "t", killed)
+    resume = tmp_path / "resume"
+    killed = embed(tmp_path / "t", 2, resume=resume)
+    killed[0].wait_until(lambda: reached(resume))
     for process in killed:
-        process.kill()
+        process.popen.kill()
     assert [code for code, _ in wait(killed)] == [-signal.SIGKILL] * 2
     check_beginning(tmp_path / "t", whole)
     ended = wait(embed(tmp_path / "t", 2))
@@ -195,18 +201,19 @@ def test_two_killed_processes_are_resumed_by_two(embed: Start, whole: dict[str, 
 def test_sigterm_to_one_stops_both_and_one_process_goes_on(
     embed: Start, whole: dict[str, pa.Table], tmp_path: Path
 ) -> None:
-    stopped = embed(tmp_path / "t", 2)
-    wait_for_commits(tmp_path / "t", stopped)
-    stopped[1].send_signal(signal.SIGTERM)
-    results = wait(stopped)
+    resume = tmp_path / "resume"
+    both = embed(tmp_path / "t", 2, resume=resume)
+    both[0].wait_until(lambda: reached(resume))
+    both[1].popen.send_signal(signal.SIGTERM)
+    both[1].wait_until(lambda: "stopping after the current block" in both[1].output)
+    resume.touch()
+    results = wait(both)
     blocks = check_beginning(tmp_path / "t", whole)
-    where = tmp_path / "t" / "sequences.lance"
     for code, output in results:
         assert code == 128 + signal.SIGTERM, output
-        assert output.splitlines()[-1] == (
-            f"stopped with {blocks * BLOCK_ROWS:,} of {ROWS:,} rows safe in {where}; "
-            "the same command goes on from there"
-        )
+        last = output.splitlines()[-1]
+        assert f"{blocks * BLOCK_ROWS:,} of {ROWS:,} rows safe in {tmp_path / 't' / 'sequences.lance'}" in last
+        assert "the same command" in last
     [(code, output)] = wait(embed(tmp_path / "t", 1))
     assert code == 0, output
     check_whole(tmp_path / "t", whole)
@@ -214,10 +221,13 @@ def test_sigterm_to_one_stops_both_and_one_process_goes_on(
 
 @pytest.mark.slow
 def test_two_processes_go_on_from_one(embed: Start, whole: dict[str, pa.Table], tmp_path: Path) -> None:
-    stopped = embed(tmp_path / "t", 1)
-    wait_for_commits(tmp_path / "t", stopped)
-    stopped[0].send_signal(signal.SIGTERM)
-    [(code, output)] = wait(stopped)
+    resume = tmp_path / "resume"
+    [one] = embed(tmp_path / "t", 1, resume=resume)
+    one.wait_until(lambda: reached(resume))
+    one.popen.send_signal(signal.SIGTERM)
+    one.wait_until(lambda: "stopping after the current block" in one.output)
+    resume.touch()
+    [(code, output)] = wait([one])
     assert code == 128 + signal.SIGTERM, output
     check_beginning(tmp_path / "t", whole)
     for code, output in wait(embed(tmp_path / "t", 2)):
@@ -225,23 +235,29 @@ def test_two_processes_go_on_from_one(embed: Start, whole: dict[str, pa.Table], 
     check_whole(tmp_path / "t", whole)
 
 
+def check_failure_reached(process: int, failed: tuple[int, str], other: tuple[int, str]) -> str:
+    """Checks that both ended with the error of the failed process; returns it."""
+    assert (failed[0], other[0]) == (2, 2), failed[1] + other[1]
+    line, relayed = failed[1].splitlines()[-1], other[1].splitlines()[-1]
+    assert relayed.startswith(f"error: process {process} on {socket.gethostname()} failed")
+    assert relayed.endswith(line.removeprefix("error: "))
+    return line
+
+
 def test_a_mistake_that_process_0_finds_ends_both(embed: Start, tmp_path: Path) -> None:
     # Made by another plan: only the process that opens the table notices.
     lance.write_dataset(pa.table({"a": [1]}), str(tmp_path / "t" / "sequences.lance"))
-    (code, output), (other_code, other_output) = wait(embed(tmp_path / "t", 2))
-    line = output.splitlines()[-1]
-    assert (code, other_code) == (2, 2), output + other_output
+    first, second = wait(embed(tmp_path / "t", 2))
+    line = check_failure_reached(0, first, second)
     assert line.startswith(f"error: {tmp_path / 't' / 'sequences.lance'}")
-    failed = f"error: process 0 on {socket.gethostname()} failed, and the others with it: "
-    assert other_output.splitlines()[-1] == failed + line.removeprefix("error: ")
 
 
 def test_a_block_that_process_1_cannot_embed_ends_both(
     embed: Start, barcodes: Path, whole: dict[str, pa.Table], tmp_path: Path
 ) -> None:
-    # The failed block's successors are on their way by then: none of them may be taken for it.
+    # The failed block's successors are in progress by then: none of them may be taken for it.
     failing = 41
-    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    checkpoint = shutil.copytree(GOLDEN / "v2", tmp_path / "checkpoint")
     weights = load_file(checkpoint / "model.safetensors")
     weights["esm.embeddings.word_embeddings.weight"][Vocabulary.published("v2").tokens.index(POISON)] = np.nan
     save_file(weights, checkpoint / "model.safetensors")
@@ -249,32 +265,29 @@ def test_a_block_that_process_1_cannot_embed_ends_both(
     texts["dna_sequence"][failing * BLOCK_ROWS + 1] = POISON
     pq.write_table(pa.table(texts), tmp_path / "barcodes.parquet")
 
-    both = embed(tmp_path / "t", 2, checkpoint, tmp_path / "barcodes.parquet")
-    (code, output), (other_code, other_output) = wait(both)
-    assert (code, other_code) == (2, 2), output + other_output
-    line = other_output.splitlines()[-1]
-    assert line.startswith(f"error: the vector of 'barcodes:{failing * BLOCK_ROWS + 1}' is not finite in float32; ")
-    failed = f"error: process 1 on {socket.gethostname()} failed, and the others with it: "
-    assert output.splitlines()[-1] == failed + line.removeprefix("error: ")
+    first, second = wait(embed(tmp_path / "t", 2, checkpoint=checkpoint, data=tmp_path / "barcodes.parquet"))
+    line = check_failure_reached(1, second, first)
+    assert f"'barcodes:{failing * BLOCK_ROWS + 1}' is not finite in float32" in line
     assert check_beginning(tmp_path / "t", whole) == failing - 1  # rounds are committed whole
 
 
 TALK = """
 import sys
 import jax
-from bioscan_jax.config import Mesh
-from bioscan_jax.devices.hosts import failing_together, gather_bytes, join
+from bioscan_jax.config import MeshConfig
+from bioscan_jax.devices.hosts import any_process, gather_bytes, initialize_distributed, propagate_failure
 
 process = int(sys.argv[2])
 for _ in range(2):  # the second changes nothing
-    join(Mesh(coordinator=sys.argv[1], processes=2, process_id=process))
+    initialize_distributed(MeshConfig(coordinator=sys.argv[1], processes=2, process_id=process))
 sizes = [0, 1, 5 << 20, 3, 0]  # gRPC's usual limit is 4 MiB
 for size in sizes:
     assert gather_bytes(bytes([65 + process]) * (size + process)) == [b"A" * size, b"B" * (size + 1)]
+assert any_process(process == 0, process == 1, False) == (True, True, False)
 store = jax._src.distributed.global_state.client
 left = [key for key, _ in store.key_value_dir_get("bioscan_jax")]
-assert f"bioscan_jax/gathered/{len(sizes) - 2}/{process}" not in left, left
-with failing_together():
+assert f"bioscan_jax/gathered/{len(sizes) - 1}/{process}" not in left, left
+with propagate_failure():
     if process == 1:
         raise ValueError("no such luck")
     gather_bytes(b"for nobody")
@@ -286,31 +299,32 @@ def test_payloads_and_failures_reach_the_other_process(start: Start) -> None:
         start(["-c", TALK], 2, lambda coordinator, process: [coordinator, str(process)])
     )
     assert (code, other_code) == (1, 1), output + other_output
-    failed = f"process 1 on {socket.gethostname()} failed, and the others with it: ValueError: no such luck"
-    assert output.splitlines()[-1] == f"bioscan_jax.errors.InputError: {failed}"
+    failed = output.splitlines()[-1]
+    assert failed.startswith(f"bioscan_jax.errors.InputError: process 1 on {socket.gethostname()} failed")
+    assert failed.endswith(": ValueError: no such luck")
     assert other_output.splitlines()[-1] == "ValueError: no such luck"
 
 
 MISTAKES = """
 import socket
 
-from bioscan_jax.config import Mesh
+from bioscan_jax.config import MeshConfig
+from bioscan_jax.devices.hosts import initialize_distributed
 from bioscan_jax.errors import InputError
-from bioscan_jax.devices.hosts import join
 
 taken = socket.create_server(("", 0))
 here = f"127.0.0.1:{taken.getsockname()[1]}"
-mend = "pass --mesh.coordinator HOST:PORT (a free port of process 0), --mesh.processes and --mesh.process_id, or none "
+flags = "--mesh.coordinator HOST:PORT", "--mesh.processes", "--mesh.process_id"
 for coordinator, processes, process_id, *parts in [
-    (None, 2, 0, "with coordinator None, ", "(coordinator_address should be defined.); ", mend),
-    ("10.0.0.1", 2, 1, "--mesh.coordinator '10.0.0.1' has no port; pass HOST:PORT of process 0"),
-    ("10.0.0.1:65536", 2, 1, "--mesh.coordinator '10.0.0.1:65536' has no port; pass HOST:PORT of process 0"),
-    (here, 2, None, "processes 2, process_id None (The process id of the current process must be defined.); ", mend),
-    (here, 2, 5, "processes 2, process_id 5 (", "Got process_id=5, num_processes=2.); ", mend),
-    (here, 2, 0, f"--mesh.coordinator '{here}': Address already in use; pass another port, or stop what listens "),
+    (None, 2, 0, "coordinator None, ", "coordinator_address should be defined", *flags),
+    ("10.0.0.1", 2, 1, "--mesh.coordinator '10.0.0.1' has no port", "HOST:PORT"),
+    ("10.0.0.1:65536", 2, 1, "--mesh.coordinator '10.0.0.1:65536' has no port", "HOST:PORT"),
+    (here, 2, None, "process_id None", "process id of the current process must be defined", *flags),
+    (here, 2, 5, "process_id 5", "process_id=5, num_processes=2", *flags),
+    (here, 2, 0, f"--mesh.coordinator '{here}': Address already in use", "another port"),
 ]:
     try:
-        join(Mesh(coordinator=coordinator, processes=processes, process_id=process_id))
+        initialize_distributed(MeshConfig(coordinator=coordinator, processes=processes, process_id=process_id))
     except InputError as error:
         assert all(part in str(error) for part in parts), str(error)
     else:
@@ -318,7 +332,7 @@ for coordinator, processes, process_id, *parts in [
 """
 
 
-def test_mistaken_flags_are_told(start: Start) -> None:
+def test_mistaken_flags_are_refused(start: Start) -> None:
     [(code, output)] = wait(start(["-c", MISTAKES], 1, lambda coordinator, process: []))
     assert code == 0, output
 
@@ -327,12 +341,12 @@ def test_one_process_has_its_own_payload() -> None:
     assert gather_bytes(b"mine") == [b"mine"]
 
 
-def test_one_process_fails_as_ever() -> None:
-    with pytest.raises(ZeroDivisionError), failing_together():
+def test_one_process_raises_its_own_error() -> None:
+    with pytest.raises(ZeroDivisionError), propagate_failure():
         raise ZeroDivisionError
 
 
-def test_processes_without_jax_distributed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_without_jax_distributed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 4)  # as on a TPU pod
-    with pytest.raises(InputError, match=r"4 processes that do not know each other; pass --mesh\.distributed true"):
+    with pytest.raises(InputError, match=r"4 processes .*--mesh\.distributed true"):
         gather_bytes(b"mine")

@@ -96,7 +96,7 @@ def test_interrupted_runs_say_what_is_safe_and_go_on(whole, tmp_path):
         job.wait_for(lambda job=job, safe=safe: job.rows() > safe)
         job.process.send_signal(number)
         ended, stdout, said = job.end()
-        assert (ended, said[0]) == (code, "stopping after the block in hand")
+        assert (ended, said[0]) == (code, "stopping after the current block")
         assert len(said) == 2
         found = re.fullmatch(
             rf"stopped with ([\d,]+) of 3,000 rows safe in {re.escape(str(tmp_path))}/sequences\.lance; "
@@ -153,7 +153,7 @@ def test_an_early_signal_ends_in_one_line(whole, tmp_path, number, sign):
     assert code == 128 + number
     assert "vectors  " not in stdout
     assert said[-1].startswith("stopped")
-    assert said[:-1] in ([], ["stopping after the block in hand"])
+    assert said[:-1] in ([], ["stopping after the current block"])
     assert "the same command" in said[-1]
     if sign != "embed:":
         assert not (tmp_path / "sequences.lance").exists()

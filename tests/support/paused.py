@@ -1,0 +1,47 @@
+"""Runs a script that pauses after a number of commits: python paused.py COMMITS RESUME SCRIPT [ARGUMENT ...].
+
+It goes on once the file RESUME exists; RESUME.paused exists from the pause on. A test can so act on a run that is
+neither at its start nor at its end, however slow the machine is.
+"""
+
+import runpy
+import sys
+import time
+from pathlib import Path
+
+MOST_SECONDS = 600
+"""After these the run goes on by itself, so that a test that failed leaves no process behind."""
+
+
+def paused(script: Path, resume: Path, commits: int) -> list[str]:
+    """The command line of Python that runs `script` with a pause; its arguments follow."""
+    return [str(Path(__file__)), str(commits), str(resume), str(script)]
+
+
+def reached(resume: Path) -> bool:
+    """Whether the run pauses."""
+    return resume.with_name(f"{resume.name}.paused").exists()
+
+
+def main() -> None:
+    from bioscan_jax.table.sink import VectorTable
+
+    commits, resume, script = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    append, done = VectorTable.append_fragments, []
+
+    def append_and_pause(self, *arguments, **keywords):
+        append(self, *arguments, **keywords)
+        done.append(time.monotonic())
+        if len(done) == commits:
+            resume.with_name(f"{resume.name}.paused").touch()
+            while not resume.exists() and time.monotonic() - done[-1] < MOST_SECONDS:
+                time.sleep(0.01)
+
+    VectorTable.append_fragments = append_and_pause
+    sys.argv[:] = sys.argv[3:]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
