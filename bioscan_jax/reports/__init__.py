@@ -1,1 +1,1 @@
-"""A vector table as one page and a few pictures: gather, project, measure, draw."""
+"""Reports of vector tables: one HTML page and PNG pictures."""

@@ -1,4 +1,4 @@
-"""What a report tells of: the rows of a vector table, its taxa, its run, and what made it."""
+"""Contents of a vector table that a report shows: rows, taxa, the record of the run, and the table's metadata."""
 
 import json
 from collections import Counter
@@ -18,22 +18,23 @@ from bioscan_jax.table.storage import local_directory, open_dataset, storage_err
 if TYPE_CHECKING:
     import lance
 
-NUMBERS = ("depth", "latitude", "longitude")
+_NUMBERS = ("depth", "latitude", "longitude")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows that the maps show, in the table's order."""
+    """The rows shown on the maps, in the table's order."""
 
     ids: tuple[str, ...]
     vectors: Float32[np.ndarray, "rows hidden"]
     names: Int32[np.ndarray, "rows ranks"]
-    """Index of each rank's name among the `Taxa`, -1 where unknown."""
+    """Index of each rank's name in `Taxa`, -1 where unknown."""
     depth: Float64[np.ndarray, " rows"]
-    """Metres below the surface; NaN where unknown, as below."""
+    """Metres below the surface; NaN where unknown."""
     latitude: Float64[np.ndarray, " rows"]
-    """Degrees; NaN for a row without a place on the globe."""
+    """Degrees; NaN for a row without a valid latitude and longitude."""
     longitude: Float64[np.ndarray, " rows"]
+    """Degrees; NaN where `latitude` is."""
     markers: tuple[str | None, ...]
 
     def __len__(self) -> int:
@@ -43,7 +44,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Taxa:
-    """The names of one rank, the most frequent first, counted over the whole table."""
+    """Names of one rank, counted over the whole table, the most frequent first."""
 
     names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -55,8 +56,8 @@ class Taxa:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gathered:
-    """All that the report tells of the table itself."""
+class TableContents:
+    """What a report shows of the table itself."""
 
     uri: str
     table: str
@@ -67,19 +68,29 @@ class Gathered:
     taxa: tuple[Taxa, ...]
     """One for each of RANKS."""
     made_by: dict[str, str]
+    """Metadata of the table: model, weights, settings."""
     run: dict[str, Any] | None
+    """Record of the run that wrote the table, if there is one."""
     notes: dict[str, str]
-    """What cannot be shown, by the part of the report, and why."""
+    """For each part of the report that cannot be shown, the reason."""
+
+    @property
+    def main_rank(self) -> int:
+        """Index of the rank to colour by at first: the coarsest with three names or more, no single one above 80%."""
+        for index, taxa in enumerate(self.taxa):
+            if len(taxa.counts) >= 3 and sum(taxa.counts[1:]) >= 0.2 * taxa.known:
+                return index
+        return next((index for index, taxa in enumerate(self.taxa) if taxa.names), 0)
 
 
-def gather(uri: str, table: str, most_rows: int, seed: int) -> Gathered:
-    """Reads a table.
+def read_contents(uri: str, table: str, max_rows: int, seed: int) -> TableContents:
+    """Reads a vector table.
 
     Args:
         uri: Database directory or URL.
         table: Name of the table.
-        most_rows: Rows to show; of a larger table so many are drawn without replacement.
-        seed: Of that draw.
+        max_rows: Rows to show; from a larger table this many are sampled without replacement.
+        seed: Random seed of the sample.
 
     Raises:
         InputError: There is no such table, it has no rows or no vectors, or a vector is not finite.
@@ -93,14 +104,16 @@ def gather(uri: str, table: str, most_rows: int, seed: int) -> Gathered:
         raise InputError(f"{dataset.uri} has no rows, so there is nothing to report; embed some first")
     notes: dict[str, str] = {}
     taxa = _count_taxa(dataset, notes)
-    rows = _read_rows(dataset, _chosen(total, most_rows, seed), taxa, notes)
+    chosen = None
+    if total > max_rows:
+        chosen = np.sort(np.random.default_rng(seed).choice(total, max_rows, replace=False))
     rejects = open_dataset(table_path(uri, f"{table}_rejects"))
-    return Gathered(
+    return TableContents(
         uri=uri,
         table=table,
         total=total,
         rejects=0 if rejects is None else rejects.count_rows(),
-        rows=rows,
+        rows=_read_rows(dataset, chosen, taxa, notes),
         taxa=taxa,
         made_by=metadata(dataset),
         run=_run_record(uri, table, notes),
@@ -108,22 +121,8 @@ def gather(uri: str, table: str, most_rows: int, seed: int) -> Gathered:
     )
 
 
-def _chosen(total: int, most_rows: int, seed: int) -> Int64[np.ndarray, " rows"]:
-    if total <= most_rows:
-        return np.arange(total)
-    return np.sort(np.random.default_rng(seed).choice(total, most_rows, replace=False))
-
-
-def first_field(gathered: Gathered) -> str:
-    """The coarsest rank with three names or more that are each of some weight, to colour the maps by at first."""
-    for rank, taxa in zip(RANKS, gathered.taxa, strict=True):
-        if len(taxa.counts) >= 3 and sum(taxa.counts[1:]) >= 0.2 * taxa.known:
-            return rank
-    return next((rank for rank, taxa in zip(RANKS, gathered.taxa, strict=True) if taxa.names), RANKS[0])
-
-
-def has_all(uri: str, table: str, ids: Sequence[str]) -> bool:
-    """Whether the table has all of some sequence_ids, and there are any."""
+def contains_all(uri: str, table: str, ids: Sequence[str]) -> bool:
+    """Returns whether a table contains all of the given sequence_ids; False if none are given."""
     if not ids:
         return False
     quoted = ", ".join("'" + key.replace("'", "''") + "'" for key in set(ids))
@@ -134,7 +133,7 @@ def has_all(uri: str, table: str, ids: Sequence[str]) -> bool:
 
 
 def lineage_columns(names: Sequence[str]) -> list[str]:
-    """The columns that hold the lineages, of those that there are; empty if none do."""
+    """Returns those of the named columns that hold the lineages; an empty list if none do."""
     if all(rank in names for rank in RANKS):
         return list(RANKS)
     return [LINEAGE_COLUMN] if LINEAGE_COLUMN in names else []
@@ -156,24 +155,26 @@ def _count_taxa(dataset: "lance.LanceDataset", notes: dict[str, str]) -> tuple[T
 
 
 def _read_rows(
-    dataset: "lance.LanceDataset", chosen: Int64[np.ndarray, " rows"], taxa: Sequence[Taxa], notes: dict[str, str]
+    dataset: "lance.LanceDataset",
+    chosen: Int64[np.ndarray, " rows"] | None,
+    taxa: Sequence[Taxa],
+    notes: dict[str, str],
 ) -> Rows:
-    there = dataset.schema.names
-    lineages = lineage_columns(there)
-    wanted = ["sequence_id", "vector", *lineages, *(n for n in (*NUMBERS, "marker_gene") if n in there)]
+    available = dataset.schema.names
+    lineages = lineage_columns(available)
+    columns = ["sequence_id", "vector", *lineages, *(n for n in (*_NUMBERS, "marker_gene") if n in available)]
     with storage_errors(dataset.uri):
-        whole = len(chosen) == dataset.count_rows()
-        read = dataset.to_table(columns=wanted) if whole else dataset.take(chosen, columns=wanted)
+        read = dataset.to_table(columns=columns) if chosen is None else dataset.take(chosen, columns=columns)
     names = np.full((len(read), len(RANKS)), -1, np.int32)
     if lineages:
         for rank, (found, column) in enumerate(zip(taxa, read_lineages(read), strict=True)):
             index = {name: i for i, name in enumerate(found.names)}
             names[:, rank] = [-1 if name is None else index[name] for name in column.to_pylist()]
-    depth, latitude, longitude = (_numbers(read, name, notes) for name in NUMBERS)
+    depth, latitude, longitude = (_numbers(read, name, notes) for name in _NUMBERS)
     placed = (np.abs(latitude) <= 90) & (np.abs(longitude) <= 180)
-    if not placed.any() and "places" not in notes:
-        notes["places"] = "no row has both a latitude and a longitude"
-    markers = read["marker_gene"].to_pylist() if "marker_gene" in there else [None] * len(read)
+    if not placed.any():
+        notes.setdefault("places", "no row has both a latitude and a longitude")
+    markers = read["marker_gene"].to_pylist() if "marker_gene" in available else [None] * len(read)
     return Rows(
         ids=tuple(str(name) for name in read["sequence_id"].to_pylist()),
         vectors=_vectors(read, dataset.uri),
@@ -188,7 +189,7 @@ def _read_rows(
 def _vectors(read: pa.Table, where: str) -> Float32[np.ndarray, "rows hidden"]:
     column = read["vector"].combine_chunks()
     if column.null_count:
-        raise InputError(f"{where}: {column.null_count:,} rows have no vector; give them one, or delete them")
+        raise InputError(f"{where}: {column.null_count:,} rows have no vector; embed them again, or delete them")
     vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(read), -1).astype(np.float32)
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
@@ -198,7 +199,7 @@ def _vectors(read: pa.Table, where: str) -> Float32[np.ndarray, "rows hidden"]:
 
 
 def _numbers(read: pa.Table, name: str, notes: dict[str, str]) -> Float64[np.ndarray, " rows"]:
-    """A column of numbers, NaN where it has none; a note if that is nowhere or it holds something else."""
+    """Reads a column of numbers, NaN where one is missing; adds a note if there is no such column or it holds text."""
     part = "depth" if name == "depth" else "places"
     unknown = np.full(len(read), np.nan)
     if name not in read.column_names:

@@ -1,55 +1,74 @@
-"""The report as one HTML file that asks nothing of the network."""
+"""The report as one HTML page that loads nothing from the network; every text from the data is escaped here."""
 
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
 
-from bioscan_jax.reports import palette, sections
-from bioscan_jax.reports.contents import Gathered
-from bioscan_jax.reports.identifications import Identified
-from bioscan_jax.reports.measure import RankFigures
-from bioscan_jax.reports.payload import payload
+import numpy as np
+
+from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.reports import charts
+from bioscan_jax.reports.charts import percent
+from bioscan_jax.reports.contents import TableContents, Taxa
+from bioscan_jax.reports.identifications import Identifications, RankMetrics
 from bioscan_jax.reports.projection import Projection
+
+_XY_LEVELS = 65535
+"""Steps of a coordinate on the map of the vectors."""
+_MAIN_FIGURES = {
+    "vectors": "vectors",
+    "rejects": "rejected sequences",
+    "counts · distinct": "distinct sequences",
+    "tokens real": "tokens",
+    "seconds · total": "seconds",
+    "rows per second": "rows per second",
+    "devices": "devices",
+    "processes": "processes",
+    "peak host bytes": "peak memory of the host in bytes",
+    "provenance · model": "model",
+    "provenance · license": "licence of the weights",
+}
+"""Entries of the run record that are shown first, and their labels."""
 
 
 def render(
-    gathered: Gathered,
+    contents: TableContents,
     projection: Projection,
-    identified: Identified | None,
-    figures: Sequence[RankFigures],
+    identifications: Identifications | None,
+    metrics: Sequence[RankMetrics],
     made: str,
 ) -> str:
-    """The whole page.
+    """Returns the page as HTML.
 
     Args:
-        gathered: The table.
+        contents: The table.
         projection: A point for each of its rows.
-        identified: Answers of `identify`, if there are any.
-        figures: Of these answers, one for each rank.
+        identifications: Results of `identify`, if there are any.
+        metrics: Metrics of these results, one for each rank.
         made: When and by what the report was made.
     """
     assets = resources.files("bioscan_jax.reports")
     style = assets.joinpath("page.css").read_text("utf-8")
-    style = style.replace("/* taxa light */", palette.as_css(False)).replace("/* taxa dark */", palette.as_css(True))
+    for name, dark in (("light", False), ("dark", True)):
+        style = style.replace(f"/* taxa {name} */", charts.palette_css(dark=dark))
     script = "\n".join(assets.joinpath(name).read_text("utf-8") for name in ("map.js", "page.js"))
-    given = payload(gathered, projection, identified)
-    # A hash for each of ours, so that nothing else is run or loaded, were it to get into the page
+    # Only this script and this style may run, in case others get into the page through the data
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
     )
-    title = escape(f"{gathered.table}: report")
-    parts = [
-        sections.embedding(gathered, projection, identified),
-        sections.places(gathered),
-        sections.answers(gathered, identified, figures),
-        sections.taxa_counts(gathered),
-        sections.run(gathered),
-        sections.origin(gathered),
-    ]
+    sections = {
+        "embedding": ("Map of the embedding", _embedding(contents, projection, identifications)),
+        "places": ("Where samples were taken", _places(contents)),
+        "answers": ("Identification", _identification(identifications, metrics)),
+        "taxa": ("Counts by taxon", _taxa(contents)),
+        "run": ("The run that made the table", _run(contents)),
+        "origin": ("What made the table", _origin(contents)),
+    }
+    body = "".join(f"<section id={key}><h2>{title}</h2>{inside}</section>" for key, (title, inside) in sections.items())
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -57,16 +76,16 @@ def render(
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
-<title>{title}</title>
+<title>{escape(f"{contents.table}: report")}</title>
 <style>{style}</style>
 </head>
 <body>
-{sections.header(gathered)}
+{_header(contents)}
 <main>
-{"".join(parts)}
+{body}
 </main>
-<footer>{escape(made)} Coastline: Natural Earth, public domain. This file loads nothing from anywhere.</footer>
-<script type="application/json" id="data">{_json(given)}</script>
+<footer>{escape(made)} Coastline: Natural Earth, public domain. This file loads nothing from the network.</footer>
+<script type="application/json" id="data">{_json(_map_data(contents, projection, identifications))}</script>
 <script>{script}</script>
 </body>
 </html>
@@ -78,8 +97,297 @@ def _hash(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON in which nothing can end the element that holds it."""
+    """Returns JSON that cannot end the script element around it."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text.encode("utf-8", "replace").decode()
+
+
+def _header(contents: TableContents) -> str:
+    """Title, licence, main counts and links."""
+    model, license_ = contents.made_by.get("model", ""), contents.made_by.get("license")
+    if model.startswith("random:"):
+        notice = "Random, untrained weights: these vectors only show that the software runs."
+    elif license_:
+        notice = f"Licence of the weights that made these vectors: {license_} ({model or '?'})."
+    else:
+        notice = f"The licence of the weights that made these vectors is not recorded ({model or 'no model'})."
+    rows = contents.rows
+    whole = len(rows) == contents.total
+    tiles = {
+        "vectors": contents.total,
+        "rejected sequences": contents.rejects,
+        "vector dimensions": rows.vectors.shape[1],
+        "genera named": len(contents.taxa[RANKS.index("genus")].names),
+        "species named": len(contents.taxa[RANKS.index("species")].names),
+        "rows with a place" if whole else "shown rows with a place": int(np.isfinite(rows.latitude).sum()),
+    }
+    links = {
+        "embedding": "Embedding", "places": "Places", "answers": "Identification", "taxa": "Taxa", "run": "Run",
+        "origin": "Origin",
+    }  # fmt: skip
+    shown = "all" if whole else f"a random sample of {len(rows):,}"
+    return (
+        f"<header><h1>{escape(contents.table)}</h1>"
+        f"<p class=soft>{escape(contents.uri)}: {contents.total:,} rows, {shown} on the maps.</p>"
+        f"<p class=licence id=licence>{escape(notice)}</p><dl class=tiles>"
+        + "".join(f"<div><dt>{escape(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in tiles.items())
+        + '</dl><nav aria-label="Parts of the report">'
+        + "".join(f"<a href=#{key}>{name}</a>" for key, name in links.items())
+        + "</nav></header>"
+    )
+
+
+def _embedding(contents: TableContents, projection: Projection, identifications: Identifications | None) -> str:
+    """The map of the vectors."""
+    text = (
+        f"Each point is a sequence; points close together have similar vectors. Made by {projection.method}. Distances "
+        "between far groups and the sizes of groups mean little on such a map."
+    )
+    notes = "".join(_note(contents.notes[part]) for part in ("taxa", "depth") if part in contents.notes)
+    return f"<p>{escape(text)}</p>{notes}{_map('Map of the embedding', contents, identifications)}"
+
+
+def _places(contents: TableContents) -> str:
+    """The map of the sampling places, or why there is none."""
+    placed = int(np.isfinite(contents.rows.latitude).sum())
+    if not placed:
+        return _note(contents.notes["places"])
+    text = f"{placed:,} of {len(contents.rows):,} rows have a latitude and a longitude. Larger points hold more rows; "
+    text += "a point has the colour of its most frequent name."
+    return f"<p>{text}</p>{_map('Map of the places', contents, None)}"
+
+
+def _map(label: str, contents: TableContents, identifications: Identifications | None) -> str:
+    """An interactive map with its controls; map.js draws it."""
+    rows = contents.rows
+    fields = [rank for rank, taxa in zip(RANKS, contents.taxa, strict=True) if taxa.names]
+    if any(marker is not None for marker in rows.markers):
+        fields.append("marker_gene")
+    if np.isfinite(rows.depth).any():
+        fields.append("depth")
+    if identifications is not None:
+        scored = {key for key, known in zip(identifications.ids, identifications.scored, strict=True) if known}
+        fields += ["novelty"] * (not scored.isdisjoint(rows.ids))
+    chosen = RANKS[contents.main_rank]
+    options = "".join(
+        f"<option{' selected' * (field == chosen)} value={field}>{field.replace('_', ' ')}</option>"
+        for field in fields or ["kingdom"]
+    )
+    return (
+        f"<div class=controls><label>Colour by <select>{options}</select></label>"
+        '<label>Find <input type=search placeholder="id or taxon" spellcheck=false></label>'
+        '<button type=button class=in aria-label="Zoom in">+</button>'
+        '<button type=button class=out aria-label="Zoom out">−</button><button type=button class=all>All</button>'
+        '<span class="found soft" role=status></span></div>'
+        "<div class=stage><canvas class=back aria-hidden=true></canvas>"
+        f'<canvas class=front tabindex=0 role=application aria-label="{escape(label)}"></canvas>'
+        "<div class=tip role=status hidden></div></div><ul class=legend></ul>"
+        "<p class=soft>Drag to move; click the map, then scroll to zoom; pinch on a touch screen; with the keyboard: "
+        "arrows, +, − and 0. Click a name in the legend to show its rows alone.</p>"
+    )
+
+
+def _identification(identifications: Identifications | None, metrics: Sequence[RankMetrics]) -> str:
+    """How accurate the identifications are, as far as that is known."""
+    if identifications is None:
+        return _note("no identifications were given (--identified)")
+    parts = [f"<p>{len(identifications.ids):,} queries.</p>"]
+    if not identifications.calibrated:
+        parts.append(_note("answers and novelty flags, since these identifications were made without a calibration"))
+    if not any(m.labelled for m in metrics):
+        parts.append(_note("accuracy and calibration curves: no true names were given (--truth)"))
+    heads = ["rank", "right", "right of answered", "answered", "named", "with truth", "truth in table"]
+    lines = []
+    for m in metrics:
+        fractions = map(percent, (m.accuracy, m.precision, m.answered, m.named))
+        lines.append((m.rank, *fractions, f"{m.labelled:,}", percent(m.in_table)))
+    parts.append(_table("Best guesses; a query without one counts as wrong", heads, lines))
+    if curves := [_calibration(m) for m in metrics if m.bins]:
+        text = "The fraction of right answers by confidence, with 95 % intervals; the diagonal is perfect calibration."
+        parts.append(f"<h3>Calibration</h3><p>{text}</p><div class=charts>{''.join(curves)}</div>")
+    if not identifications.scored.any():
+        return "".join([*parts, _note("novelty: no query has a score")])
+    label = f"Histogram of the novelty scores of {identifications.scored.sum():,} queries"
+    svg = charts.as_svg(charts.draw_novelty, identifications, label=label, width=400, height=230)
+    parts.append(f"<h3>Novelty</h3><figure class=wide>{svg}</figure>")
+    if separations := [f"{m.rank} {m.separation:.3f}" for m in metrics if m.separation is not None]:
+        parts.append(
+            "<p>AUROC of the score for queries whose true name is missing from the table (0.5 is chance, 1 is "
+            f"perfect): {', '.join(separations)}.</p>"
+        )
+    return "".join(parts)
+
+
+def _calibration(metrics: RankMetrics) -> str:
+    error = "–" if metrics.error is None else f"{metrics.error:.3f}"
+    text = f"{sum(b.count for b in metrics.bins):,} answers, calibration error {error}"
+    label = f"{metrics.rank}: fraction right by confidence; {text}"
+    svg = charts.as_svg(charts.draw_calibration, metrics, label=label, width=200, height=200)
+    return f"<figure>{svg}<figcaption>{text}</figcaption></figure>"
+
+
+def _taxa(contents: TableContents) -> str:
+    """The most frequent names of each rank."""
+    if "taxa" in contents.notes:
+        return _note(contents.notes["taxa"])
+    parts = [f"<p>Over all {contents.total:,} rows of the table.</p>"]
+    for index, (rank, taxa) in enumerate(zip(RANKS, contents.taxa, strict=True)):
+        names, named = len(taxa.names), percent(taxa.known / contents.total)
+        head = f"{rank}: {names:,} name{'s' * (names != 1)}, {named} of the rows named"
+        chosen = index == contents.main_rank
+        inside = (_taxa_chart(rank, taxa) if chosen and names else "") + _taxa_table(taxa, contents.total)
+        parts.append(f"<details{' open' * chosen}><summary>{escape(head)}</summary>{inside}</details>")
+    return "".join(parts)
+
+
+def _taxa_chart(rank: str, taxa: Taxa) -> str:
+    height = 70 + 16 * min(len(taxa.names), charts.SHOWN_TAXA)
+    label = f"Rows by {rank}; the table below has the numbers"
+    svg = charts.as_svg(charts.draw_taxa, rank, taxa, label=label, width=400, height=height)
+    return f"<figure class=wide>{svg}</figure>"
+
+
+def _taxa_table(taxa: Taxa, total: int) -> str:
+    shown = list(zip(taxa.names, taxa.counts, strict=True))[: charts.SHOWN_TAXA]
+    lines = [(name, f"{count:,}", percent(count / total)) for name, count in shown]
+    rest = taxa.known - sum(count for _, count in shown)
+    more = f"<p class=soft>{len(taxa.names) - len(shown):,} more names with {rest:,} rows</p>" * (rest > 0)
+    return _table("", ["name", "rows", "of all rows"], lines) + more
+
+
+def _run(contents: TableContents) -> str:
+    """Figures of the run that made the table."""
+    if contents.run is None:
+        return _note(contents.notes["run"])
+    every = _flat(contents.run)
+    values = dict(every)
+    main = [(label, values[name]) for name, label in _MAIN_FIGURES.items() if name in values]
+    return f"{_facts(main)}{_more('All figures', every)}"
+
+
+def _origin(contents: TableContents) -> str:
+    """What made the table, from its own metadata."""
+    main: list[tuple[str, object]] = []
+    nested: list[tuple[str, object]] = []
+    for key, value in sorted(contents.made_by.items()):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, dict):
+            nested += _flat(parsed, key)
+        else:
+            main.append((key.replace("_", " "), int(value) if value.isdecimal() and len(value) < 12 else value))
+    body = _facts(main) if main else _note("the table does not record what made it")
+    return f"{body}{_more('All settings', nested)}"
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, object]]:
+    """Flattens nested values, each under its full name; a list of plain values becomes one line."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in _flat(inner, f"{name} · {key}" if name else str(key))]
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return [leaf for index, item in enumerate(value) for leaf in _flat(item, f"{name} {index + 1}")]
+    if isinstance(value, list):
+        value = ", ".join("x".join(map(str, item)) if isinstance(item, list) else str(item) for item in value) or "none"
+    return [(name.replace("_", " "), value)]
+
+
+def _note(message: str) -> str:
+    return f"<p class=note>Left out: {escape(message)}.</p>"
+
+
+def _more(title: str, pairs: Sequence[tuple[str, object]]) -> str:
+    return f"<details><summary>{escape(title)}</summary>{_facts(pairs)}</details>" if pairs else ""
+
+
+def _facts(pairs: Iterable[tuple[str, object]]) -> str:
+    """A table of names and values."""
+    rows = "".join(
+        f"<tr><th scope=row>{escape(name)}</th><td>{escape(_text(value))}</td></tr>" for name, value in pairs
+    )
+    return f"<div class=scroll><table class=facts><tbody>{rows}</tbody></table></div>"
+
+
+def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose columns are numbers, except the first."""
+    kinds = ["", *(" class=number" for _ in heads[1:])]
+    top = "".join(f"<th scope=col{kind}>{escape(head)}</th>" for head, kind in zip(heads, kinds, strict=True))
+    lines = "".join(
+        "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+        for row in rows
+    )
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f"<div class=scroll><table>{title}<thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
+
+
+def _text(value: object) -> str:
+    """Formats a value for reading: digits grouped, a dash for None."""
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    return str(value)
+
+
+def _map_data(
+    contents: TableContents, projection: Projection, identifications: Identifications | None
+) -> dict[str, Any]:
+    """What the maps' script reads, as JSON can hold it: arrays are little-endian in base64, -1 is unknown."""
+    rows = contents.rows
+    low, high = projection.points.min(axis=0), projection.points.max(axis=0)
+    scaled = np.round((projection.points - low) / max(float((high - low).max()), 1e-9) * _XY_LEVELS)
+    lineages, lineage = np.unique(rows.names, axis=0, return_inverse=True)
+    names, codes = [], np.full(lineages.shape, -1, np.int32)
+    for rank, taxa in enumerate(contents.taxa):
+        used, inverse = np.unique(lineages[:, rank], return_inverse=True)
+        codes[:, rank] = (np.arange(len(used)) - int(used[0] == -1))[inverse.reshape(-1)]
+        names.append([taxa.names[index] for index in used.tolist() if index >= 0])
+    markers = sorted({marker for marker in rows.markers if marker is not None})
+    place = {marker: index for index, marker in enumerate(markers)}
+    numbers = {"depth": rows.depth, "latitude": rows.latitude, "longitude": rows.longitude}
+    found: dict[str, str] | list[str] = {}
+    if identifications is not None:
+        query = {key: index for index, key in enumerate(identifications.ids)}
+        queries = [query.get(key, -1) for key in rows.ids]
+        if any(index >= 0 for index in queries):
+            numbers["novelty"] = np.array([np.nan if i < 0 else identifications.novelty[i] for i in queries])
+            found = ["" if i < 0 else _best_name(identifications, i) for i in queries]
+    return {
+        "top": charts.TOP,
+        "ranks": list(RANKS),
+        "ids": list(rows.ids),
+        "xy": _base64(scaled, "<u2"),
+        "lineages": _base64(codes, "<i4"),
+        "lineage": _base64(lineage.reshape(-1), "<u4"),
+        "names": names,
+        "numbers": {k: _base64(v, "<f4") for k, v in numbers.items() if np.isfinite(v).any()},
+        "markers": markers,
+        "marker": _base64(np.array([-1 if marker is None else place[marker] for marker in rows.markers]), "<i4"),
+        "found": found,
+        "coast": charts.coastline() if np.isfinite(rows.latitude).any() else [],
+    }
+
+
+def _base64(values: np.ndarray, kind: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype=kind).tobytes()).decode()
+
+
+def _best_name(identifications: Identifications, index: int) -> str:
+    """The name at the finest answered rank, or else at the finest named rank, with its confidence."""
+    answered = np.flatnonzero(identifications.answered[index])
+    named = [rank for rank in range(len(RANKS)) if identifications.names[rank][index] is not None]
+    if not named:
+        return ""
+    rank = int(answered[-1]) if len(answered) else named[-1]
+    confidence = identifications.confidence[index, rank]
+    sure = "" if np.isnan(confidence) else f", confidence {confidence:.3f}"
+    kind = RANKS[rank] if len(answered) else f"{RANKS[rank]}, best guess"
+    return f"{identifications.names[rank][index]} ({kind}{sure})"

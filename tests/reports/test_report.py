@@ -22,11 +22,15 @@ from support.places import SCRIPTS
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
-from bioscan_jax.reports import charts, palette
-from bioscan_jax.reports.contents import gather
-from bioscan_jax.reports.identifications import read_identified, read_truth
-from bioscan_jax.reports.measure import auroc, figures, reliability, wilson
-from bioscan_jax.reports.payload import coastline
+from bioscan_jax.reports import charts
+from bioscan_jax.reports.contents import Taxa, read_contents
+from bioscan_jax.reports.identifications import (
+    auroc,
+    confidence_bins,
+    rank_metrics,
+    read_identifications,
+    read_truth,
+)
 from bioscan_jax.reports.projection import project
 from bioscan_jax.reports.run import report
 
@@ -161,10 +165,10 @@ def test_vectors_of_nothing_have_a_point():
 # Figures
 
 
-def test_wilson_at_a_known_value():
-    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+def test_intervals_are_wilsons():
+    for right, ends in ((5, (0.2366, 0.7634)), (0, (0.0, 0.2775)), (10, (0.7225, 1.0))):
+        [only] = confidence_bins(np.full(10, 0.5), np.arange(10) < right)
+        assert (only.low, only.high) == pytest.approx(ends, abs=1e-4)
 
 
 @given(
@@ -175,7 +179,7 @@ def test_wilson_at_a_known_value():
 @settings(deadline=None, max_examples=50)
 def test_bins_hold_every_answer_once(drawn):
     confidence, right = drawn
-    bins = reliability(confidence, right)
+    bins = confidence_bins(confidence, right)
     assert sum(b.count for b in bins) == len(confidence)
     assert sum(b.count * b.correct for b in bins) == pytest.approx(right.sum())
     assert sum(b.count * b.confidence for b in bins) == pytest.approx(confidence.sum())
@@ -205,10 +209,10 @@ def test_figures_of_a_small_case(tmp_path):
     pq.write_table(given_answers, tmp_path / "a.parquet")
     truth = changed(table.slice(0, 5), "species", species).append_column("other", pa.array(range(5)))
     pq.write_table(truth, tmp_path / "t.parquet")
-    identified = read_identified(str(tmp_path / "a.parquet"))
+    identified = read_identifications(str(tmp_path / "a.parquet"))
     true = read_truth(str(tmp_path / "t.parquet"), identified.ids)
     uri = write(tmp_path, changed(table, "species", ["A a", "A e"] * 5))
-    found = figures(identified, true, gather(uri, "sequences", 100, 0).taxa)[-1]
+    found = rank_metrics(identified, true, read_contents(uri, "sequences", 100, 0).taxa)[-1]
     assert (found.rank, found.labelled, found.named, found.answered) == ("species", 4, 0.8, 0.6)
     assert found.accuracy == 0.5
     assert found.precision == 1.0
@@ -216,18 +220,18 @@ def test_figures_of_a_small_case(tmp_path):
     assert [(b.count, b.correct) for b in found.bins] == [(1, 1.0), (1, 0.0), (1, 1.0)]
     assert found.error == pytest.approx((0.1 + 0.8 + 0.4) / 3)
     assert found.separation == 1.0
-    without = figures(identified, true, None)[-1]
+    without = rank_metrics(identified, true, None)[-1]
     assert (without.accuracy, without.in_table, without.separation) == (0.5, None, None)
-    unlabelled = figures(identified, None, None)[-1]
+    unlabelled = rank_metrics(identified, None, None)[-1]
     assert (unlabelled.labelled, unlabelled.accuracy, unlabelled.bins, unlabelled.error) == (0, None, (), None)
 
 
 def test_without_a_calibration_nothing_counts_as_answered(tmp_path):
     pq.write_table(answers(sequences(4), novel=pa.nulls(4, pa.bool_())), tmp_path / "a.parquet")
-    identified = read_identified(str(tmp_path / "a.parquet"))
+    identified = read_identifications(str(tmp_path / "a.parquet"))
     assert not identified.calibrated
     assert not identified.answered.any()
-    assert figures(identified, None, None)[0].answered is None
+    assert rank_metrics(identified, None, None)[0].answered is None
 
 
 # Gathering
@@ -236,7 +240,7 @@ def test_without_a_calibration_nothing_counts_as_answered(tmp_path):
 def test_counts_are_of_all_rows_and_the_sample_is_seeded(tmp_path):
     table = sequences(300)
     uri = write(tmp_path, table)
-    some, same, other = (gather(uri, "sequences", 50, seed) for seed in (1, 1, 2))
+    some, same, other = (read_contents(uri, "sequences", 50, seed) for seed in (1, 1, 2))
     assert some.total == 300
     assert len(some.rows) == 50
     assert some.rows.ids == same.rows.ids != other.rows.ids
@@ -256,7 +260,7 @@ def test_a_place_off_the_globe_is_none(tmp_path):
     table = sequences(6)
     table = changed(table, "latitude", [1.0, 91.0, float("nan"), float("inf"), -90.0, 5.0])
     table = changed(table, "longitude", [180.0, 0.0, 0.0, 0.0, -180.0, 181.0])
-    rows = gather(write(tmp_path, table), "sequences", 10, 0).rows
+    rows = read_contents(write(tmp_path, table), "sequences", 10, 0).rows
     np.testing.assert_array_equal(np.isfinite(rows.latitude), [True, False, False, False, True, False])
     np.testing.assert_array_equal(np.isfinite(rows.latitude), np.isfinite(rows.longitude))
 
@@ -270,20 +274,20 @@ def test_what_is_not_there_is_left_out_and_said(tmp_path):
     assert "Left out: no identifications were given" in page
     assert "is not recorded" not in page
     assert "the table has no column latitude" in str(told)
-    assert gather(str(tmp_path), "sequences", 10, 0).rejects == 17
+    assert read_contents(str(tmp_path), "sequences", 10, 0).rejects == 17
     table = sequences(5)
     uri = write(tmp_path, changed(changed(table, "latitude", ["a"] * 5), "depth", ["b"] * 5), "texts")
-    assert set(gather(uri, "texts", 10, 0).notes) == {"places", "depth", "run"}
+    assert set(read_contents(uri, "texts", 10, 0).notes) == {"places", "depth", "run"}
     uri = write(tmp_path, changed(table, "latitude", pa.nulls(5, pa.float64())), "nowhere")
-    assert gather(uri, "nowhere", 10, 0).notes["places"] == "no row has both a latitude and a longitude"
+    assert read_contents(uri, "nowhere", 10, 0).notes["places"] == "no row has both a latitude and a longitude"
 
 
 def test_a_damaged_run_record_is_a_note(tmp_path):
     uri = write(tmp_path, sequences(5))
     (tmp_path / "sequences.run.json").write_text('{"rows": ')
-    assert "is no JSON object" in gather(uri, "sequences", 10, 0).notes["run"]
+    assert "is no JSON object" in read_contents(uri, "sequences", 10, 0).notes["run"]
     (tmp_path / "sequences.run.json").write_text('{"rows": 5}')
-    assert gather(uri, "sequences", 10, 0).run == {"rows": 5}
+    assert read_contents(uri, "sequences", 10, 0).run == {"rows": 5}
 
 
 # The page
@@ -335,7 +339,7 @@ def test_the_page_holds_what_the_table_holds(tmp_path):
     np.testing.assert_array_equal(decoded(data["numbers"]["depth"], "<f4"), table["depth"].to_numpy())
     assert [data["markers"][m] for m in decoded(data["marker"], "<i4")] == table["marker_gene"].to_pylist()
     points = decoded(data["xy"], "<u2").reshape(-1, 2).astype(float)
-    wanted = project(gather(uri, "sequences", 99, 0).rows.vectors, "pca", 0).points
+    wanted = project(read_contents(uri, "sequences", 99, 0).rows.vectors, "pca", 0).points
     wanted = wanted - wanted.min(axis=0)
     np.testing.assert_allclose(points, wanted / wanted.max() * 65535, atol=0.6)
     assert [i for i, text in enumerate(data["found"]) if text] == [3, 4, 5, 6]
@@ -358,8 +362,29 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert [Path(p).stem for p in bare.pictures] == ["embedding"]
 
 
+def test_a_chart_in_the_page_is_reproducible_and_takes_its_colours_and_texts(tmp_path):
+    identifications = answers(sequences(50), novelty=np.linspace(-0.2, 1.3, 50), novel=np.arange(50) > 30)
+    pq.write_table(identifications, tmp_path / "a.parquet")
+    results = read_identifications(str(tmp_path / "a.parquet"))
+    taxa = Taxa((EVIL, "$a_{b$", "\x0b" * 60), (7, 5, 1))
+    given = [(charts.draw_novelty, results), (charts.draw_taxa, "genus", taxa)]
+    first, second = ([charts.as_svg(*g, label=f'"{EVIL}', width=400, height=200) for g in given] for _ in range(2))
+    assert first == second
+    for svg in first:
+        parsed = Parsed(svg)
+        attributes = dict(parsed.attributes)
+        assert attributes["aria-label"] == f'"{EVIL}'
+        assert not {"style", "src", "onerror"} & set(attributes)
+        assert "img" not in parsed.tags
+        assert "var(--accent)" in svg
+        ids = [value for name, value in parsed.attributes if name == "id"]
+        assert len(ids) == len(set(ids))
+    assert "<title>1.26 to 1.3: 2 flagged as novel</title>" in first[0]
+    assert "$a_{b$" in first[1]
+
+
 def test_the_coastline_is_small_and_stays_on_the_map():
-    rings = coastline()
+    rings = charts.coastline()
     assert len(json.dumps(rings)) < 100_000
     for ring in rings:
         xy = np.array(ring).reshape(-1, 2)
@@ -392,13 +417,13 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("taxa", "rest", "least"),
     [
-        (palette.LIGHT, (palette.LIGHT_OTHER, palette.LIGHT_UNKNOWN), 19),
-        (palette.DARK, (palette.DARK_OTHER, palette.DARK_UNKNOWN), 24),
+        (charts.LIGHT, (charts.LIGHT_OTHER, charts.LIGHT_UNKNOWN), 19),
+        (charts.DARK, (charts.DARK_OTHER, charts.DARK_UNKNOWN), 24),
     ],
 )
 def test_colours_differ_for_every_eye(taxa, rest, least, sight):
     seen = [lab(np.array(MACHADO[sight]) @ linear(color)) for color in (*taxa, *rest)]
-    assert len(taxa) == palette.TOP
+    assert len(taxa) == charts.TOP
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > least
 
 
@@ -448,10 +473,10 @@ def test_mistakes_in_the_files_of_answers(tmp_path):
     for wrong, message in cases:
         pq.write_table(wrong, path)
         with pytest.raises(InputError, match=re.escape(message)):
-            read_identified(path)
+            read_identifications(path)
     Path(path).write_bytes(b"sequence_id,species\n")
     with pytest.raises(InputError, match="cannot be read as Parquet"):
-        read_identified(path)
+        read_identifications(path)
     twice = pa.concat_tables([table, changed(table, "genus", ["X"] * 4)])
     cases = [
         (table.drop_columns("sequence_id"), "has no column 'sequence_id'"),
