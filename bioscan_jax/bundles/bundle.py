@@ -12,10 +12,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
-from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 from bioscan_jax.bundles.budget import choose, estimates, parse_bytes, row_bytes
@@ -39,8 +38,8 @@ from bioscan_jax.bundles.parts import BLOCK_ROWS, Rows, coded, open_rows, write_
 from bioscan_jax.bundles.quantise import Precision, Quantiser, fit
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.lock import writer_lock
-from bioscan_jax.table.reading import metadata, vector_index
-from bioscan_jax.table.storage import local_directory, storage_errors
+from bioscan_jax.table.reading import schema_metadata, vector_index
+from bioscan_jax.table.storage import local_directory, read_if_exists, sidecar_path, storage_errors
 
 QUANTISER = "quantiser.safetensors"
 RUN = "run.json"
@@ -126,7 +125,7 @@ def export(
         check_mounted(location.root, "target")
     along = _beside(beside)
     local = local_directory(source)
-    calibration = _record(source, table, "calibration")
+    calibration = _sidecar(source, table, "calibration")
     asked: dict[str, Any] = {
         "source": source if local is None else str(local),
         "table": table,
@@ -214,21 +213,21 @@ def _facts(source: str, table: str, taken: Rows) -> dict[str, Any]:
     """What is needed to make the table again."""
     rejects = taken.rejects
     return {
-        "metadata": metadata(taken.dataset),
+        "metadata": schema_metadata(taken.dataset),
         "schema": _schema_text(taken.dataset.schema),
-        "rejects_metadata": {} if rejects is None else metadata(rejects),
+        "rejects_metadata": {} if rejects is None else schema_metadata(rejects),
         "rejects_schema": None if rejects is None else _schema_text(rejects.schema),
         "rejects": 0 if rejects is None else rejects.count_rows(),
         "index": vector_index(taken.dataset),
-        "run": _record(source, table, "run"),
+        "run": _sidecar(source, table, "run"),
     }
 
 
-def _record(source: str, table: str, kind: str) -> str | None:
-    local = local_directory(source)
-    filesystem, path = url_to_fs(f"{source.rstrip('/') if local is None else local}/{table}.{kind}.json")
+def _sidecar(source: str, table: str, kind: Literal["run", "calibration"]) -> str | None:
+    path = sidecar_path(source, table, kind)
     with storage_errors(path):
-        return filesystem.cat_file(path).decode() if filesystem.exists(path) else None
+        text = read_if_exists(path)
+    return None if text is None else text.decode()
 
 
 def _calibration_left_out(head: dict[str, Any], taken: Rows) -> str:

@@ -20,7 +20,7 @@ from bioscan_jax.bundles.quantise import PRECISIONS, Quantiser
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.index import build_indexes
 from bioscan_jax.table.lock import writer_lock
-from bioscan_jax.table.reading import check_finished, check_name, metadata, vector_index
+from bioscan_jax.table.reading import check_finished, check_name, schema_metadata, vector_index
 from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def import_bundle(source: str, target: str, table: str | None = None) -> Importe
         found = open_dataset(path)
         if found is not None:
             _check_origin(path, found, manifest)
-            if metadata(found).get("plan") != manifest.head["metadata"].get("plan"):
+            if schema_metadata(found).get("plan") != manifest.head["metadata"].get("plan"):
                 check_finished(target, name, found)
         _place_beside(read, target, name)
         with storage_errors(path):
@@ -199,7 +199,7 @@ def _schema(text: str) -> pa.Schema:
 
 def _check_origin(path: str, found: "lance.LanceDataset", manifest: Manifest) -> None:
     """Raises InputError unless the table's vectors can be compared with the bundle's."""
-    there, given = metadata(found), manifest.head["metadata"]
+    there, given = schema_metadata(found), manifest.head["metadata"]
     if "weights_sha256" not in there:
         raise InputError(f"{path} does not say what made its vectors; pass another --table")
     if differing := [key for key in MADE_BY if there.get(key) != given.get(key)]:

@@ -14,7 +14,7 @@ from jaxtyping import Float32, Shaped
 
 from bioscan_jax.bundles.quantise import Precision, Quantiser
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.reading import check_condition, existing
+from bioscan_jax.table.reading import check_condition, open_existing
 from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def open_rows(source: str, table: str, filter_sql: str | None) -> Rows:
     Raises:
         InputError: There is no such table, the condition is wrong, or no row is left.
     """
-    dataset = existing(source, table)
+    dataset = open_existing(source, table)
     if "vector" not in dataset.schema.names or not pa.types.is_fixed_size_list(dataset.schema.field("vector").type):
         raise InputError(f"{dataset.uri} has no column of vectors; pass a table that embed made")
     condition = None if filter_sql is None else check_condition(filter_sql)

@@ -30,8 +30,8 @@ def main(
     elif output is not None:
         print(f"{output}: {query.write(sql, uri, table, output):,} rows")
     else:
-        with query.reading(sql, uri, table) as reader:
-            print(query.as_text(reader, show))
+        with query.stream(sql, uri, table) as reader:
+            print(query.format_table(reader, show))
 
 
 def command(words: Sequence[str]) -> None:

@@ -29,11 +29,11 @@ def main(
         mesh: Which devices.
     """
     from bioscan_jax.matching.search import open_table, short_columns
-    from bioscan_jax.table.query import as_text
+    from bioscan_jax.table.query import format_table
 
     table = open_table(reference.uri, reference.table, model=model, mesh=mesh)
     found = table.search(sequence, k, filter=filter, columns=columns or short_columns(table), search=search)
-    print(as_text(found.drop_columns(["query"]).to_reader(), k))
+    print(format_table(found.drop_columns(["query"]).to_reader(), k))
 
 
 def command(words: Sequence[str]) -> None:

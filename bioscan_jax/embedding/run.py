@@ -25,7 +25,7 @@ from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.sink import VectorTable
-from bioscan_jax.table.storage import drop_empty, storage_errors, table_exists, table_path
+from bioscan_jax.table.storage import drop_if_empty, sidecar_path, storage_errors, table_exists, table_path, write_whole
 
 
 def embed(
@@ -111,7 +111,7 @@ def embed_with(
         summary = _summary(job, work, vectors, rejects, resumed, index, clock, begun)
         if table is not None and resumed < source.rows:
             with storage_errors(sink.uri, source.rows):
-                _write_text(sink.uri, f"{sink.table}.run.json", summary.to_json())
+                write_whole(sidecar_path(sink.uri, sink.table, "run"), summary.to_json().encode())
     return summary
 
 
@@ -138,7 +138,7 @@ def _opened_table(job: Job) -> Iterator[VectorTable]:
             yield table
         except InputError:
             with suppress(InputError):
-                drop_empty(job.sink.uri, job.sink.table)
+                drop_if_empty(job.sink.uri, job.sink.table)
             raise
 
 
@@ -191,10 +191,3 @@ def _summary(
         provenance=dataclasses.asdict(job.loaded.provenance),
         index=index,
     )
-
-
-def _write_text(uri: str, name: str, text: str) -> None:
-    import fsspec
-
-    filesystem, directory = fsspec.core.url_to_fs(uri)
-    filesystem.pipe_file(f"{directory.rstrip('/')}/{name}", text.encode())

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int32
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from bioscan_jax.matching.alignment import workers
 from bioscan_jax.matching.candidates import Matched, Matcher, match, prepare, votes
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import HeadVotes, Votes
-from bioscan_jax.table.storage import local_directory, storage_errors
+from bioscan_jax.table.storage import read_if_exists, sidecar_path, storage_errors, write_whole
 
 FORMAT = "bioscan_jax calibration 1"
 POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)
@@ -451,7 +450,7 @@ def find_calibration(
     Raises:
         InputError: The file is of another table, damaged, or not where `path` says.
     """
-    where = path or _beside(reference)
+    where = path or sidecar_path(reference.uri, reference.table, "calibration")
     entries = _load(where, must_exist=path is not None)
     if not entries:
         return None, "none for this table: confidences are shares of the vote; scripts/calibrate.py makes one"
@@ -476,36 +475,21 @@ def find_calibration(
 
 def save(reference: config.ReferenceConfig, fitted: Calibration) -> str:
     """Puts a calibration into the file beside its table, in place of one of other rows or of the same settings."""
-    where = _beside(reference)
+    where = sidecar_path(reference.uri, reference.table, "calibration")
     others = [e for e in _load(where) if e.table == fitted.table and e.settings != fitted.settings]
-    text = to_json([*others, fitted]).encode()
     with storage_errors(where):
-        if local_directory(reference.uri) is not None:
-            partial = Path(f"{where}.partial")
-            partial.write_bytes(text)
-            partial.replace(where)
-        else:
-            filesystem, path = fsspec.core.url_to_fs(where)
-            filesystem.pipe_file(path, text)
+        write_whole(where, to_json([*others, fitted]).encode())
     return where
 
 
-def _beside(reference: config.ReferenceConfig) -> str:
-    local = local_directory(reference.uri)
-    return f"{reference.uri.rstrip('/') if local is None else local}/{reference.table}.calibration.json"
-
-
 def _load(where: str, *, must_exist: bool = False) -> tuple[Calibration, ...]:
-    filesystem, path = fsspec.core.url_to_fs(where)
     try:
-        text = filesystem.cat_file(path)
-    except FileNotFoundError:
-        if must_exist:
-            raise InputError(f"--calibration {where}: there is no such file; scripts/calibrate.py makes one") from None
-        return ()
+        text = read_if_exists(where)
     except OSError as error:
         raise InputError(f"{where} cannot be read ({error}); mend that, or remove it") from error
-    return from_json(text, where)
+    if text is None and must_exist:
+        raise InputError(f"--calibration {where}: there is no such file; scripts/calibrate.py makes one")
+    return () if text is None else from_json(text, where)
 
 
 def to_json(entries: Sequence[Calibration]) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int32, Int64, UInt64
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.reading import check_condition, existing, metadata
+from bioscan_jax.table.reading import check_condition, open_existing, schema_metadata
 from bioscan_jax.table.storage import storage_errors
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ def open_reference(given: config.ReferenceConfig, condition: str | None = None) 
         InputError: There is no such table, it has no vectors, nothing says what made them, or the filter is wrong or
             leaves no row.
     """
-    dataset = existing(given.uri, given.table)
-    facts = metadata(dataset)
+    dataset = open_existing(given.uri, given.table)
+    facts = schema_metadata(dataset)
     vectors = "vector" in dataset.schema.names and pa.types.is_fixed_size_list(dataset.schema.field("vector").type)
     if not vectors or not {"plan", "plan_facts", "weights_sha256"} <= facts.keys():
         raise InputError(f"{dataset.uri} is no table of vectors with what made them; pass one that embed made")

@@ -12,8 +12,8 @@ from jaxtyping import Float32, Float64, Int32, Int64
 
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.reading import existing, metadata
-from bioscan_jax.table.storage import local_directory, open_dataset, storage_errors, table_path
+from bioscan_jax.table.reading import open_existing, schema_metadata
+from bioscan_jax.table.storage import open_dataset, read_if_exists, sidecar_path, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance
@@ -95,7 +95,7 @@ def read_contents(uri: str, table: str, max_rows: int, seed: int) -> TableConten
     Raises:
         InputError: There is no such table, it has no rows or no vectors, or a vector is not finite.
     """
-    dataset = existing(uri, table)
+    dataset = open_existing(uri, table)
     kind = dataset.schema.field("vector").type if "vector" in dataset.schema.names else None
     if not isinstance(kind, pa.FixedSizeListType) or "sequence_id" not in dataset.schema.names:
         raise InputError(f"{dataset.uri} is no vector table (no column of vectors, or no sequence_id); pass another")
@@ -115,7 +115,7 @@ def read_contents(uri: str, table: str, max_rows: int, seed: int) -> TableConten
         rejects=0 if rejects is None else rejects.count_rows(),
         rows=_read_rows(dataset, chosen, taxa, notes),
         taxa=taxa,
-        made_by=metadata(dataset),
+        made_by=schema_metadata(dataset),
         run=_run_record(uri, table, notes),
         notes=notes,
     )
@@ -126,7 +126,7 @@ def contains_all(uri: str, table: str, ids: Sequence[str]) -> bool:
     if not ids:
         return False
     quoted = ", ".join("'" + key.replace("'", "''") + "'" for key in set(ids))
-    dataset = existing(uri, table)
+    dataset = open_existing(uri, table)
     with storage_errors(dataset.uri):
         found = dataset.to_table(columns=["sequence_id"], filter=f"sequence_id IN ({quoted})")
     return set(ids) <= set(found["sequence_id"].to_pylist())
@@ -214,12 +214,9 @@ def _numbers(read: pa.Table, name: str, notes: dict[str, str]) -> Float64[np.nda
 
 
 def _run_record(uri: str, table: str, notes: dict[str, str]) -> dict[str, Any] | None:
-    from fsspec.core import url_to_fs
-
-    local = local_directory(uri)
-    filesystem, path = url_to_fs(f"{uri.rstrip('/') if local is None else local}/{table}.run.json")
+    path = sidecar_path(uri, table, "run")
     with storage_errors(path):
-        text = filesystem.cat_file(path) if filesystem.exists(path) else None
+        text = read_if_exists(path)
     if text is None:
         notes["run"] = f"there is no {table}.run.json beside the table"
         return None

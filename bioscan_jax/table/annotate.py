@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.columns import check_values, vector_schema
 from bioscan_jax.table.lock import writer_lock
-from bioscan_jax.table.reading import check_finished, existing, metadata
+from bioscan_jax.table.reading import check_finished, open_existing, schema_metadata
 from bioscan_jax.table.storage import storage_errors, table_path
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def annotate(uri: str, path: str, table: str = "sequences", *, overwrite: bool =
     from lance import LanceDataset, LanceOperation
 
     where = table_path(uri, table)
-    existing(uri, table)
+    open_existing(uri, table)
     with writer_lock(uri, table):
-        dataset = existing(uri, table)
+        dataset = open_existing(uri, table)
         check_finished(uri, table, dataset)
         given = _read(path, dataset.schema)
         _check_columns(path, given, dataset)
@@ -128,7 +128,7 @@ def _check_columns(path: str, given: pa.Table, dataset: "lance.LanceDataset") ->
         raise InputError(f"{path} has no column but {ID}; nothing is to be joined")
     reserved = {
         *_RESERVED,
-        json.loads(metadata(dataset).get("plan_facts", "{}")).get("data", {}).get("sequence_column"),
+        json.loads(schema_metadata(dataset).get("plan_facts", "{}")).get("data", {}).get("sequence_column"),
     }
     if taken := [name for name in names if name in reserved and name != ID]:
         raise InputError(f"{path}: column {taken[0]!r} is what the vectors were made with or of; leave it out")

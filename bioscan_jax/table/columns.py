@@ -1,4 +1,4 @@
-"""The columns of a vector table: ours, and the input's as Lance can store them."""
+"""The columns of a vector table: our own, and those of the input in types that Lance can store."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -12,11 +12,11 @@ _LANCE_COLUMNS = ("_rowid", "_rowaddr", "_rowoffset", "_row_created_at_version",
 
 
 def _storable(given: pa.DataType) -> pa.DataType | None:
-    """The type as which Lance gives a column back unaltered, or None."""
+    """Returns the type in which Lance stores a column without altering its values, or None."""
     t = pa.types
-    if isinstance(given, pa.BaseExtensionType):  # Lance writes the text of arrow.json anew
+    if isinstance(given, pa.BaseExtensionType):  # Lance reformats the text of arrow.json
         return _storable(given.storage_type)
-    if isinstance(given, pa.DictionaryType):  # its values differ from block to block
+    if isinstance(given, pa.DictionaryType):  # the dictionary may differ between blocks
         return _storable(given.value_type)
     if t.is_string_view(given) or t.is_binary_view(given):
         return pa.string() if t.is_string_view(given) else pa.binary()
@@ -35,26 +35,26 @@ def _storable(given: pa.DataType) -> pa.DataType | None:
             return None
         field = pa.field(given.value_field.name, item, given.value_field.nullable)
         if isinstance(given, pa.FixedSizeListType) and given.list_size and t.is_primitive(item):
-            return pa.list_(field, given.list_size)  # Lance panics over fixed-size lists of text
+            return pa.list_(field, given.list_size)  # Lance panics on fixed-size lists of text
         return pa.large_list(field) if isinstance(given, pa.LargeListType) else pa.list_(field)
     refused = (t.is_list_view, t.is_large_list_view, t.is_interval, t.is_union, t.is_run_end_encoded)
     return None if any(test(given) for test in refused) else given
 
 
 def vector_schema(source_schema: pa.Schema, hidden_size: int, vector_dtype: Literal["float32", "float16"]) -> pa.Schema:
-    """The columns of a vector table: `sequence_id`, `source_row`, `vector`, then the input's other columns.
+    """Returns the schema of a vector table: `sequence_id`, `source_row`, `vector`, then the input's other columns.
 
     A type that Lance refuses or alters is stored as its plain equivalent: a dictionary as its values, an extension
-    type as its storage, a view as string or binary, a small decimal as decimal128, a fixed-size list of other than
-    numbers as a list. Metadata of the input is left behind.
+    type as its storage, a view as string or binary, a small decimal as decimal128, a fixed-size list of anything but
+    numbers as a list. The input's schema metadata is dropped.
 
     Args:
-        source_schema: Columns to pass through; one called `sequence_id` is taken for the id.
+        source_schema: Columns to pass through; one called `sequence_id` becomes the id.
         hidden_size: Length of a vector.
-        vector_dtype: Type of its elements.
+        vector_dtype: Type of the vector's elements.
 
     Raises:
-        InputError: a column whose name is taken or whose type cannot be stored.
+        InputError: A column has a reserved name or a type that cannot be stored.
     """
     item = {"float32": pa.float32(), "float16": pa.float16()}[vector_dtype]
     fields = [
@@ -79,14 +79,14 @@ def vector_schema(source_schema: pa.Schema, hidden_size: int, vector_dtype: Lite
 
 
 def check_values(table: pa.Table, locate: Callable[[int], str]) -> None:
-    """Makes sure that the values are what their types say: Lance stores bytes that are not UTF-8, then cannot read them.
+    """Checks that values fit their types: Lance stores text that is not UTF-8, but then cannot read it.
 
     Args:
         table: Rows of the input.
-        locate: Says where a row of the table comes from.
+        locate: Names the file and row that a row of `table` came from, for the message.
 
     Raises:
-        InputError: The first value that is not.
+        InputError: A value does not; the message names the first.
     """
     if _fault(table) is None:
         return

@@ -1,4 +1,4 @@
-"""Indexes of a finished vector table: sequence_id by value, vectors by cosine distance."""
+"""Builds the indexes of a finished vector table: sequence_id by value, vectors by cosine distance."""
 
 import math
 from typing import TYPE_CHECKING, Literal
@@ -7,15 +7,15 @@ if TYPE_CHECKING:
     import lance
 
 _PQ_LEAST_ROWS = 256
-"""A product quantiser has 2**8 centroids; below that Lance makes an index over no rows and says nothing."""
+"""A product quantiser has 2**8 centroids; with fewer rows Lance silently builds an empty index."""
 _ROWS_TO_TRAIN_A_PARTITION = 256
-"""Lance's k-means lowers the number of partitions to this by itself, with a warning."""
+"""Lance's k-means reduces the number of partitions to keep this many rows in each, with a warning."""
 _PQ_WIDTH = 8
-"""Dimensions a sub-vector should have: one byte for eight of them."""
+"""Preferred number of dimensions in a sub-vector, which takes one byte."""
 
 
 def sub_vectors(hidden_size: int) -> int:
-    """The number of PQ sub-vectors whose width divides `hidden_size` and is nearest to 8 (the smaller of two)."""
+    """Returns the number of PQ sub-vectors: their width divides `hidden_size` and is nearest to 8, the smaller of two."""
     widths = [width for width in range(1, hidden_size + 1) if hidden_size % width == 0]
     return hidden_size // min(widths, key=lambda width: (abs(width - _PQ_WIDTH), width))
 
@@ -23,16 +23,16 @@ def sub_vectors(hidden_size: int) -> int:
 def build_indexes(
     dataset: "lance.LanceDataset", kind: Literal["none", "ivf_sq", "ivf_pq"]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Indexes `sequence_id` (BTREE) and, if asked, `vector` with sqrt(rows) partitions (fewer below 65,536 rows).
+    """Indexes `sequence_id` (BTREE) and, on request, `vector` with sqrt(rows) partitions (fewer below 65,536 rows).
 
-    An index that exists and covers all rows is kept.
+    An existing index that covers all rows is kept.
 
     Args:
         dataset: The finished vector table.
         kind: Type of the vector index.
 
     Returns:
-        The indexes the table has now as `column: TYPE`, and a note for each that was asked for and not built.
+        The indexes that the table now has, as `column: TYPE`, and a note for each requested one that was not built.
     """
     rows = dataset.count_rows()
     whole = {i.name: i.index_type.upper() for i in dataset.describe_indices() if i.num_rows_indexed == rows}

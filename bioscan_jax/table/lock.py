@@ -21,10 +21,10 @@ _HELD = {errno.EAGAIN, errno.EACCES}
 
 
 def lock_path(uri: str, table: str) -> Path:
-    """The file that is locked while `table` is written.
+    """Returns the file that is locked while `table` is written.
 
-    It lies beside the table. For an object store it lies in the temporary directory of this machine and guards
-    this machine alone; the counts that the sink checks after each commit guard the rest.
+    It is beside the table. For an object store it is in this machine's temporary directory and excludes writers on this
+    machine only; writers elsewhere are detected by the row counts that the sink checks after each commit.
     """
     directory = local_directory(uri)
     if directory is not None:
@@ -37,22 +37,23 @@ def _holder(descriptor: int) -> str:
     try:
         held = json.loads(os.pread(descriptor, 1 << 16, 0))
         return f"process {held['pid']} on {held['host']} since {held['started']} ({held['command'][:200]})"
-    except (ValueError, KeyError):  # the holder has the lock and has not written its name yet
+    except (ValueError, KeyError):  # the other process has the lock but has not written its name yet
         return "another process"
 
 
 @contextmanager
 def writer_lock(uri: str, table: str, *, kind: str = "table", flag: str = TABLE_FLAG) -> Iterator[None]:
-    """Holds the lock of one table; the kernel lets go of it when the process ends, however it ends.
+    """Holds the lock of one table; the kernel releases it when the process ends, however it ends.
 
     Args:
-        uri: Database directory, made if absent, or object-store URL.
-        table: Name of the vector table, or of what else is written there.
+        uri: Database directory, created if absent, or object-store URL.
+        table: Name of the table, or of whatever else is written there.
         kind: What messages call it.
-        flag: Says where it is.
+        flag: The flag that names the place.
 
     Raises:
-        InputError: another process holds it (named), or the file system has no locks or cannot be written.
+        InputError: Another process, which the message names, holds the lock; or the file system has no locks or cannot
+            be written.
     """
     path = lock_path(uri, table)
     with storage_errors(str(path), flag=flag):
@@ -63,10 +64,10 @@ def writer_lock(uri: str, table: str, *, kind: str = "table", flag: str = TABLE_
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _HELD:
-                mend = "wait for it or stop it, then run the same command again"
-                raise InputError(f"{uri}: {kind} {table} is being written by {_holder(descriptor)}; {mend}") from error
-            mend = "write to a local disk, then copy"
-            raise InputError(f"{path}: this file system has no locks ({error}); {mend}") from error
+                fix = "wait for it or stop it, then run the same command again"
+                raise InputError(f"{uri}: {kind} {table} is being written by {_holder(descriptor)}; {fix}") from error
+            fix = "write to a local disk, then copy"
+            raise InputError(f"{path}: this file system has no locks ({error}); {fix}") from error
         command = shlex.join(sys.orig_argv)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "started": started}

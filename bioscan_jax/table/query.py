@@ -1,4 +1,4 @@
-"""SQL over a vector table: DuckDB plans and joins, Lance reads only the columns and rows that it is asked for."""
+"""SQL over a vector table: DuckDB plans and joins, Lance reads only the columns and rows that are needed."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.output import output_file
-from bioscan_jax.table.reading import existing
+from bioscan_jax.table.reading import open_existing
 from bioscan_jax.table.storage import open_dataset, table_path
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": "false",
     "python_enable_replacements": "false",
 }
-"""No file, no network, no extension, no Python variable can be named by the query."""
-_TABLES = " (there are --table and its rejects, --table with _rejects behind)"
+"""Keep a query from reading files, the network, extensions or Python variables."""
+_TABLES = " (the tables are the one that --table names, and the same name with _rejects)"
 _BATCH_ROWS = 8192
 _NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 _BETWEEN = re.compile(rf"\(?(\w+) BETWEEN ({_NUMBER}) AND ({_NUMBER})\)?")
@@ -36,17 +36,17 @@ _BOUND = re.compile(rf"\(?(\w+) ([<>]=?) ({_NUMBER})\)?")
 
 @dataclass
 class _Scans:
-    """What Lance is asked besides DuckDB's own pushdown, and what it answered."""
+    """The filters passed to Lance beyond DuckDB's own pushdown, and the plans that Lance reports."""
 
-    also: "dict[str, pc.Expression]" = field(default_factory=dict)
-    """Filter by name of the table."""
+    bounds: "dict[str, pc.Expression]" = field(default_factory=dict)
+    """Additional filter, by name of the table."""
     plans: list[str] = field(default_factory=list)
 
 
-def query(sql: str, uri: str, table: str = "sequences") -> pa.Table:
-    """Answers one SELECT over a vector table and its rejects, read-only.
+def query(sql: str, uri: str = "vectors", table: str = "sequences") -> pa.Table:
+    """Runs one read-only SELECT over a vector table and its rejects.
 
-    The tables are named `table` and `{table}_rejects`; nothing else can be read.
+    The tables are called `table` and `{table}_rejects`; the query can read nothing else.
 
     Args:
         sql: One SELECT, WITH, FROM or VALUES statement.
@@ -55,32 +55,43 @@ def query(sql: str, uri: str, table: str = "sequences") -> pa.Table:
 
     Raises:
         InputError: There is no such table, or the SQL writes, is wrong or is more than one statement.
+
+    Example:
+        >>> import tempfile
+        >>> from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> directory = tempfile.mkdtemp()
+        >>> path = write_simulated(f"{directory}/in.parquet", species=2, per_species=3, length=60, seed=0)
+        >>> model, data = ModelConfig(checkpoint="random:tiny-v2"), DataConfig(path=str(path))
+        >>> _ = embed(model, data, SinkConfig(uri=f"{directory}/vectors"), progress=False)
+        >>> query("SELECT count(*) AS n FROM sequences WHERE length(dna_sequence) > 0", f"{directory}/vectors").to_pylist()
+        [{'n': 6}]
     """
-    with reading(sql, uri, table) as reader:
+    with stream(sql, uri, table) as reader:
         return reader.read_all()
 
 
 @contextmanager
-def reading(sql: str, uri: str, table: str = "sequences") -> Iterator[pa.RecordBatchReader]:
-    """Answers as `query` does, batch by batch."""
-    with _answering(sql, uri, table, _Scans()) as reader:
+def stream(sql: str, uri: str, table: str = "sequences") -> Iterator[pa.RecordBatchReader]:
+    """Runs a query as `query` does, and yields a reader of its batches."""
+    with _run(sql, uri, table, _Scans()) as reader:
         yield reader
 
 
 def explain(sql: str, uri: str, table: str = "sequences") -> str:
-    """Runs a query and tells how: DuckDB's plan, then Lance's for each time that it was asked."""
+    """Runs a query and returns its plans as text: DuckDB's, then Lance's for each scan."""
     scans = _Scans()
-    with _answering(sql, uri, table, scans) as reader:
+    with _run(sql, uri, table, scans) as reader:
         for _ in reader:
             pass
-        shown = [f"Lance reads:\n{plan.strip()}" for plan in scans.plans]
+        scanned = [f"Lance reads:\n{plan.strip()}" for plan in scans.plans]
     with _database(uri, table, _Scans()) as database:
         plan = database.execute(f"EXPLAIN {_only_select(sql)}").fetchall()[0][1]
-    return "\n".join([plan.rstrip(), *shown])
+    return "\n".join([plan.rstrip(), *scanned])
 
 
 def write(sql: str, uri: str, table: str, output: str) -> int:
-    """Writes the answer to a file that appears whole or not at all.
+    """Writes the result of a query to a file that appears whole or not at all.
 
     Args:
         sql: As for `query`.
@@ -92,17 +103,17 @@ def write(sql: str, uri: str, table: str, output: str) -> int:
         The number of rows.
 
     Raises:
-        InputError: As for `query`; or the file cannot be written.
+        InputError: As for `query`, or the file cannot be written.
     """
     form = Path(output).suffix
     if form not in (".csv", ".parquet"):
         raise InputError(f"--output {output}: pass FILE.csv or FILE.parquet")
-    with output_file(output) as path, reading(sql, uri, table) as reader:
+    with output_file(output) as path, stream(sql, uri, table) as reader:
         return _write_csv(reader, path) if form == ".csv" else _write_parquet(reader, path)
 
 
-def as_text(reader: pa.RecordBatchReader, most_rows: int) -> str:
-    """A table of text, numbers to the right; reads all rows and shows the first `most_rows`.
+def format_table(reader: pa.RecordBatchReader, most_rows: int) -> str:
+    """Formats the first `most_rows` rows as a text table with a row count; reads all rows.
 
     Raises:
         InputError: `most_rows` is below 0.
@@ -135,7 +146,7 @@ def _cell(value: Any) -> str:
 
 
 def _only_select(sql: str) -> str:
-    """The query without what follows its semicolon; an InputError if it is not one that reads."""
+    """Returns the query without its semicolon; raises InputError unless it is a single SELECT."""
     import duckdb
 
     with _one_line():
@@ -149,7 +160,7 @@ def _only_select(sql: str) -> str:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Turns what DuckDB says into one line."""
+    """Raises an error of DuckDB as a one-line InputError."""
     import duckdb
 
     try:
@@ -157,48 +168,48 @@ def _one_line() -> Iterator[None]:
     except (duckdb.Error, pa.ArrowException) as error:
         text = " ".join(re.split(r"\n\s*LINE \d+:", str(error))[0].split())
         raise InputError(
-            f"the SQL cannot be run: {text[:400]}; mend it{_TABLES * ('Table with name' in text)}"
+            f"the SQL cannot be run: {text[:400]}; fix it{_TABLES * ('Table with name' in text)}"
         ) from error
 
 
 @contextmanager
 def _database(uri: str, table: str, scans: _Scans) -> Iterator["duckdb.DuckDBPyConnection"]:
-    """DuckDB with the table and its rejects, and nothing else that it may touch."""
+    """Opens DuckDB with access to the table and its rejects only."""
     import duckdb
 
-    vectors, rejects = existing(uri, table), open_dataset(table_path(uri, f"{table}_rejects"))
+    vectors, rejects = open_existing(uri, table), open_dataset(table_path(uri, f"{table}_rejects"))
     with ExitStack() as held, _one_line():
         database = held.enter_context(duckdb.connect(":memory:", config=_SETTINGS))
         for name, dataset in ((table, vectors), (f"{table}_rejects", rejects)):
             if dataset is not None:
-                database.register(name, _readable(dataset, name, scans))
+                database.register(name, _for_duckdb(dataset, name, scans))
                 held.callback(database.unregister, name)
         database.execute("SET lock_configuration = true")
         yield database
 
 
 @contextmanager
-def _answering(sql: str, uri: str, table: str, scans: _Scans) -> Iterator[pa.RecordBatchReader]:
+def _run(sql: str, uri: str, table: str, scans: _Scans) -> Iterator[pa.RecordBatchReader]:
     select = _only_select(sql)
     with _database(uri, table, scans) as database:
         plan = json.loads(database.execute(f"EXPLAIN (FORMAT JSON) {select}").fetchall()[0][1])
-        kept = list(_kept_conditions(plan, []))
-        # Of two scans, or of one of the rejects, the plan does not name the table
-        also = _for_lance(kept[0], existing(uri, table).schema) if len(kept) == 1 else None
-        scans.also = {} if also is None or f"{table}_rejects" in select else {table: also}
+        kept = list(_filters_above_scans(plan, []))
+        # The plan does not name the tables: with two scans, or one of the rejects, the filter could be put on the wrong one
+        bounds = _lance_bounds(kept[0], open_existing(uri, table).schema) if len(kept) == 1 else None
+        scans.bounds = {} if bounds is None or f"{table}_rejects" in select else {table: bounds}
         reader = database.sql(select).to_arrow_reader(_BATCH_ROWS)
         with closing(reader):
             yield reader
 
 
-def _kept_conditions(nodes: Iterable[dict], above: list[str]) -> Iterator[list[str]]:
-    """For each scan of the plan, the conditions that DuckDB checks right above it on columns that it reads."""
+def _filters_above_scans(nodes: Iterable[dict], above: list[str]) -> Iterator[list[str]]:
+    """Yields, for each scan of the plan, the conditions that DuckDB checks directly above it on columns it reads."""
     for node in nodes:
         if node["name"] == "PYTHON_ARROW_SCAN":
             read = set(_texts(node["extra_info"].get("Projections", "")))
             yield [condition for condition in above if set(re.findall(r"\(?(\w+) ", condition)[:1]) <= read]
         parts = _texts(node["extra_info"].get("Expression", "")) if node["name"] == "FILTER" else []
-        yield from _kept_conditions(node["children"], [c for part in parts for c in _conjuncts(part)])
+        yield from _filters_above_scans(node["children"], [c for part in parts for c in _conjuncts(part)])
 
 
 def _texts(value: str | list[str]) -> list[str]:
@@ -206,7 +217,7 @@ def _texts(value: str | list[str]) -> list[str]:
 
 
 def _conjuncts(expression: str) -> list[str]:
-    """The parts of `((a) AND (b))`; a part that holds AND or OR itself comes out in pieces that match no pattern."""
+    """Splits `((a) AND (b))`; a part that itself contains AND or OR yields pieces that match no pattern."""
     inner = expression.strip()
     if _BETWEEN.fullmatch(inner) or " OR " in inner or "'" in inner or " AND " not in inner:
         return [inner]
@@ -214,11 +225,11 @@ def _conjuncts(expression: str) -> list[str]:
     return re.findall(r"\([^()]*\)", inner)
 
 
-def _for_lance(conditions: Iterable[str], schema: pa.Schema) -> "pc.Expression | None":
-    """What Lance can check of the conditions that DuckDB keeps to itself: bounds of floating-point columns.
+def _lance_bounds(conditions: Iterable[str], schema: pa.Schema) -> "pc.Expression | None":
+    """Returns the bounds on floating-point columns, which DuckDB does not push down, as a filter for Lance.
 
-    DuckDB does not hand lower bounds down since NaN is above all numbers for it, while Lance has NaN with its sign bit
-    set below all. What comes through is compared by DuckDB once more: Lance may let too much through, never too little.
+    DuckDB keeps lower bounds because it sorts NaN above all numbers, while Lance sorts NaN with its sign bit set below
+    all. DuckDB checks the conditions again, so Lance may return too many rows but never too few.
     """
     bounds: dict[str, dict[str, float]] = {}
     for condition in conditions:
@@ -228,7 +239,7 @@ def _for_lance(conditions: Iterable[str], schema: pa.Schema) -> "pc.Expression |
             given = {found[2][0]: float(found[3])}
         else:
             continue
-        bounds[found[1]] = bounds.get(found[1], {}) | given  # of two lower bounds either one lets enough through
+        bounds[found[1]] = bounds.get(found[1], {}) | given  # of two lower bounds, either one returns enough rows
     kept = None
     for name, bound in bounds.items():
         if name not in schema.names or not pa.types.is_floating(kind := schema.field(name).type):
@@ -245,14 +256,14 @@ def _for_lance(conditions: Iterable[str], schema: pa.Schema) -> "pc.Expression |
 
 
 def _no_nan(filter: "pc.Expression | None", schema: pa.Schema) -> "list[pc.Expression]":
-    """What an upper bound that DuckDB handed down leaves out too: NaN with its sign bit set, which Lance has below all."""
+    """Returns filters that exclude NaN with its sign bit set, which Lance sorts below the upper bounds in `filter`."""
     numbers = [field for field in schema if pa.types.is_floating(field.type)]
     bounded = [field for field in numbers if re.search(rf"\({re.escape(field.name)} <=? ", str(filter))]
     return [pc.field(field.name) >= pa.scalar(float("-inf"), field.type) for field in bounded]
 
 
-def _readable(dataset: "lance.LanceDataset", name: str, scans: _Scans) -> "lance.LanceDataset":
-    """The table as DuckDB can read it, which knows no half floats; `scans.also` is applied and the plans are kept."""
+def _for_duckdb(dataset: "lance.LanceDataset", name: str, scans: _Scans) -> "lance.LanceDataset":
+    """Wraps a table for DuckDB: half floats become float32, `scans.bounds` is applied and the plans are recorded."""
     import lance
     import pyarrow.dataset as pads
 
@@ -265,16 +276,16 @@ def _readable(dataset: "lance.LanceDataset", name: str, scans: _Scans) -> "lance
             return shown
 
         def scanner(self, columns: Any = None, filter: Any = None, **options: Any) -> Any:
-            also = scans.also.get(name)
+            bounds = scans.bounds.get(name)
             both = None
-            for part in (filter, also, *_no_nan(filter, shown)):
+            for part in (filter, bounds, *_no_nan(filter, shown)):
                 both = part if both is None else both if part is None else both & part
             wanted, left = list(columns or shown.names), None
             try:
                 scanner = super().scanner(columns=wanted, filter=both, **options)
                 scans.plans.append(scanner.explain_plan())
             except (ValueError, NotImplementedError):
-                # A type that Lance takes no filter on, such as uint64. DuckDB does not look again at what it handed down.
+                # A type that Lance cannot filter, such as uint64. DuckDB does not check again what it pushed down.
                 read, left = [c for c in shown.names if c in wanted or c in str(filter)], filter
                 scanner = super().scanner(columns=read, **options)
                 scans.plans.append(scanner.explain_plan())
@@ -288,7 +299,7 @@ def _readable(dataset: "lance.LanceDataset", name: str, scans: _Scans) -> "lance
 
 
 def _wide(kind: pa.DataType) -> pa.DataType:
-    """The type with float32 where it has half floats."""
+    """Replaces half floats in a type by float32."""
     if pa.types.is_float16(kind):
         return pa.float32()
     if isinstance(kind, pa.FixedSizeListType) and pa.types.is_float16(kind.value_type):

@@ -1,4 +1,4 @@
-"""Tables that are there, opened to be read."""
+"""Opens existing tables, reads their metadata and checks SQL conditions on them."""
 
 import re
 from typing import TYPE_CHECKING, Literal
@@ -10,24 +10,24 @@ if TYPE_CHECKING:
     import lance
 
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"`]*\"|`[^\"`]*`|\border\b", re.IGNORECASE)
-"""Texts, quoted names, and the one rank that is a keyword."""
+"""SQL strings, quoted names, and `order`, the one taxonomic rank that is a keyword."""
 
 
 def check_name(table: str) -> None:
-    """Raises InputError for a table name that could not be one of ours, such as a path."""
+    """Raises InputError for a table name that is not allowed, such as a path."""
     if not table.replace("_", "").replace("-", "").isalnum():
         raise InputError(f"--table {table!r} must be letters, digits, '-' and '_'")
 
 
-def existing(uri: str, table: str) -> "lance.LanceDataset":
-    """The latest version of a table.
+def open_existing(uri: str, table: str) -> "lance.LanceDataset":
+    """Opens the latest version of a table.
 
     Args:
         uri: Database directory or object-store URL.
         table: Name of the table.
 
     Raises:
-        InputError: There is no such table (those that there are are named), or it cannot be read.
+        InputError: There is no such table (the message lists those that exist), or it cannot be read.
     """
     check_name(table)
     found = open_dataset(table_path(uri, table))
@@ -40,25 +40,22 @@ def existing(uri: str, table: str) -> "lance.LanceDataset":
 
 
 def check_condition(sql: str) -> str:
-    """Makes sure that a filter is one SQL expression and nothing else.
+    """Checks that a filter is one SQL expression, and returns it with names quoted as Lance expects.
 
-    Lance reads an expression from the start of a text and passes over the rest: `depth > 3; DROP TABLE x`, or a
-    forgotten AND, would go unnoticed. And it takes what is in double quotes for a text, so that `"order" = 'Diptera'`
-    would hold for no row without a word.
+    Lance parses an expression from the start of a string and ignores the rest, so that `depth > 3; DROP TABLE x` or a
+    forgotten AND would go unnoticed. It also reads double quotes as string quotes, so that `"order" = 'Diptera'` would
+    silently match no row.
 
     Args:
         sql: Columns are bare, in double quotes as in standard SQL, or in backticks; `order`, a rank, is never a keyword.
 
-    Returns:
-        The same condition as Lance reads it.
-
     Raises:
-        InputError: It is not one.
+        InputError: It is not one expression.
     """
     import duckdb
 
     try:
-        # What closes one of the two brackets itself cannot also close the other
+        # No text can close both of these brackets by itself
         for whole in ("SELECT (\n{}\n)", "SELECT CASE WHEN\n{}\nTHEN 1 END"):
             if len(duckdb.extract_statements(whole.format(_with_names_in(sql, '"')))) != 1:
                 raise InputError(f"--filter {sql!r} is more than one condition; pass one SQL expression")
@@ -69,7 +66,7 @@ def check_condition(sql: str) -> str:
 
 
 def _with_names_in(sql: str, mark: str) -> str:
-    """The same SQL with quoted names, and `order`, in these quotes."""
+    """Replaces the quotes around names, and puts `order` in quotes."""
 
     def quoted(found: re.Match) -> str:
         text = found[0]
@@ -78,18 +75,18 @@ def _with_names_in(sql: str, mark: str) -> str:
     return _QUOTED.sub(quoted, sql)
 
 
-def metadata(dataset: "lance.LanceDataset") -> dict[str, str]:
-    """What the table says of itself: what made its vectors, its plan."""
+def schema_metadata(dataset: "lance.LanceDataset") -> dict[str, str]:
+    """Returns the metadata of a table's schema: its plan and what made its vectors."""
     return {key.decode(): value.decode() for key, value in (dataset.schema.metadata or {}).items()}
 
 
 def check_finished(uri: str, table: str, dataset: "lance.LanceDataset") -> None:
-    """Refuses a table that a run of embed has begun and not ended: it goes on with the rows and columns it knows.
+    """Checks that no unfinished `embed` run owns the table: resuming it requires the rows and columns it left.
 
     Raises:
-        InputError: The table is such a one.
+        InputError: Rows are missing.
     """
-    facts = metadata(dataset)
+    facts = schema_metadata(dataset)
     if "rows" not in facts or "bundle" in facts:
         return
     rejects = open_dataset(table_path(uri, f"{table}_rejects"))
@@ -97,11 +94,11 @@ def check_finished(uri: str, table: str, dataset: "lance.LanceDataset") -> None:
     if found < int(facts["rows"]):
         wanted = int(facts["rows"])
         raise InputError(
-            f"{dataset.uri} is unfinished ({found:,} of {wanted:,} rows); run what makes it to its end first"
+            f"{dataset.uri} is unfinished ({found:,} of {wanted:,} rows); finish the run that makes it first"
         )
 
 
 def vector_index(dataset: "lance.LanceDataset") -> Literal["none", "ivf_sq", "ivf_pq"]:
-    """The kind of vector index that the table has, of those that `build_indexes` makes."""
+    """Returns the kind of vector index the table has, of those that `build_indexes` makes."""
     kinds = {i.index_type.lower() for i in dataset.describe_indices() if "vector" in i.field_names}
     return "ivf_sq" if "ivf_sq" in kinds else "ivf_pq" if "ivf_pq" in kinds else "none"

@@ -1,6 +1,7 @@
-"""The exactly-once Lance table: blocks of rows in a fixed order, one atomic commit each, resumed from itself.
+"""The Lance table that holds every input row exactly once: ordered blocks, one atomic commit each.
 
-The kernel may kill the process at any instant; what a power cut does to unwritten pages is the disk's affair.
+A killed run resumes from the table itself, at whatever instant it was killed. Power cuts are not covered: Lance does
+not force its files to the disk.
 """
 
 import errno
@@ -30,10 +31,10 @@ _COMMITS_BETWEEN_CLEANINGS = 64
 
 @dataclass(frozen=True)
 class SinkBlock:
-    """What became of one block of input rows: each is a vector or a reject."""
+    """The results of one block of input rows: each row is either a vector or a reject."""
 
     index: int
-    """Number of the block; it holds the rows from `index * block_rows`."""
+    """Number of the block, whose first row is `index * block_rows`."""
     vectors: pa.Table
     rejects: pa.Table
 
@@ -45,13 +46,13 @@ class Finished:
     vectors: int
     rejects: int
     indexes: tuple[str, ...]
-    """`column: TYPE` of each index the table has."""
+    """Each index of the table, as `column: TYPE`."""
     notes: tuple[str, ...]
-    """What was asked for and not done, and why."""
+    """What was requested but not done, and why."""
 
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The columns in the schema's order and types; the vectors themselves must have their type already."""
+    """Casts a block to the schema's column order and types; vectors must already have the right type."""
     if set(table.column_names) != set(schema.names) or table.num_columns != len(schema):
         raise ValueError(f"a block has columns {table.column_names}; the table has {schema.names}")
     if "vector" in schema.names and table.schema.field("vector").type != schema.field("vector").type:
@@ -61,12 +62,12 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _write(dataset: "lance.LanceDataset", data: pa.Table, max_bytes_per_file: int) -> list[str]:
-    """Writes data files that no version of the table names yet."""
+    """Writes data files that no version of the table refers to yet."""
     from lance.fragment import write_fragments
 
     if not data.num_rows:
         return []
-    # Lance looks at the size of a file between batches only, and a block is one batch
+    # Lance checks the size of a file only between batches, and a block is one batch
     batch_rows = max(1, data.num_rows * max_bytes_per_file // (16 * data.nbytes))
     batches = data.to_reader(max_chunksize=batch_rows)
     fragments = write_fragments(batches, dataset, max_bytes_per_file=max_bytes_per_file)
@@ -76,7 +77,7 @@ def _write(dataset: "lance.LanceDataset", data: pa.Table, max_bytes_per_file: in
 
 
 def _check_whole(path: str, size: int | None) -> None:
-    """Raises OSError where a local file is short: Lance says nothing if the disk fills up while it writes the end."""
+    """Raises OSError if a local file is short: Lance does not report a disk that fills up while it writes the end."""
     local = local_directory(path)
     if local is not None and (found := local.stat().st_size) != size:
         raise OSError(
@@ -85,7 +86,7 @@ def _check_whole(path: str, size: int | None) -> None:
 
 
 def _commit(dataset: "lance.LanceDataset", fragments: Sequence[str]) -> "lance.LanceDataset":
-    """Makes written files part of the table, all of them or none."""
+    """Commits written files to the table, all of them or none."""
     import lance
 
     if not fragments:
@@ -97,23 +98,23 @@ def _commit(dataset: "lance.LanceDataset", fragments: Sequence[str]) -> "lance.L
 def write_fragments(
     uri: str, table: str, data: pa.Table, *, max_bytes_per_file: int, safe_rows: int | None = None
 ) -> list[str]:
-    """Writes vectors from a process that is not the table's writer; they count once the writer commits them.
+    """Writes vectors from a process that is not the table's writer; they become rows once the writer commits them.
 
-    The writer must have opened the table before, and must have committed before it finishes: opening and
-    finishing remove the files that no commit names.
+    The writer must have opened the table before, and must commit before it finishes: opening and finishing a table
+    remove the files that no commit refers to.
 
     Args:
         uri: Database directory or object-store URL that all hosts share.
         table: Name of the vector table.
         data: Rows of consecutive blocks, in order of `source_row`.
-        max_bytes_per_file: A new file is begun past this size.
-        safe_rows: Input rows that are committed, for the message if this fails; None if not known.
+        max_bytes_per_file: A new file is started past this size.
+        safe_rows: Input rows already committed, for the error message; None if not known.
 
     Returns:
-        JSON of each fragment, for `VectorTable.append_fragments`.
+        Each fragment as JSON, for `VectorTable.append_fragments`.
 
     Raises:
-        InputError: the storage failed, or the table is absent.
+        InputError: The storage failed, or there is no such table.
     """
     path = table_path(uri, table)
     dataset = open_dataset(path)
@@ -125,9 +126,9 @@ def write_fragments(
 
 
 class VectorTable:
-    """A vector table and its rejects, held under the table's lock: use it as a context manager.
+    """A vector table and its rejects, open for writing under the table's lock; a context manager.
 
-    After an error it must be opened again; what is on the disk then decides where it goes on.
+    After an error it must be opened again; it then resumes from what the disk holds.
     """
 
     def __init__(
@@ -138,11 +139,11 @@ class VectorTable:
         rows: int,
         block_rows: int,
         max_bytes_per_file: int,
-        mend: str,
+        fix: str,
     ) -> None:
         self._vectors, self._rejects = vectors, rejects
         self._rows, self._block_rows, self._max_bytes_per_file = rows, block_rows, max_bytes_per_file
-        self._mend = mend
+        self._fix = fix
         self._commits = 0
         self._held = ExitStack()
         self.next_block = self.vectors = self.rejects = 0
@@ -161,27 +162,27 @@ class VectorTable:
         max_bytes_per_file: int,
         locked: bool = False,
     ) -> "VectorTable":
-        """Locks the table, makes it if it is absent, and finds where to go on.
+        """Locks the table, creates it if absent, and finds the block to resume from.
 
         Args:
             uri: Database directory or object-store URL.
             table: Name; rejects go to `{table}_rejects`.
             schema: From `vector_schema`.
-            plan: What decides the rows and their values.
-            provenance: Schema metadata to keep with the table when it is made.
+            plan: What determines the rows and their values.
+            provenance: Schema metadata to store in a new table.
             rows: Rows of the input.
             block_rows: Rows of a block; the last may have fewer.
-            max_bytes_per_file: A new data file is begun past this size; soft.
+            max_bytes_per_file: A new data file is started past this size, approximately.
             locked: The caller holds the table's `writer_lock` and keeps it until the table is closed.
 
         Raises:
-            InputError: another process writes the table, it was made by another plan or altered since, or the
+            InputError: Another process is writing the table, it was made by another plan or altered since, or the
                 storage failed.
         """
         import lance
 
         paths = table_path(uri, table), table_path(uri, f"{table}_rejects")
-        mend = f"pass another --sink.table, or remove {paths[0]} and {paths[1]}"
+        fix = f"pass another --sink.table, or remove {paths[0]} and {paths[1]}"
         origin = {"plan": plan.sha256, "plan_facts": plan.canonical, "rows": str(rows), "block_rows": str(block_rows)}
         if taken := provenance.keys() & origin.keys():
             raise ValueError(f"provenance has {sorted(taken)}, which the table writes itself")
@@ -192,12 +193,12 @@ class VectorTable:
             found = [open_dataset(path) for path in paths]
             for path, dataset, columns in zip(paths, found, wanted, strict=True):
                 if dataset is not None:
-                    check_origin(path, dataset.schema, columns, mend)
+                    check_origin(path, dataset.schema, columns, fix)
             for i, (path, columns) in enumerate(zip(paths, wanted, strict=True)):
                 if found[i] is None:
                     with storage_errors(path):
                         found[i] = lance.write_dataset(columns.empty_table(), path, mode="create")
-            opened = cls(*found, rows=rows, block_rows=block_rows, max_bytes_per_file=max_bytes_per_file, mend=mend)
+            opened = cls(*found, rows=rows, block_rows=block_rows, max_bytes_per_file=max_bytes_per_file, fix=fix)
             with storage_errors(paths[0]):
                 opened._resume()
             opened._held = held.pop_all()
@@ -206,7 +207,7 @@ class VectorTable:
     def _source_rows(self, dataset: "lance.LanceDataset") -> UInt64[np.ndarray, " rows"]:
         found = dataset.to_table(columns=["source_row"])["source_row"].to_numpy()
         if (found[1:] <= found[:-1]).any() or (found[-1:] >= self._rows).any():
-            raise InputError(f"{dataset.uri}: its rows are not in the order of the input, each once; {self._mend}")
+            raise InputError(f"{dataset.uri}: its rows are not in the order of the input, each once; {self._fix}")
         return found
 
     def _resume(self) -> None:
@@ -218,18 +219,21 @@ class VectorTable:
             kept = int(np.searchsorted(rejects, self._safe_rows))
             if len(vectors) + kept != self._safe_rows:
                 counts = f"{len(vectors)} vectors and {kept} rejects for the first {self._safe_rows} rows"
-                raise InputError(f"{self._vectors.uri} has {counts}: it was altered by something else; {self._mend}")
-        if kept < len(rejects):  # written by a process that was killed before it committed their block's vectors
+                raise InputError(f"{self._vectors.uri} has {counts}: it was altered by something else; {self._fix}")
+        if kept < len(rejects):  # their writer was killed before it committed the vectors of the same block
             self._rejects.delete(f"source_row >= {self._safe_rows}")
         self.vectors, self.rejects = len(vectors), kept
         self._clean()
 
     def _clean(self) -> None:
-        """Removes old versions and the files of killed commits; nobody else may be writing."""
+        """Removes old versions and the files of killed commits; no other process may be writing."""
         for dataset in (self._vectors, self._rejects):
             dataset.cleanup_old_versions(retain_versions=1, delete_unverified=True, error_if_tagged_old_versions=False)
             if (directory := local_directory(dataset.uri)) is not None:
-                for unfinished in [*directory.rglob(".tmp*"), *directory.rglob("*#*")]:  # manifests, which Lance leaves
+                for unfinished in [
+                    *directory.rglob(".tmp*"),
+                    *directory.rglob("*#*"),
+                ]:  # manifests, which Lance does not remove
                     unfinished.unlink()
 
     @property
@@ -238,11 +242,11 @@ class VectorTable:
 
     @property
     def finished(self) -> bool:
-        """Whether every input row is a vector or a reject."""
+        """Whether every input row is in the table, as a vector or a reject."""
         return self.vectors + self.rejects == self._rows
 
     def _span(self, indices: Sequence[int]) -> tuple[int, int]:
-        """First input row of consecutive blocks, and the one after their last."""
+        """Returns the first input row of consecutive blocks and the row after their last."""
         if list(indices) != list(range(self.next_block, self.next_block + len(indices))) or not indices:
             raise ValueError(f"blocks {list(indices)} were given where block {self.next_block} comes next")
         return self._safe_rows, min((indices[-1] + 1) * self._block_rows, self._rows)
@@ -251,11 +255,11 @@ class VectorTable:
         """Commits consecutive blocks from `next_block` on, their vectors in one atomic step.
 
         Args:
-            blocks: Together they hold every row of their blocks once, in order of `source_row`.
+            blocks: Together they hold each row of these blocks once, in order of `source_row`.
 
         Raises:
-            InputError: the storage failed, or a second writer is at work.
-            ValueError: the blocks are not the next ones, or their rows or columns are not the table's.
+            InputError: The storage failed, or a second process is writing.
+            ValueError: These are not the next blocks, or their rows or columns do not match the table.
         """
         first, stop = self._span([block.index for block in blocks])
         vectors = pa.concat_tables([_conform(block.vectors, self._vectors.schema) for block in blocks])
@@ -269,17 +273,17 @@ class VectorTable:
         self.append_fragments([block.index for block in blocks], fragments, vectors.num_rows, rejects)
 
     def append_fragments(self, indices: Sequence[int], fragments: Sequence[str], rows: int, rejects: pa.Table) -> None:
-        """Commits consecutive blocks whose vectors were written by `write_fragments`, perhaps on several hosts.
+        """Commits consecutive blocks whose vectors `write_fragments` wrote, possibly on several hosts.
 
         Args:
             indices: Numbers of the blocks, from `next_block` on.
-            fragments: What `write_fragments` returned, in order of `source_row`.
-            rows: Vectors in the fragments.
+            fragments: Results of `write_fragments`, in order of `source_row`.
+            rows: Number of vectors in the fragments.
             rejects: Rejected rows of the blocks.
 
         Raises:
-            InputError: the storage failed, or a second writer is at work.
-            ValueError: the blocks are not the next ones, or the rows are too few or too many.
+            InputError: The storage failed, or a second process is writing.
+            ValueError: These are not the next blocks, or there are too few or too many rows.
         """
         first, stop = self._span(indices)
         held = sum(json.loads(fragment)["physical_rows"] for fragment in fragments)
@@ -288,13 +292,16 @@ class VectorTable:
             raise ValueError(f"{given} were given for rows {first} to {stop - 1}")
         conformed = _conform(rejects, self._rejects.schema)
         with storage_errors(self._vectors.uri, first):
-            # rejects first: a kill between the two leaves rejects that opening the table takes back
+            # rejects first: after a kill between the two, opening the table removes them again
             self._rejects = _commit(self._rejects, _write(self._rejects, conformed, self._max_bytes_per_file))
             self._vectors = _commit(self._vectors, fragments)
             self._expect(self.vectors + rows, self.rejects + rejects.num_rows)
             self._commits += 1
             if self._commits % _COMMITS_BETWEEN_CLEANINGS == 0:
-                for dataset in (self._vectors, self._rejects):  # keeps files that other hosts have just written
+                for dataset in (
+                    self._vectors,
+                    self._rejects,
+                ):  # verified versions only: other hosts may have just written files
                     dataset.cleanup_old_versions(retain_versions=1, error_if_tagged_old_versions=False)
         self.vectors += rows
         self.rejects += rejects.num_rows
@@ -305,17 +312,17 @@ class VectorTable:
             dataset.checkout_latest()
             if (found := dataset.count_rows()) != expected:
                 cause = "a second writer is at work; stop it, then"
-                raise InputError(f"{dataset.uri} has {found} rows instead of {expected}: {cause} {self._mend}")
+                raise InputError(f"{dataset.uri} has {found} rows instead of {expected}: {cause} {self._fix}")
 
     def finish(self, index: Literal["none", "ivf_sq", "ivf_pq"] = "none") -> Finished:
-        """Checks that every input row is there, removes old versions, builds the indexes that are missing.
+        """Checks that every input row is in the table, removes old versions and builds missing indexes.
 
         Args:
             index: Vector index (cosine); `sequence_id` is always indexed.
 
         Raises:
-            InputError: the storage failed, or a second writer is at work.
-            ValueError: rows are missing.
+            InputError: The storage failed, or a second process is writing.
+            ValueError: Rows are missing.
         """
         if not self.finished:
             counts = f"{self.vectors} vectors and {self.rejects} rejects"
@@ -327,13 +334,13 @@ class VectorTable:
                 present[self._source_rows(dataset)] = True
             if not present.all():
                 missing = int(np.argmin(present))
-                raise InputError(f"{self._vectors.uri} lacks row {missing} and has another twice; {self._mend}")
+                raise InputError(f"{self._vectors.uri} lacks row {missing} and has another twice; {self._fix}")
             indexes, notes = build_indexes(self._vectors, index)
             self._clean()
         return Finished(self.vectors, self.rejects, indexes, notes)
 
     def close(self) -> None:
-        """Lets go of the lock."""
+        """Releases the lock."""
         self._held.close()
 
     def __enter__(self) -> "VectorTable":

@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import whole_file
 
 if TYPE_CHECKING:
     import lance
@@ -16,16 +17,16 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NOT_A_DIRECTORY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 TABLE_FLAG = "--sink.uri"
-"""Says where a table is, on the command line."""
+"""The flag that names the database, for messages."""
 
 
 def local_directory(uri: str, *, flag: str = TABLE_FLAG) -> Path | None:
-    """The directory a URI names, or None if it names an object store (`gs://`, `s3://`, ...).
+    """Returns the absolute directory that a URI names, or None for an object store (`gs://`, `s3://`, ...).
 
-    It is absolute, since Lance takes the start of a relative `a:b` for a URL's scheme.
+    It is absolute because Lance reads the start of a relative `a:b` as a URL scheme.
 
     Raises:
-        InputError: the URI is empty; `flag` is how it was given.
+        InputError: The URI is empty; the message names `flag`.
     """
     if not uri:
         raise InputError(f"{flag} is empty; pass a directory or an object-store URL")
@@ -35,22 +36,19 @@ def local_directory(uri: str, *, flag: str = TABLE_FLAG) -> Path | None:
 
 
 def table_path(uri: str, table: str) -> str:
-    """Where the LanceDB database at `uri` keeps `table`."""
+    """Returns the path or URL at which the LanceDB database `uri` stores `table`."""
     directory = local_directory(uri)
     return f"{uri.rstrip('/')}/{table}.lance" if directory is None else str(directory / f"{table}.lance")
 
 
 def storage_error(where: str, error: Exception, safe_rows: int | None, flag: str = TABLE_FLAG) -> InputError:
-    """Makes one line with the mend of what the storage, or Lance for it, complains about.
+    """Returns a storage failure as one line that says how to fix it.
 
     Args:
         where: The path or URL that was read or written.
-        error: Python's OSError, or Lance's exception whose text holds `(os error N)`.
-        safe_rows: Rows that were committed before, None if that is not known.
-        flag: Says where to write.
-
-    Returns:
-        The error to raise.
+        error: Python's OSError, or an exception of Lance, whose text contains `(os error N)`.
+        safe_rows: Rows committed before the failure, None if not known.
+        flag: The flag that names the place.
     """
     text = " ".join(re.sub(r",? ?/\S+\.rs:\d+:\d+", "", str(error)).split())[:300]
     found = re.search(r"\(os error (\d+)\)", text)
@@ -66,20 +64,20 @@ def storage_error(where: str, error: Exception, safe_rows: int | None, flag: str
         return InputError(f"{where}: not allowed; pass a {flag} that you may write{links} ({text})")
     if code in _NOT_A_DIRECTORY:
         return InputError(f"{where}: a file stands where a directory is needed; pass another {flag} ({text})")
-    return InputError(f"{where}: the storage failed; mend it and {again} ({text})")
+    return InputError(f"{where}: the storage failed; fix it and {again} ({text})")
 
 
 @contextmanager
 def storage_errors(where: str, safe_rows: int | None = None, *, flag: str = TABLE_FLAG) -> Iterator[None]:
-    """Turns what fails inside into `storage_error`; an InputError passes through.
+    """Raises storage failures in its block as the InputError of `storage_error`.
 
     Args:
         where: The path or URL that is read or written.
-        safe_rows: Rows that were committed before, None if that is not known.
-        flag: Says where to write.
+        safe_rows: Rows committed before the failure, None if not known.
+        flag: The flag that names the place.
 
     Raises:
-        InputError: the storage failed.
+        InputError: The storage failed.
     """
     try:
         yield
@@ -90,13 +88,13 @@ def storage_errors(where: str, safe_rows: int | None = None, *, flag: str = TABL
 
 
 def open_dataset(path: str) -> "lance.LanceDataset | None":
-    """The latest version of a table, or None if there is none.
+    """Opens the latest version of a table; None if there is no such table.
 
     Args:
         path: From `table_path`.
 
     Raises:
-        InputError: there is something that cannot be read.
+        InputError: The table cannot be read.
     """
     import lance
 
@@ -110,12 +108,12 @@ def open_dataset(path: str) -> "lance.LanceDataset | None":
 
 
 def table_exists(uri: str, table: str) -> bool:
-    """Whether there is such a table, of whatever origin; an InputError if it cannot be read."""
+    """Returns whether the table exists; raises InputError if it cannot be read."""
     return open_dataset(table_path(uri, table)) is not None
 
 
-def drop_empty(uri: str, table: str) -> None:
-    """Removes a vector table and its rejects if neither has a row; the caller holds the lock of the table."""
+def drop_if_empty(uri: str, table: str) -> None:
+    """Removes a vector table and its rejects if neither has a row; the caller holds the table's lock."""
     import lance
 
     paths = table_path(uri, table), table_path(uri, f"{table}_rejects")
@@ -124,3 +122,31 @@ def drop_empty(uri: str, table: str) -> None:
         if not any(dataset.count_rows() for dataset in found.values()):
             for path in found:
                 lance.LanceDataset.drop(path)
+
+
+def sidecar_path(uri: str, table: str, kind: Literal["run", "calibration"]) -> str:
+    """Returns the path or URL of the JSON file beside a table that holds its run record or calibration."""
+    return f"{table_path(uri, table).removesuffix('.lance')}.{kind}.json"
+
+
+def read_if_exists(where: str) -> bytes | None:
+    """Reads a file at a path or URL; None if there is no such file."""
+    from fsspec.core import url_to_fs
+
+    filesystem, path = url_to_fs(where)
+    try:
+        return filesystem.cat_file(path)
+    except FileNotFoundError:
+        return None
+
+
+def write_whole(where: str, data: bytes) -> None:
+    """Writes a file at a path or URL, whole or not at all."""
+    from fsspec.core import url_to_fs
+
+    if (local := local_directory(where)) is not None:
+        with whole_file(local) as partial:
+            partial.write_bytes(data)
+    else:
+        filesystem, path = url_to_fs(where)
+        filesystem.pipe_file(path, data)

@@ -15,7 +15,7 @@ from support.carried import make_table, read
 from support.commands import call
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.query import as_text, explain, query, reading, write
+from bioscan_jax.table.query import explain, format_table, query, stream, write
 
 DEPTHS = "SELECT sequence_id, genus, depth FROM sequences WHERE depth BETWEEN 0 AND 3000 ORDER BY sequence_id"
 
@@ -206,16 +206,16 @@ def test_the_table_is_asked_for_by_name(uri, tmp_path):
 
 
 def test_text_is_aligned_cut_and_counted(uri):
-    with reading("SELECT * FROM (VALUES (1, 'a'), (20, NULL), (3, repeat('x', 99))) AS t(n, name)", uri) as rows:
-        lines = as_text(rows, 2).splitlines()
+    with stream("SELECT * FROM (VALUES (1, 'a'), (20, NULL), (3, repeat('x', 99))) AS t(n, name)", uri) as rows:
+        lines = format_table(rows, 2).splitlines()
     assert lines[:4] == [" n  name", "--  ----", " 1  a", "20"]
     assert lines[4] == "3 rows, the first 2 shown; --output FILE.csv or FILE.parquet keeps all"
-    with reading("SELECT repeat('x', 99) AS name", uri) as rows:
-        assert as_text(rows, 2).splitlines()[2] == "x" * 57 + "..."
-    with reading("SELECT 'a' || chr(27) || '[31m' || chr(10) || 'b' AS name", uri) as rows:
-        assert as_text(rows, 2).splitlines()[2] == "a\N{REPLACEMENT CHARACTER}[31m b"
-    with reading("SELECT 1", uri) as rows, pytest.raises(InputError, match="--show -1"):
-        as_text(rows, -1)
+    with stream("SELECT repeat('x', 99) AS name", uri) as rows:
+        assert format_table(rows, 2).splitlines()[2] == "x" * 57 + "..."
+    with stream("SELECT 'a' || chr(27) || '[31m' || chr(10) || 'b' AS name", uri) as rows:
+        assert format_table(rows, 2).splitlines()[2] == "a\N{REPLACEMENT CHARACTER}[31m b"
+    with stream("SELECT 1", uri) as rows, pytest.raises(InputError, match="--show -1"):
+        format_table(rows, -1)
 
 
 def test_files_hold_every_row(uri, tmp_path):

@@ -697,7 +697,7 @@ def test_a_damaged_table_is_named(tmp_path):
     open_table(tmp_path, 40).close()
     for manifest in (tmp_path / "sequences.lance" / "_versions").glob("*.manifest"):
         manifest.write_bytes(manifest.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"sequences\.lance: the storage failed; mend it and run the same"):
+    with pytest.raises(InputError, match=r"sequences\.lance: the storage failed; fix it and run the same"):
         open_table(tmp_path, 40)
 
 
@@ -749,7 +749,7 @@ LANCE = "LanceError(IO): {}, /home/runner/work/lance/lance/rust/lance-file/src/w
         (OSError(LANCE.format("Operation not permitted (os error 1)")), "write, on a disk with hard links (FAT and"),
         (
             RuntimeError("a\nb"),
-            "db: the storage failed; mend it and run the same command again: 64 rows are safe (a b)",
+            "db: the storage failed; fix it and run the same command again: 64 rows are safe (a b)",
         ),
     ],
 )
