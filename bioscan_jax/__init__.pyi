@@ -31,6 +31,7 @@ from .matching.identify import IdentifySummary, identify
 from .matching.search import Table, open_table
 from .model.config import PRESETS, TransformerConfig
 from .model.transformer import NucleotideTransformer
+from .training.export import export
 from .training.run import TrainingSummary, finetune
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "convert",
     "embed",
     "encode",
+    "export",
     "finetune",
     "identify",
     "load_weights",

@@ -1,1 +1,1 @@
-"""Training: losses, metrics, the step and the loop."""
+"""Fine-tuning on labelled barcodes, and the export of its results."""

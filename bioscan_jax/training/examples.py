@@ -1,7 +1,7 @@
-"""The rows to train on: cleaned bases on disk, labels and splits in memory, any row reached at once.
+"""The rows to train on, with random access: cleaned bases in a memory-mapped file, labels and splits in memory.
 
-Shuffled training needs single rows from everywhere, which Parquet cannot give; so one pass over the input writes the
-cleaned bases to a scratch file that is mapped, not read. About 60 bytes a row stay in memory.
+Shuffled training reads single rows in random order, which Parquet cannot do; so one pass over the input writes the
+cleaned bases to a scratch file. About 60 bytes per row stay in memory.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -28,34 +28,34 @@ _BLOCK_ROWS = 16_384
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """All rows of the input, in its order."""
+    """All rows of the input, in input order."""
 
     bases: UInt8[np.ndarray, " bases"]
-    """Cleaned sequences one after another, mapped from a file; rejected rows have none."""
+    """Cleaned sequences one after another, mapped from a file; those of rejected rows are empty."""
     offsets: Int64[np.ndarray, " rows_plus_1"]
     """Row i is bases[offsets[i]:offsets[i + 1]]."""
     tokens: Int32[np.ndarray, " rows"]
-    """Tokens of each whole sequence, CLS included."""
+    """Number of tokens of each whole sequence, including CLS."""
     splits: Int8[np.ndarray, " rows"]
     """Indices into `splits.SPLITS`, or LEFT_OUT."""
     labels: Int32[np.ndarray, "rows 7"] | None
     """Indices of taxa, -1 where unknown; None for an objective without labels."""
     space: LabelSpace | None
-    """Of the training rows."""
+    """Taxa of the training rows; None like `labels`."""
     metadata: Float32[np.ndarray, "rows 3"] | None
-    """Depth, latitude and longitude; NaN is missing."""
+    """Depth, latitude and longitude; NaN where missing."""
     locate: Callable[[int], str]
-    """Says which row of which file a row is."""
+    """Returns the file and row number of a row, for messages."""
 
     def rows(self, split: str) -> Int64[np.ndarray, " rows"]:
-        """The usable rows of a split: with a sequence and, if there are labels, at least one known."""
+        """Returns the usable rows of a split: with a sequence and, if labels are used, at least one known label."""
         chosen = self.splits == splits.SPLITS.index(split)
         if self.labels is not None:
             chosen &= (self.labels >= 0).any(axis=1)
         return np.flatnonzero(chosen)
 
     def sequences(self, rows: Int[np.ndarray, " rows"]) -> list[bytes]:
-        """The bases of some rows."""
+        """Returns the bases of some rows."""
         starts, ends = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
         return [self.bases[start:end].tobytes() for start, end in zip(starts, ends, strict=True)]
 
@@ -70,20 +70,20 @@ def prepare_examples(
     with_metadata: bool = False,
     on_rows: Callable[[int], object] = lambda n: None,
 ) -> Examples:
-    """Reads the whole input once for the sequences, and its labels twice more.
+    """Prepares the rows of an input: reads it once for the sequences, and its labels twice more.
 
     Args:
         source: The input, with all of its columns.
-        wanted: Which rows are kept aside.
-        vocabulary: Of the model; for the lengths.
-        scratch: Existing directory for the bases; as large as the sequences.
+        wanted: How rows are split.
+        vocabulary: The model's vocabulary, which determines token counts.
+        scratch: Existing directory with room for the sequences.
         labelled: Whether labels are needed.
         with_metadata: Whether depth, latitude and longitude are needed.
         on_rows: Called with the number of rows just read, for a progress bar.
 
     Raises:
         InputError: A column is missing, labels or metadata are wrong, sequences leak between splits, or there is
-            nothing to train on.
+            no row to train on.
     """
     present = source.schema.names
     held_out = None if wanted.split_column else splits.HELD_OUT_RANK[wanted.split]
@@ -106,24 +106,24 @@ def prepare_examples(
                 names = read_lineages(table)[RANKS.index(held_out)]
                 taxa.append(splits.fingerprints(names, seed=wanted.split_seed))
             if wanted.split_column:
-                given.append(splits.given(table[wanted.split_column], locate=locate))
+                given.append(splits.read_given_splits(table[wanted.split_column], locate=locate))
             if with_metadata:
                 metadata.append(check_metadata(table, locate=locate))
             on_rows(table.num_rows)
     fingerprints = np.concatenate(sequences)
     if wanted.split_column:
-        sides = np.where(fingerprints == 0, splits.LEFT_OUT, np.concatenate(given)).astype(np.int8)
+        assigned = np.where(fingerprints == 0, splits.LEFT_OUT, np.concatenate(given)).astype(np.int8)
     else:
         shares = {"validation": wanted.validation, "test": wanted.test}
-        sides = splits.assign(fingerprints, np.concatenate(taxa) if held_out else None, **shares)
-    splits.check_leakage(fingerprints, sides, locate=source.locate)
-    space, labels = _labels(source, lineages, sides) if labelled else (None, None)
+        assigned = splits.assign_splits(fingerprints, np.concatenate(taxa) if held_out else None, **shares)
+    splits.check_leakage(fingerprints, assigned, locate=source.locate)
+    space, labels = _labels(source, lineages, assigned) if labelled else (None, None)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
     examples = Examples(
         bases=np.memmap(path, np.uint8, "r") if offsets[-1] else np.empty(0, np.uint8),
         offsets=offsets,
         tokens=np.concatenate(tokens),
-        splits=sides,
+        splits=assigned,
         labels=labels,
         space=space,
         metadata=np.concatenate(metadata) if with_metadata else None,
@@ -135,17 +135,17 @@ def prepare_examples(
 
 
 def _lineage_columns(present: Sequence[str]) -> list[str]:
-    """The columns that `read_lineages` reads, as far as they are there."""
+    """Returns the columns that `read_lineages` reads."""
     if all(rank in present for rank in RANKS):
         return list(RANKS)
     if LINEAGE_COLUMN in present:
         return [LINEAGE_COLUMN]
-    read_lineages(pa.table({name: pa.array([], pa.string()) for name in present}))  # says what is missing
+    read_lineages(pa.table({name: pa.array([], pa.string()) for name in present}))  # raises, naming what is missing
     raise AssertionError(present)
 
 
 def _tables(source: ParquetBlocks, columns: Sequence[str]) -> Generator[tuple[int, pa.Table], None, None]:
-    """First row and table of each block."""
+    """Yields the first row and the table of each block."""
     blocks = source.select(list(dict.fromkeys(columns)), _BLOCK_ROWS)
     for index in range(len(blocks)):
         block = blocks[index]
@@ -153,15 +153,15 @@ def _tables(source: ParquetBlocks, columns: Sequence[str]) -> Generator[tuple[in
 
 
 def _locate(source: ParquetBlocks, first: int, row: int) -> str:
-    """Where a row of a block is, whose first row is `first`."""
+    """Returns the file and row number of a row in the block that starts at row `first`."""
     return source.locate(first + row)
 
 
 def _labels(
-    source: ParquetBlocks, columns: Sequence[str], sides: Int8[np.ndarray, " rows"]
+    source: ParquetBlocks, columns: Sequence[str], assigned: Int8[np.ndarray, " rows"]
 ) -> tuple[LabelSpace, Int32[np.ndarray, "rows 7"]]:
-    """The taxa of the training rows, and every row's path among them."""
-    train = sides == splits.SPLITS.index("train")
+    """Returns the taxa of the training rows, and the labels of all rows."""
+    train = assigned == splits.SPLITS.index("train")
 
     def training() -> Generator[pa.Table, None, None]:
         for first, table in _tables(source, columns):

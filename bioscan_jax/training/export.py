@@ -1,6 +1,5 @@
-"""From a training run's directory to files that others read: a PEFT adapter, or a whole Hugging Face checkpoint."""
+"""Export of a training run as a PEFT adapter or as a whole Hugging Face checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.classifier import Classifier, make_classifier, named_arrays
-from bioscan_jax.training.record import LABEL_SPACE_FILE, RUN_FILE
+from bioscan_jax.training.record import LABEL_SPACE_FILE, configs_of, read_record
 from bioscan_jax.training.state import restore_params
 from bioscan_jax.training.step import split_trainable
 
@@ -31,25 +30,41 @@ def export(
     checkpoint: str | None = None,
     mesh: config.MeshConfig | None = None,
 ) -> str:
-    """Writes what a run has trained.
+    """Writes the trained parameters of a run in a format that other libraries read.
 
     Args:
         run: Directory of the training run.
-        output: Directory to make.
-        format: `peft` is the adapter with its heads and label space; `merged` a whole checkpoint, with them beside it.
-        which: The parameters that did best on the validation rows, or those of the last checkpoint.
-        checkpoint: Where the run's base weights are now, if they have moved.
-        mesh: Devices that hold the model meanwhile.
+        output: Directory to create.
+        format: `peft` writes the adapter with heads and label space; `merged` a whole checkpoint, with these beside it.
+        which: The parameters with the lowest validation loss, or those of the last checkpoint.
+        checkpoint: Location of the run's base weights, if they have moved.
+        mesh: Devices that hold the model during the export.
 
     Returns:
-        What was written, in a line.
+        A line that describes what was written.
 
     Raises:
-        InputError: The run, its base weights or the output cannot be read or written, or do not fit.
+        InputError: The run or its base weights cannot be read, do not match, or the output cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import bioscan_jax as bj
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> directory = tempfile.mkdtemp()
+        >>> path = write_simulated(f"{directory}/barcodes.parquet", species=8, per_species=4, length=60, seed=0)
+        >>> _ = bj.finetune(
+        ...     bj.ModelConfig(checkpoint="random:tiny-v2"),
+        ...     bj.ExamplesConfig(path=str(path), validation=0.25),
+        ...     train=bj.TrainConfig(output_dir=f"{directory}/run", epochs=1, max_shapes=1),
+        ...     tracking=bj.TrackingConfig(mode="disabled"),
+        ...     progress=False,
+        ... )
+        >>> bj.export(f"{directory}/run", f"{directory}/adapter").split(": ")[1]
+        'peft of best parameters, after step 1, on random'
     """
     directory, target = Path(run).expanduser(), Path(output).expanduser()
-    record = _read_run(directory)
-    loss, lora, train = _settings(record["decided_by"])
+    record = read_record(directory)
+    loss, lora, train = configs_of(record["decided_by"])
     if format == "peft" and lora is None:
         raise InputError(f"{run} trained the whole model and has no adapter; pass --format merged")
     mesh = mesh or config.MeshConfig()
@@ -80,30 +95,8 @@ def export(
     return f"{output}: {format} of {which} parameters, after step {step:,}, on {loaded.provenance.model}"
 
 
-def _read_run(directory: Path) -> dict[str, Any]:
-    path = directory / RUN_FILE
-    try:
-        record = json.loads(path.read_text())
-        if not {"decided_by", "model", "provenance"} <= record.keys():
-            raise ValueError("it lacks what a run keeps")
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found; pass the --train.output_dir of scripts/finetune.py as --run") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy the run again") from None
-    return record
-
-
-def _settings(facts: dict[str, Any]) -> tuple[config.LossConfig, config.LoRAConfig | None, config.TrainConfig]:
-    """The settings of the run, as far as they decide what is exported."""
-    loss = config.LossConfig(**facts["loss"] | {"rank_weights": tuple(facts["loss"]["rank_weights"])})
-    lora = facts["lora"]
-    if lora is not None:
-        lora = config.LoRAConfig(**lora | {"targets": tuple(lora["targets"])})
-    return loss, lora, config.TrainConfig(**facts["train"])
-
-
 def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfig) -> LoadedModel:
-    """The weights the run began with, in the dtype it kept them in, with their language-model head."""
+    """Loads the weights that the run started from, in its dtype, with their language-model head."""
     wanted = config.ModelConfig(
         checkpoint=checkpoint or record["model"]["checkpoint"],
         revision=record["model"]["revision"],
@@ -111,10 +104,10 @@ def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfi
         dtype=record["provenance"]["dtype"],
     )
     loaded = load_weights(wanted, make_layout(mesh), lm_head=True)
-    begun, found = record["provenance"]["weights_sha256"], loaded.provenance.weights_sha256
-    if begun != found:
+    expected, found = record["provenance"]["weights_sha256"], loaded.provenance.weights_sha256
+    if expected != found:
         raise InputError(
-            f"{wanted.checkpoint} has weights {found[:12]}, but the run began with {begun[:12]} "
+            f"{wanted.checkpoint} has weights {found[:12]}, but the run started from {expected[:12]} "
             f"({record['provenance']['model']}); pass --checkpoint with those"
         )
     return loaded
@@ -129,7 +122,7 @@ def _trained(
     train: config.TrainConfig,
     space: LabelSpace | None,
 ) -> tuple[int, Classifier]:
-    """The step, and the classifier after it, with the language-model head of the base if that was not trained."""
+    """Restores the step and the classifier, with the base's language-model head if that was not trained."""
     tree = None if space is None else taxon_tree(space)
     lm_head = loaded.model.lm_head
     classifier = make_classifier(loaded.model, loss, lora, tree, loaded.layout, seed=train.seed)

@@ -104,8 +104,8 @@ def run(setup: TrainingSetup, state: State, progress: Progress, stop: StopReques
                 return progress
             if asked:
                 raise Interrupted(
-                    f"stopped after step {progress.step:,} of {total:,}, which is safe in a checkpoint; "
-                    "the same command goes on from there",
+                    f"stopped after step {progress.step:,} of {total:,}, which is saved in a checkpoint; "
+                    "the same command continues from there",
                     stop.signal_number,
                 )
             batch = next(reader)

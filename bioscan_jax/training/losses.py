@@ -1,4 +1,4 @@
-"""What training minimises: cross-entropy over the seven ranks, and masked language modelling. All in float32."""
+"""Loss functions, all in float32: cross-entropy over the seven ranks, and masked language modelling."""
 
 from collections.abc import Sequence
 
@@ -11,24 +11,24 @@ from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.model.heads import RankLogits
 
 DEFAULT_RANK_WEIGHTS = (2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.6)
-"""Kingdom to species."""
+"""Weights from kingdom to species."""
 
 
 def known_rows(labels: Int32[Array, "b 7"]) -> Float32[Array, "7"]:
-    """Rows whose taxon is known, at each rank: the denominators of a batch that is worked in parts."""
+    """Counts the rows whose taxon is known at each rank: the denominators for micro-batches."""
     return jnp.sum(labels >= 0, axis=0, dtype=jnp.float32)
 
 
 def rank_losses(
     ranks: RankLogits, labels: Int32[Array, "b 7"], denominators: Float[Array, "7"] | None = None
 ) -> Float32[Array, "7"]:
-    """Mean cross-entropy at each rank over the rows whose taxon is known; 0, with no gradient, where none is.
+    """Returns the mean cross-entropy at each rank over rows with a known taxon; 0 without gradient if there are none.
 
     Args:
         ranks: Log-probabilities from either head.
         labels: Indices of taxa; -1 is unknown.
-        denominators: Known rows of the whole batch, when this is one part of it: the parts' losses and gradients then
-            add up to the whole's. Ones give plain sums. Without them, those of `labels`.
+        denominators: Known rows of the whole batch, if this is a micro-batch: losses and gradients then add up to
+            those of the batch. Ones give plain sums. By default, the known rows of `labels`.
     """
     if denominators is None:
         denominators = known_rows(labels)
@@ -42,20 +42,20 @@ def rank_losses(
 
 
 def total_loss(losses: Float[Array, "7"], weights: Sequence[float] = DEFAULT_RANK_WEIGHTS) -> Float[Array, ""]:
-    """Sum of weight times loss over the ranks.
+    """Returns the weighted sum of the losses over the ranks.
 
     Raises:
         ValueError: There are not seven weights.
     """
     if len(weights) != len(RANKS):
-        raise ValueError(f"{len(weights)} rank weights {tuple(weights)}; give seven, {', '.join(RANKS)}")
+        raise ValueError(f"{len(weights)} rank weights {tuple(weights)}; pass seven, {', '.join(RANKS)}")
     return jnp.sum(losses * jnp.asarray(weights, losses.dtype))
 
 
 def combine(
     sequence_loss: Float[Array, ""], metadata_loss: Float[Array, ""], metadata_weight: float = 0.3
 ) -> Float[Array, ""]:
-    """(1 - metadata_weight) x sequence_loss + metadata_weight x metadata_loss."""
+    """Returns (1 - metadata_weight) x sequence_loss + metadata_weight x metadata_loss."""
     return (1.0 - metadata_weight) * sequence_loss + metadata_weight * metadata_loss
 
 
@@ -68,21 +68,21 @@ def mask_tokens(
     vocab_size: int,
     rate: float = 0.15,
 ) -> tuple[Int32[Array, "b s"], Bool[Array, "b s"]]:
-    """Chooses the tokens to be predicted and hides them (Devlin et al. 2019, arXiv:1810.04805).
+    """Selects tokens to predict and masks them (Devlin et al. 2019, arXiv:1810.04805).
 
-    Each ordinary token is chosen with probability `rate`, and one of each row that has any is chosen always. Of the
-    chosen 80% become the mask token, 10% a random ordinary token, 10% stay.
+    Each ordinary token is selected with probability `rate`, and at least one of each row that has any. Of the selected
+    tokens 80% become the mask token, 10% a random ordinary token, and 10% are kept.
 
     Args:
-        key: Decides everything that is random.
-        ids: Token ids; they are also the targets.
+        key: JAX random key.
+        ids: Token ids, which are also the targets.
         mask_id: Id of the mask token.
-        special_ids: Never chosen and never put in: pad, CLS, mask and the like.
-        vocab_size: Ids are below it.
-        rate: Share of tokens to be chosen.
+        special_ids: Ids that are never selected and never inserted: pad, CLS, mask and the like.
+        vocab_size: Number of ids.
+        rate: Expected share of selected tokens.
 
     Returns:
-        The ids that the model sees, and which of them it has to predict.
+        The masked ids, and True where a token is to be predicted.
 
     Raises:
         ValueError: `special_ids` lacks the mask token, or leaves no ordinary token.
@@ -106,13 +106,13 @@ def masked_lm_loss(
     selected: Bool[Array, "b s"],
     denominator: Float[Array, ""] | Int[Array, ""] | None = None,
 ) -> Float32[Array, ""]:
-    """Mean cross-entropy over the selected tokens; 0, with no gradient, where none is.
+    """Returns the mean cross-entropy over the selected tokens; 0 without gradient if there are none.
 
     Args:
-        logits: Over the vocabulary.
-        targets: The ids before masking.
-        selected: Tokens to be predicted.
-        denominator: Selected tokens of the whole batch, when this is one part of it.
+        logits: Logits over the vocabulary.
+        targets: Token ids before masking.
+        selected: True where a token is to be predicted.
+        denominator: Selected tokens of the whole batch, if this is a micro-batch.
     """
     if denominator is None:
         denominator = jnp.sum(selected, dtype=jnp.float32)

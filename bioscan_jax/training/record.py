@@ -80,3 +80,30 @@ def check_or_write_record(
     }
     with whole_file(path, locked=True) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Reads run.json.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    path = directory / RUN_FILE
+    try:
+        record = json.loads(path.read_text())
+        if not {"decided_by", "model", "provenance"} <= record.keys():
+            raise ValueError("it lacks the settings of a run")
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; pass the --train.output_dir of bioscan finetune as --run") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy the run again") from None
+    return record
+
+
+def configs_of(settings: dict[str, Any]) -> tuple[config.LossConfig, config.LoRAConfig | None, config.TrainConfig]:
+    """Returns the configs of heads, adapters (None without) and training, from `run_settings`."""
+    loss = config.LossConfig(**settings["loss"] | {"rank_weights": tuple(settings["loss"]["rank_weights"])})
+    lora = settings["lora"]
+    if lora is not None:
+        lora = config.LoRAConfig(**lora | {"targets": tuple(lora["targets"])})
+    return loss, lora, config.TrainConfig(**settings["train"])

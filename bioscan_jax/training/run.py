@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.devices.sharding import Layout, compute_dtype, make_layout, start_devices
 from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, logger
 from bioscan_jax.model.classifier import Arrays, make_classifier, named_arrays
 from bioscan_jax.model.lora import resolve_targets
 from bioscan_jax.table.lock import writer_lock
@@ -63,7 +62,7 @@ class TrainingSummary:
 
     def __str__(self) -> str:
         """Returns the table printed at the end of a run."""
-        progress, numbers = self.progress, self.progress.evaluation
+        progress, metrics = self.progress, self.progress.evaluation
         resumed = f" ({self.before:,} of them before this run)" if self.before else ""
         if self.before == progress.step:
             resumed = ", complete before this run: nothing was left to do"
@@ -86,9 +85,9 @@ class TrainingSummary:
         lines["trained"] = f"{self.trained_parameters:,} of {self.all_parameters:,} parameters ({share:.2f}%)"
         lines["best"] = best
         accuracies = [
-            f"{rank} {numbers[name]:.3f} (majority {numbers[f'eval/{rank}_majority']:.3f})"
+            f"{rank} {metrics[name]:.3f} (majority {metrics[f'eval/{rank}_majority']:.3f})"
             for rank in RANKS
-            if (name := f"eval/{rank}_accuracy") in numbers
+            if (name := f"eval/{rank}_accuracy") in metrics
         ]
         if accuracies:
             lines["accuracy"] = "last evaluation: " + ", ".join(accuracies)
@@ -133,10 +132,10 @@ def finetune(
         >>> import bioscan_jax as bj
         >>> from bioscan_jax.barcodes.simulate import write_simulated
         >>> directory = tempfile.mkdtemp()
-        >>> write_simulated(f"{directory}/barcodes.parquet", species=8, per_species=4, length=60, seed=0)
+        >>> path = write_simulated(f"{directory}/barcodes.parquet", species=8, per_species=4, length=60, seed=0)
         >>> summary = bj.finetune(
         ...     bj.ModelConfig(checkpoint="random:tiny-v2"),
-        ...     bj.ExamplesConfig(path=f"{directory}/barcodes.parquet", validation=0.25),
+        ...     bj.ExamplesConfig(path=str(path), validation=0.25),
         ...     train=bj.TrainConfig(output_dir=f"{directory}/run", epochs=1, max_shapes=1),
         ...     tracking=bj.TrackingConfig(mode="disabled"),
         ...     progress=False,
@@ -151,7 +150,7 @@ def finetune(
     directory, output_dir = local_directory(train.output_dir, flag=_FLAG), train.output_dir
     if directory is None:
         raise InputError(
-            f"--train.output_dir {output_dir!r} is a URL; pass a directory (mount the bucket, with gcsfuse say)"
+            f"--train.output_dir {output_dir!r} is a URL; pass a directory (mount the bucket, for example with gcsfuse)"
         )
     start_devices(mesh)
     first, progress = jax.process_index() == 0, progress and jax.process_index() == 0
@@ -178,8 +177,8 @@ def finetune(
             state = State(params, init_optimizer(trainable, len(batches), params))
             if before is not None:
                 _check_rng(before, train)
-                if progress:
-                    tqdm.write(f"{train.output_dir}: goes on after step {at.step:,} of {len(batches):,}", sys.stderr)
+                if first:
+                    logger.info(f"{train.output_dir}: continues after step {at.step:,} of {len(batches):,}")
                 state = State(**checkpoints.restore(before.step, jax.tree.map(_abstract, vars(state))))
             log, run_id = _log(held, tracking, directory, settings, at)
             setup = TrainingSetup(
@@ -205,7 +204,7 @@ def _check(
     model: config.ModelConfig, lora: config.LoRAConfig, loss: config.LossConfig, train: config.TrainConfig
 ) -> None:
     if model.adapter is not None:
-        raise InputError("--model.adapter cannot be trained on; merge it first (scripts/export.py --format merged)")
+        raise InputError("--model.adapter cannot be trained on; merge it first (bioscan export --format merged)")
     if train.mode == "lora":
         resolve_targets(lora.targets)
     if train.objective == "mlm":
@@ -299,7 +298,7 @@ def _rng(train: config.TrainConfig) -> list[int]:
 def _check_rng(before: Progress, train: config.TrainConfig) -> None:
     if before.rng != _rng(train):
         raise InputError(
-            f"{train.output_dir}: this version of JAX draws otherwise; go on with the one that began the run"
+            f"{train.output_dir}: this version of JAX draws other random numbers; continue with the version that started the run"
         )
 
 
@@ -308,7 +307,7 @@ def _log(
 ) -> tuple[Log, str | None]:
     """Returns the function that logs metrics (on process 0 only), and the dashboard's run id."""
     if jax.process_index() != 0:
-        return lambda numbers, step: None, at.run_id
+        return lambda metrics, step: None, at.run_id
     opened = open_tracking(tracking, directory, settings=settings, resumed_at=at.step, run_id=at.run_id)
     tracker = held.enter_context(opened)
     return tracker.log, tracker.run_id

@@ -1,7 +1,8 @@
-"""Training, validation and test rows: decided by the sequence, or by the taxon, never by the order of rows.
+"""Splits into training, validation and test rows, by sequence or by taxon, independent of the order of rows.
 
-About half of public barcodes are exact copies of another, so a split of rows would put the same sequence on both
-sides. Here all copies of a cleaned sequence go the same way. A trimmed or reversed copy is another sequence.
+About half of public barcodes are exact copies of another one, so splitting by row would put the same sequence into
+several splits. Here all copies of a cleaned sequence are in one split. A trimmed or reversed copy counts as another
+sequence.
 """
 
 import hashlib
@@ -17,16 +18,16 @@ from bioscan_jax.barcodes.cleaning import string_bytes
 from bioscan_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
-"""A split's number is its index here."""
+"""A split is stored as its index here."""
 LEFT_OUT = -1
-"""Rows of no split: rejected sequences, and those that would leak between held-out taxa."""
+"""Marks rows in no split: rejected sequences, and those that would leak between held-out taxa."""
 
 HELD_OUT_RANK: dict[Literal["random", "held_out_species", "held_out_genera"], str | None] = {
     "random": None,
     "held_out_species": "species",
     "held_out_genera": "genus",
 }
-"""The kinds of split, with the rank whose taxa are kept whole."""
+"""The kinds of split, with the rank whose taxa are each kept in one split."""
 
 _GIVEN = {
     "train": 0,
@@ -44,11 +45,11 @@ _GIVEN = {
 def fingerprints(values: pa.Array | pa.ChunkedArray, *, seed: int) -> UInt64[np.ndarray, " rows"]:
     """Hashes texts to 64 bits with BLAKE2b keyed by the seed (RFC 7693), each distinct text once.
 
-    The same on every machine and in every version. Blocks can be hashed one by one and concatenated: a row's
-    fingerprint depends on its text alone.
+    Fingerprints are the same on every machine and in every version. They depend on the row's text alone, so blocks can
+    be hashed one by one and concatenated.
 
     Returns:
-        0 for a null or empty text (a rejected sequence, an unknown taxon).
+        One fingerprint per row; 0 for a null or empty text (a rejected sequence, an unknown taxon).
 
     Raises:
         InputError: The seed does not fit in 64 bits.
@@ -70,63 +71,63 @@ def fingerprints(values: pa.Array | pa.ChunkedArray, *, seed: int) -> UInt64[np.
     return np.concatenate(hashes)
 
 
-def assign(
+def assign_splits(
     sequences: UInt64[np.ndarray, " rows"],
     taxa: UInt64[np.ndarray, " rows"] | None = None,
     *,
     validation: float,
     test: float,
 ) -> Int8[np.ndarray, " rows"]:
-    """Gives each row of the whole input its split.
+    """Assigns each row of the whole input to a split.
 
-    Without `taxa` (random) the sequence's fingerprint decides, so copies stay together. With them (held-out species
-    or genera) the taxon's fingerprint decides and all of its rows go the same way; rows of unknown taxon go to train.
-    Copies of one sequence then go by these rules: those of unknown taxon follow the labelled copies, and where
-    labelled copies would go different ways the sequence is left out, since either way would leak. A larger `test`
-    keeps the test rows there were.
+    Without `taxa` (random), the sequence's fingerprint determines the split, so copies stay together. With `taxa`
+    (held-out species or genera), the taxon's fingerprint determines the split of all its rows, and rows of unknown
+    taxon are training rows. Copies of one sequence then follow two rules: copies of unknown taxon join the labelled
+    copies, and a sequence whose labelled copies would be in different splits is left out, since it would leak. With a
+    larger `test`, earlier test rows stay test rows.
 
     Args:
         sequences: `fingerprints` of the cleaned sequences.
         taxa: `fingerprints` of the names at the rank of `HELD_OUT_RANK`.
-        validation: Expected share of the distinct sequences, or of the distinct taxa.
-        test: The same.
+        validation: Expected share of the distinct sequences or taxa in the validation split.
+        test: Expected share in the test split.
 
     Returns:
         Indices into `SPLITS`, or `LEFT_OUT`.
 
     Raises:
-        InputError: A share is negative, or nothing is left to train on.
+        InputError: A share is negative, or no share is left for training.
     """
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise InputError(
             f"--data.validation {validation} and --data.test {test} must be at least 0 and together less than 1"
         )
     if taxa is None:
-        return np.where(sequences == 0, LEFT_OUT, _sides(sequences, validation, test)).astype(np.int8)
-    sides = np.where(taxa == 0, SPLITS.index("train"), _sides(taxa, validation, test))
+        return np.where(sequences == 0, LEFT_OUT, _split_of(sequences, validation, test)).astype(np.int8)
+    splits = np.where(taxa == 0, SPLITS.index("train"), _split_of(taxa, validation, test))
     groups, group_of = np.unique(sequences, return_inverse=True)
-    lowest, highest = _range(group_of[taxa != 0], sides[taxa != 0], len(groups))
+    lowest, highest = _range(group_of[taxa != 0], splits[taxa != 0], len(groups))
     unlabelled = highest < 0
-    group_sides = np.where(lowest == highest, lowest, LEFT_OUT)
-    group_sides[unlabelled] = SPLITS.index("train")
-    group_sides[groups == 0] = LEFT_OUT
-    return group_sides[group_of].astype(np.int8)
+    group_splits = np.where(lowest == highest, lowest, LEFT_OUT)
+    group_splits[unlabelled] = SPLITS.index("train")
+    group_splits[groups == 0] = LEFT_OUT
+    return group_splits[group_of].astype(np.int8)
 
 
-def given(
+def read_given_splits(
     column: pa.Array | pa.ChunkedArray, *, locate: Callable[[int], str] = "row {}".format
 ) -> Int8[np.ndarray, " rows"]:
-    """Reads a column of given splits, such as the one of --data.split_column.
+    """Reads a column of given splits, that of --data.split_column.
 
-    Values are train, validation or test, their usual forms (training, val, valid, dev, testing), or unused; upper and
-    lower case are the same, and what follows a '_' does not matter, so that test_unseen_species is test.
+    Values are train, validation or test, their usual forms (training, val, valid, dev, testing), or unused. Case is
+    ignored, and so is the rest of a value after '_': test_unseen_species is read as test.
 
     Args:
-        column: Of the whole input or a block of it.
-        locate: Says where a row of the column is.
+        column: Column of the whole input or of a block.
+        locate: Returns the location of a row, for messages.
 
     Raises:
-        InputError: A value is null or something else.
+        InputError: A value is null or not a split.
     """
     splits = [np.empty(0, np.int8)]
     rows = 0
@@ -152,43 +153,43 @@ def check_leakage(
     *,
     locate: Callable[[int], str] = "row {}".format,
 ) -> None:
-    """Makes sure that no sequence is in two splits; rows that are left out or rejected do not matter.
+    """Checks that no sequence is in two splits; rows that are left out or rejected are ignored.
 
     Args:
         sequences: `fingerprints` of the cleaned sequences.
-        splits: As `assign` or `given` gives them.
-        locate: Says where a row is, as `ParquetBlocks.locate` does.
+        splits: From `assign_splits` or `read_given_splits`.
+        locate: Returns the location of a row, as `ParquetBlocks.locate` does.
 
     Raises:
-        InputError: Names two rows with the same sequence in different splits, and how many sequences there are such.
+        InputError: A sequence is in two splits; names two of its rows and counts such sequences.
     """
     rows = np.flatnonzero((splits != LEFT_OUT) & (sequences != 0))
     groups, group_of = np.unique(sequences[rows], return_inverse=True)
     lowest, highest = _range(group_of, splits[rows].astype(np.int64), len(groups))
-    straddling = np.flatnonzero(lowest < highest)
-    if not len(straddling):
+    leaking = np.flatnonzero(lowest < highest)
+    if not len(leaking):
         return
-    first = rows[np.isin(group_of, straddling)][0]
+    first = rows[np.isin(group_of, leaking)][0]
     copies = rows[sequences[rows] == sequences[first]]
     second = copies[splits[copies] != splits[first]][0]
     raise InputError(
         f"{locate(int(first))} ({SPLITS[splits[first]]}) and {locate(int(second))} ({SPLITS[splits[second]]}) are the "
-        f"same sequence, and {len(straddling)} sequences in all are in more than one split; mark the copies 'unused', "
+        f"same sequence, and {len(leaking)} sequences in all are in more than one split; mark the copies 'unused', "
         "or leave out --data.split_column"
     )
 
 
-def _sides(hashes: UInt64[np.ndarray, " rows"], validation: float, test: float) -> Int64[np.ndarray, " rows"]:
-    """Test from 0 up, then validation, the rest train."""
+def _split_of(hashes: UInt64[np.ndarray, " rows"], validation: float, test: float) -> Int64[np.ndarray, " rows"]:
+    """Returns the split of each hash: test from 0 up, then validation, and training above."""
     limits = np.array([int(test * 2.0**64), int((test + validation) * 2.0**64)], np.uint64)
     return 2 - np.searchsorted(limits, hashes, side="right")
 
 
 def _range(
-    group_of: Int64[np.ndarray, " rows"], sides: Int64[np.ndarray, " rows"], groups: int
+    group_of: Int64[np.ndarray, " rows"], splits: Int64[np.ndarray, " rows"], groups: int
 ) -> tuple[Int64[np.ndarray, " groups"], Int64[np.ndarray, " groups"]]:
-    """Lowest and highest side in each group; a group without rows has len(SPLITS) and -1."""
+    """Returns the lowest and highest split in each group; len(SPLITS) and -1 for a group without rows."""
     lowest, highest = np.full(groups, len(SPLITS), np.int64), np.full(groups, -1, np.int64)
-    np.minimum.at(lowest, group_of, sides)
-    np.maximum.at(highest, group_of, sides)
+    np.minimum.at(lowest, group_of, splits)
+    np.maximum.at(highest, group_of, splits)
     return lowest, highest

@@ -1,4 +1,8 @@
-"""The state of training on disk: written beside the work by orbax, whole or not at all, read back on any devices."""
+"""Checkpoints of training: written atomically in the background by orbax, and restored on any devices.
+
+The state of the data iterator is one number, kept with the JSON metadata: grain's own checkpoint handler writes a file
+per process, which another number of processes could not restore.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,56 +16,56 @@ import jax
 from bioscan_jax.errors import InputError
 
 VERSION = 1
-"""Of what is kept beside the arrays."""
+"""Version of the metadata kept beside the arrays."""
 LAST, BEST = "checkpoints", "best"
-"""Directories below a run's own."""
+"""Subdirectories of a run's directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """All of the state that is not an array, as JSON holds it."""
+    """The part of the state that is not an array, stored as JSON."""
 
     step: int = 0
     """Optimizer steps done."""
     grain: dict[str, Any] | None = None
     """State of the data iterator."""
     rng: list[int] = field(default_factory=list)
-    """Data of the key that all randomness on the devices comes from."""
+    """Data of the JAX key from which all randomness on the devices is derived."""
     label_space: str | None = None
-    """Its sha256."""
+    """SHA-256 of the label space."""
     config: dict[str, Any] = field(default_factory=dict)
-    """What decides the run."""
+    """Settings that determine the run; see `run_settings`."""
     evaluated: int = 0
-    """Step after which validation rows were last looked at."""
+    """Step of the last evaluation."""
     best_step: int | None = None
     best_loss: float | None = None
     """Lowest validation loss so far."""
     waited: int = 0
-    """Evaluations since."""
+    """Evaluations since the best one."""
     evaluation: dict[str, float] = field(default_factory=dict)
-    """StepMetrics of the last one."""
+    """Metrics of the last evaluation."""
     window: dict[str, float] = field(default_factory=dict)
-    """Sums over the steps since the last line of metrics."""
+    """Sums over the steps since the last line of metrics.jsonl."""
     seconds: float = 0.0
-    """Wall time in training, over all runs."""
+    """Wall time of training, over all calls."""
     run_id: str | None = None
-    """Of the dashboard."""
+    """Run id on the dashboard."""
     finished: str | None = None
-    """Why training ended, once it did."""
+    """Reason why training ended; None before."""
 
 
 class Checkpoints:
-    """The newest states and the best one; from `open_checkpoints`."""
+    """The newest checkpoints and the best one; created by `open_checkpoints`."""
 
     def __init__(self, directory: Path, last: Any, best: Any):
         self._directory, self._last, self._best = directory, last, best
         self._pending: Any = None
 
     def latest(self) -> Progress | None:
-        """What the newest whole checkpoint says, or None if there is none.
+        """Returns the progress in the newest complete checkpoint, or None if there is none.
 
         Raises:
-            InputError: It cannot be read, or another version made it.
+            InputError: The checkpoint was made by another version.
         """
         found = self._last.latest
         if found is None:
@@ -74,18 +78,18 @@ class Checkpoints:
         return Progress(**record)
 
     def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """The named trees of a step, each array where its abstract counterpart says.
+        """Restores the trees of a step, with the shardings of their abstract arrays.
 
         Raises:
-            InputError: They cannot be read.
+            InputError: The checkpoint cannot be read.
         """
         return _loaded(self._last, step, abstract, self._directory / LAST)
 
     def save(self, progress: Progress, trees: dict[str, Any], *, wait: bool) -> None:
-        """Begins to write a checkpoint, after waiting for the one before it; only `wait` stays until it is whole.
+        """Starts to write a checkpoint after the previous one has finished; `wait` also waits for this one.
 
         Raises:
-            InputError: This one or the one before cannot be written.
+            InputError: This checkpoint or the previous one cannot be written.
         """
         self.wait()
         with _storage(self._directory / LAST):
@@ -97,14 +101,14 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Stays until what was begun is whole."""
+        """Waits until the pending save has finished."""
         if self._pending is not None:
             with _storage(self._directory / LAST):
                 self._pending.result()
             self._pending = None
 
     def save_best(self, step: int, params: Any, record: dict[str, Any]) -> None:
-        """Writes the trained parameters that did best on the validation rows, in place of those before."""
+        """Writes the parameters with the lowest validation loss, in place of the previous best ones."""
         with _storage(self._directory / BEST):
             self._best.save_checkpointables(
                 step, {"params": params}, custom_metadata={"version": VERSION, "step": step} | record, overwrite=True
@@ -113,7 +117,7 @@ class Checkpoints:
 
 @contextmanager
 def open_checkpoints(directory: Path, *, keep: int) -> Iterator[Checkpoints]:
-    """Opens a run's checkpoints, having removed what a kill left half-written."""
+    """Opens a run's checkpoints after removing incomplete ones left by a kill."""
     from orbax.checkpoint import v1 as ocp
 
     def opened(name: str, number: int) -> Any:
@@ -133,24 +137,24 @@ def open_checkpoints(directory: Path, *, keep: int) -> Iterator[Checkpoints]:
 
 
 def restore_params(directory: Path, which: str, abstract: dict[str, Any]) -> tuple[int, dict[str, jax.Array]]:
-    """The trained parameters of a run.
+    """Restores the trained parameters of a run.
 
     Args:
-        directory: The run's.
+        directory: Directory of the run.
         which: `best`, or `last` for the newest checkpoint.
         abstract: Shapes, dtypes and shardings by dotted path.
 
     Returns:
-        The step they are of, and the parameters.
+        The step of the checkpoint, and the parameters.
 
     Raises:
-        InputError: There are none, or they cannot be read.
+        InputError: There is no checkpoint, or it cannot be read.
     """
     from orbax.checkpoint import v1 as ocp
 
     path = directory / {"best": BEST, "last": LAST}[which]
     if not path.is_dir():
-        raise InputError(f"{path}: not found; pass the --train.output_dir of scripts/finetune.py")
+        raise InputError(f"{path}: not found; pass the --train.output_dir of bioscan finetune")
     with ocp.training.Checkpointer(str(path.absolute())) as checkpointer:
         if checkpointer.latest is None:
             raise InputError(f"{path}: no checkpoint yet; let the run reach one, or pass --which last")
@@ -170,5 +174,5 @@ def _storage(path: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{path}: a checkpoint cannot be written or read ({line}); free space or mend the path, then run again"
+            f"{path}: a checkpoint cannot be written or read ({line}); free space or fix the path, then run again"
         ) from error

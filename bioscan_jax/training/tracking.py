@@ -1,7 +1,7 @@
-"""The numbers of a training run: metrics.jsonl in any case, Weights & Biases where wanted, curves.png at the end.
+"""Metrics of a training run: metrics.jsonl always, Weights & Biases if configured, curves.png at the end.
 
-metrics.jsonl has one JSON object a line: `train/global_step` (optimizer steps done), then numbers under their dashboard
-names. A NaN or an infinity is null there, since JSON has neither.
+metrics.jsonl has one JSON object per line: `train/global_step` (optimizer steps done), then values by dashboard name.
+NaN and infinities are written as null, since JSON has neither.
 """
 
 import json
@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.config import TrackingConfig
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, logger
 from bioscan_jax.output import whole_file
 
 if TYPE_CHECKING:
@@ -29,43 +28,44 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 STEP = "train/global_step"
+_WANDB = "Weights & Biases"
 
 _INIT_SECONDS = 60.0
 _FINISH_SECONDS = 60.0
 _WANDB_HOSTS = ("wandb.ai", "coreweave.com")
 
 _SMOOTHED = 25
-"""Lines averaged at most, half of them on each side, in the drawn mean of the training loss; an odd number."""
+"""Most lines averaged in the drawn mean of the training loss, half of them on each side; an odd number."""
 
 
 @dataclass(kw_only=True)
 class Tracker:
-    """Takes the numbers of one run; made by `open_tracking`."""
+    """Logs the metrics of one run; created by `open_tracking`."""
 
     run_id: str | None
-    """Of Weights & Biases; give it to `open_tracking` on resume. Disabled, what was given is kept."""
+    """Run id of Weights & Biases, to be passed to `open_tracking` on resume; unchanged if tracking is disabled."""
     _file: BinaryIO
     _resumed_at: int
     _written: set[str]
-    """Names the file already has at the step resumed from."""
+    """Names that the file already has at the step resumed from."""
     _run: "wandb.Run | None" = field(repr=False)
-    _known: int
-    """Last step the server had when this process began."""
+    _server_step: int
+    """Last step that the server had when this process started."""
 
-    def log(self, numbers: Mapping[str, float | int], step: int) -> None:
-        """Adds one line, on the disk's cache when this returns; Weights & Biases takes it in the background.
+    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
+        """Appends one line to metrics.jsonl (written through to the operating system) and sends it to the dashboard.
 
-        Call it before the checkpoint of the same step: a resumed run does not repeat that step. Where it does repeat an
-        evaluation after that step, numbers the file already has are not written twice.
+        Call it before the checkpoint of the same step, since a resumed run does not repeat that step. A resumed run may
+        repeat the evaluation after that step: values that the file already has are not written twice.
 
         Args:
-            numbers: By dashboard name; NaN and infinities are allowed.
+            metrics: Values by dashboard name; NaN and infinities are allowed.
             step: Optimizer steps done.
 
         Raises:
             InputError: The file cannot be written.
         """
-        given = {name: value if isinstance(value, int) else float(value) for name, value in numbers.items()}
+        given = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         record = {STEP: step} | given | {STEP: step}
         if step == self._resumed_at and self._written.issuperset(record):
             return
@@ -73,15 +73,17 @@ class Tracker:
         try:
             self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
         except OSError as error:
-            raise InputError(f"{self._file.name}: {error.strerror}; mend it and run the same command again") from error
+            raise InputError(f"{self._file.name}: {error.strerror}; fix it and run the same command again") from error
         self._send(record)
 
     def _send(self, record: dict[str, Any]) -> None:
-        if self._run is not None and record[STEP] >= self._known:
+        if self._run is not None and record[STEP] >= self._server_step:
             try:
                 self._run.log(record)
-            except Exception as error:  # whatever it is, it is not worth a training run
-                _say(f"no longer logging ({_line(error)}); training goes on, all numbers are in {METRICS}")
+            except Exception as error:  # no failure of the dashboard may end the training
+                logger.warning(
+                    f"{_WANDB}: no longer logging ({_line(error)}); training continues, all metrics are in {METRICS}"
+                )
                 self._run = None
 
     def _finish(self, exit_code: int) -> None:
@@ -90,7 +92,7 @@ class Tracker:
                 self._run.finish(exit_code=exit_code)
             except Exception as error:
                 again = f"wandb sync --include-online {_files(self._run)}"
-                _say(f"not everything was sent ({_line(error)}); to upload: {again}")
+                logger.warning(f"{_WANDB}: not everything was sent ({_line(error)}); to upload: {again}")
 
 
 @contextmanager
@@ -99,32 +101,30 @@ def open_tracking(
 ) -> Iterator[Tracker]:
     """Opens metrics.jsonl and Weights & Biases for one process of a run.
 
-    Lines after `resumed_at` and a torn last line are removed first, atomically, so that the finished file has each step
-    once, as that of a run never killed.
+    Lines after `resumed_at` and an incomplete last line are first removed atomically, so that the finished file has
+    each step once, like that of an uninterrupted run.
 
-    With `auto` the environment's WANDB_MODE decides, if set; otherwise it is online where there is an API key
-    (WANDB_API_KEY, WANDB_IDENTITY_TOKEN_FILE, wandb's settings or netrc) and offline elsewhere. Online, a server that
-    cannot be reached within a minute, or that refuses the key, makes the run an offline one; one that is lost
-    later is tried again in the background, and for a minute at the end. Neither ends the training: a line on stderr
-    says so.
+    With `auto` the environment variable WANDB_MODE decides, if set; otherwise the run is online if there is an API key
+    (WANDB_API_KEY, WANDB_IDENTITY_TOKEN_FILE, wandb's settings or netrc) and offline without one. A run that cannot
+    reach the server within a minute, or whose key is refused, becomes an offline run; a server that is lost later is
+    retried in the background, and for a minute at the end. Neither ends the training: a warning is logged.
 
-    A kill takes with it what wandb's own process had not yet sent, or written (up to 32 KiB). So a resumed run, which
-    keeps its id, is first given what it misses from metrics.jsonl, which takes half a millisecond a line. Online, that
-    is what came after the last step the server knows; what it knows is not sent again, but for that one step. Offline,
-    each start makes a directory `wandb/offline-run-TIME-ID` of its own, and each gets all the numbers from the first
-    step on. Upload the newest, with the command on stderr. `wandb sync` of all of them sends each row under the same
-    `_step` and with the same numbers, so the order does not matter, but it gives up at a file that a kill has left
-    empty. Rows given later have the time of giving.
+    A kill loses what wandb's own process had not yet sent or written (up to 32 KiB). A resumed run, which keeps its id,
+    is therefore first sent the missing lines of metrics.jsonl, at half a millisecond per line. Online, these are the
+    lines from the last step that the server has. Offline, each start creates its own directory
+    `wandb/offline-run-TIME-ID` with all lines from the first step on: upload the newest one with the logged command.
+    `wandb sync` of all of them sends each row under the same `_step` with the same values, so their order does not
+    matter, but it stops at a file that a kill left empty. Rows sent later have the time of sending.
 
     Args:
         tracking: Mode, project, name.
-        directory: The run's own; made if absent. Weights & Biases gets `directory`/wandb.
-        settings: What the dashboard shows as the run's config.
+        directory: Directory of the run, created if absent; Weights & Biases uses `directory`/wandb.
+        settings: Shown as the run's config on the dashboard.
         resumed_at: Step of the restored checkpoint; 0 for a new run.
-        run_id: The tracker's, as it was in that checkpoint; None for a new run.
+        run_id: `Tracker.run_id` stored in that checkpoint; None for a new run.
 
     Raises:
-        InputError: Online is asked for without an API key, WANDB_MODE is unknown, or metrics.jsonl is damaged.
+        InputError: Online is requested without an API key, WANDB_MODE is unknown, or metrics.jsonl is damaged.
     """
     mode = _mode(tracking)
     path = directory / METRICS
@@ -138,7 +138,7 @@ def open_tracking(
             _resumed_at=resumed_at,
             _written={name for record in kept if record[STEP] == resumed_at for name in record},
             _run=run,
-            _known=run.summary.get(STEP, 0) if run is not None and run.resumed else 0,
+            _server_step=run.summary.get(STEP, 0) if run is not None and run.resumed else 0,
         )
         try:
             for record in kept:
@@ -150,12 +150,6 @@ def open_tracking(
         tracker._finish(exit_code=0)
 
 
-def _say(line: str) -> None:
-    if sys.stderr is not None:
-        with suppress(OSError):  # a terminal that is gone
-            sys.stderr.write(f"Weights & Biases: {line}\n")
-
-
 def _files(run: "wandb.Run") -> str:
     return shlex.quote(str(Path(run.dir).parent))
 
@@ -165,7 +159,7 @@ def _line(error: Exception) -> str:
 
 
 def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The whole lines of metrics.jsonl and what is in them; a last line without its end is left out.
+    """Returns the lines of metrics.jsonl and their parsed records, without an incomplete last line.
 
     Raises:
         InputError: A line is not an object with a step.
@@ -186,7 +180,7 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
-    """Removes what comes after `resumed_at`; returns what is left."""
+    """Removes the lines after `resumed_at` and returns the records that remain."""
     if not path.exists():
         return []
     kept = [(line, record) for line, record in _read(path) if record[STEP] <= resumed_at]
@@ -212,7 +206,7 @@ def _mode(tracking: TrackingConfig) -> Literal["online", "offline", "disabled"]:
 
 
 def _has_key() -> bool:
-    """Whether wandb would find credentials, without its prompt for them."""
+    """Returns whether wandb would find credentials, without prompting for them."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     import netrc
@@ -242,7 +236,7 @@ def _start(
     settings: dict[str, Any],
     run_id: str | None,
 ) -> "wandb.Run | None":
-    """Starts or resumes the run: offline where online fails, None where that fails too."""
+    """Starts or resumes the run: offline if online fails, None if that fails too."""
     import wandb
 
     run_id = run_id or secrets.token_hex(4)
@@ -266,32 +260,32 @@ def _start(
             settings=quiet,
         )
         run.define_metric("*", step_metric=STEP)
-    except Exception as error:  # its own errors, the service's, the network's: none is worth a training run
+    except Exception as error:  # no failure of the dashboard may end the training
         if mode == "online":
-            _say(f"not online ({_line(error)}); the run is logged offline")
+            logger.warning(f"{_WANDB}: not online ({_line(error)}); the run is logged offline")
             with suppress(Exception):
-                wandb.teardown()  # its service holds the id of a run that failed to start
+                wandb.teardown()  # its service still holds the id of the run that failed to start
             return _start(tracking, "offline", directory, settings, run_id)
-        _say(f"did not start ({_line(error)}); the numbers are in {METRICS} only")
+        logger.warning(f"{_WANDB}: did not start ({_line(error)}); the metrics are in {METRICS} only")
         return None
-    _say(f"offline; to upload: wandb sync {_files(run)}" if mode == "offline" else f"{run.url}")
+    logger.info(f"{_WANDB}: {run.url if mode == 'online' else f'offline; to upload: wandb sync {_files(run)}'}")
     return run
 
 
 def draw_curves(directory: Path) -> Path | None:
-    """Draws the losses and the accuracies by rank in metrics.jsonl over the optimizer steps, to curves.png.
+    """Draws the losses and the accuracies per rank in metrics.jsonl over the optimizer steps, to curves.png.
 
-    There is a panel for what the file has: no accuracies, no second panel. StepMetrics that were not finite are gaps.
+    A panel without values is left out. Values that were not finite are gaps in the curves.
 
     Returns:
-        The picture, or None where there is nothing to draw.
+        Path of the picture, or None if there is nothing to draw.
 
     Raises:
         InputError: metrics.jsonl is missing or damaged.
     """
     path = directory / METRICS
     if not path.exists():
-        raise InputError(f"{path} is missing; give the output directory of a training run")
+        raise InputError(f"{path} is missing; pass the output directory of a training run")
     records = [record for _, record in _read(path)]
     panels = [draw for draw, names in _PANELS if any(r.get(name) is not None for r in records for name in names)]
     if not panels:
@@ -313,7 +307,7 @@ def draw_curves(directory: Path) -> Path | None:
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a number; a null is NaN."""
+    """Returns the steps and values of a metric; null becomes NaN."""
     rows = [(record[STEP], record[name]) for record in records if name in record]
     return [step for step, _ in rows], [math.nan if value is None else value for _, value in rows]
 

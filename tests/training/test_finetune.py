@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, barcodes, tmp_path, 
     step = min(step, summary.progress.step // 3)
     with monkeypatch.context() as patch:
         stopping_at(patch, step)
-        with pytest.raises(Interrupted, match=rf"stopped after step {step} of .*the same command goes on") as stopped:
+        with pytest.raises(Interrupted, match=rf"stopped after step {step} of .*the same command continues") as stopped:
             train(barcodes, tmp_path / "run")
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     resumed = train(barcodes, tmp_path / "run")
@@ -161,7 +161,7 @@ def test_bad_input(barcodes, tmp_path):
         train(barcodes, tmp_path / "a", data={"max_tokens": 3000})
     with pytest.raises(InputError, match="--lora.targets 'dense' is unknown"):
         train(barcodes, tmp_path / "a", lora=config.LoRAConfig(targets=("dense",)))
-    assert not (tmp_path / "a" / "run.json").exists()  # the mended command may take the directory
+    assert not (tmp_path / "a" / "run.json").exists()  # the corrected command may use the directory
     with pytest.raises(InputError, match="--loss.metadata needs labels"):
         train(barcodes, tmp_path / "b", objective="mlm", loss=config.LossConfig(metadata=True))
     with pytest.raises(InputError, match="--train.balance needs labels"):
@@ -171,7 +171,7 @@ def test_bad_input(barcodes, tmp_path):
     with pytest.raises(InputError, match="there is no column depth, which metadata needs"):
         train(tmp_path / "surface.parquet", tmp_path / "c", loss=config.LossConfig(metadata=True))
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file.* a file stands where .* pass another --train.output_dir"):
+    with pytest.raises(InputError, match=r"file.* --train.output_dir"):
         train(barcodes, tmp_path / "file")
     with pytest.raises(InputError, match="--train.output_dir is empty"):
         train(barcodes, "")

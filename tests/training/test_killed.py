@@ -94,7 +94,7 @@ def test_three_kills_and_a_sigterm_change_nothing(start, tmp_path):
         before = losses(directory)[-1][0]
         run.send_signal(sent)
         output, _ = run.communicate(timeout=SECONDS)
-        assert ("goes on after step" in output) == (number > 0)
+        assert ("continues after step" in output) == (number > 0)
         assert run.returncode == (-9 if sent == signal.SIGKILL else 128 + signal.SIGTERM), output
         if sent == signal.SIGTERM:
             assert f"stopped after step {losses(directory)[-1][0]:,} of" in output.splitlines()[-1]
@@ -105,7 +105,7 @@ def test_three_kills_and_a_sigterm_change_nothing(start, tmp_path):
     run = start(directory)
     output, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0, output
-    assert f"goes on after step {last:,} of {len(steps):,}" in output  # SIGTERM lost nothing
+    assert f"continues after step {last:,} of {len(steps):,}" in output  # SIGTERM lost nothing
     assert f"({last:,} of them before this run)" in output
     assert losses(directory) == expected
     ours, theirs = parameters(directory), parameters(whole)

@@ -5,15 +5,22 @@ import re
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given as forall
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.barcodes.simulate import simulate
 from bioscan_jax.errors import InputError
-from bioscan_jax.training.splits import HELD_OUT_RANK, LEFT_OUT, SPLITS, assign, check_leakage, fingerprints, given
+from bioscan_jax.training.splits import (
+    HELD_OUT_RANK,
+    LEFT_OUT,
+    SPLITS,
+    assign_splits,
+    check_leakage,
+    fingerprints,
+    read_given_splits,
+)
 
 # Other work on the machine must not fail a test.
 unhurried = settings(deadline=None, max_examples=100)
@@ -33,12 +40,12 @@ def splits_of(
 ) -> np.ndarray:
     sequences = fingerprints(pa.array([row[0] for row in rows], pa.large_string()), seed=seed)
     taxa = fingerprints(pa.array([row[1] for row in rows], pa.string()), seed=seed) if held_out else None
-    splits = assign(sequences, taxa, validation=validation, test=test)
+    splits = assign_splits(sequences, taxa, validation=validation, test=test)
     check_leakage(sequences, splits)
     return splits
 
 
-@forall(st.lists(st.none() | st.text(max_size=8)), st.integers(0, 2**64 - 1), st.integers(1, 5))
+@given(st.lists(st.none() | st.text(max_size=8)), st.integers(0, 2**64 - 1), st.integers(1, 5))
 @unhurried
 def test_a_fingerprint_is_the_keyed_blake2b_of_the_text_alone(texts: list[str | None], seed: int, block: int):
     wanted = [
@@ -69,7 +76,7 @@ def test_a_seed_out_of_range_is_refused(seed: int):
         fingerprints(pa.array(["ACGT"]), seed=seed)
 
 
-@forall(labelled, st.booleans(), shares, st.integers(0, 9), st.randoms(use_true_random=False))
+@given(labelled, st.booleans(), shares, st.integers(0, 9), st.randoms(use_true_random=False))
 @unhurried
 def test_row_order_does_not_matter_and_copies_stay_together(
     rows: list[tuple[str, str | None]],
@@ -90,7 +97,7 @@ def test_row_order_does_not_matter_and_copies_stay_together(
     assert again.tolist() == [of_row[row] for row in shuffled]
 
 
-@forall(labelled, shares, st.integers(0, 9))
+@given(labelled, shares, st.integers(0, 9))
 @unhurried
 def test_a_taxon_is_never_in_two_splits_and_only_contradictions_are_left_out(
     rows: list[tuple[str, str | None]], shares: tuple[float, float], seed: int
@@ -119,7 +126,7 @@ def test_unlabelled_copies_follow_and_contradicted_ones_are_left_out():
     low, high = np.uint64(1), np.uint64(2**64 - 1)
     sequences = np.array([5, 5, 6, 6, 6, 7, 8, 0], np.uint64)
     taxa = np.array([low, 0, low, high, 0, 0, high, low], np.uint64)
-    splits = assign(sequences, taxa, validation=0.1, test=0.1)
+    splits = assign_splits(sequences, taxa, validation=0.1, test=0.1)
     assert splits.tolist() == [TEST, TEST, LEFT_OUT, LEFT_OUT, LEFT_OUT, TRAIN, TRAIN, LEFT_OUT]
 
 
@@ -127,21 +134,22 @@ def test_the_hash_is_cut_into_test_validation_and_train():
     one = np.uint64(1)
     edges = np.array([one, QUARTER - one, QUARTER, HALF - one, HALF, np.uint64(2**64 - 1)], np.uint64)
     wanted = [TEST, TEST, VALIDATION, VALIDATION, TRAIN, TRAIN]
-    assert assign(edges, validation=0.25, test=0.25).tolist() == wanted
-    assert assign(np.arange(1, 7, dtype=np.uint64), edges, validation=0.25, test=0.25).tolist() == wanted
-    assert assign(edges, validation=0.0, test=0.0).tolist() == [TRAIN] * 6
-    assert assign(np.empty(0, np.uint64), np.empty(0, np.uint64), validation=0.1, test=0.1).tolist() == []
+    assert assign_splits(edges, validation=0.25, test=0.25).tolist() == wanted
+    assert assign_splits(np.arange(1, 7, dtype=np.uint64), edges, validation=0.25, test=0.25).tolist() == wanted
+    assert assign_splits(edges, validation=0.0, test=0.0).tolist() == [TRAIN] * 6
+    assert assign_splits(np.empty(0, np.uint64), np.empty(0, np.uint64), validation=0.1, test=0.1).tolist() == []
 
 
 def test_shares_are_those_asked_for_and_a_larger_test_keeps_the_test_rows():
     sequences = fingerprints(pa.array([f"{i:x}" for i in range(20_000)]), seed=3)
-    splits = assign(sequences, validation=0.1, test=0.2)
+    splits = assign_splits(sequences, validation=0.1, test=0.2)
     # Five standard deviations of a binomial share.
     np.testing.assert_allclose(np.bincount(splits) / 20_000, [0.7, 0.1, 0.2], atol=5 * (0.25 / 20_000) ** 0.5)
-    larger = assign(sequences, validation=0.1, test=0.3)
+    larger = assign_splits(sequences, validation=0.1, test=0.3)
     assert (larger[splits == TEST] == TEST).all()
     assert (
-        assign(fingerprints(pa.array([f"{i:x}" for i in range(20_000)]), seed=4), validation=0.1, test=0.2) != splits
+        assign_splits(fingerprints(pa.array([f"{i:x}" for i in range(20_000)]), seed=4), validation=0.1, test=0.2)
+        != splits
     ).any()
 
 
@@ -150,7 +158,7 @@ def test_shares_are_those_asked_for_and_a_larger_test_keeps_the_test_rows():
 )
 def test_impossible_shares_are_refused(validation: float, test: float):
     with pytest.raises(InputError, match="^--data.validation .* and --data.test .* must be at least 0 and"):
-        assign(np.ones(1, np.uint64), validation=validation, test=test)
+        assign_splits(np.ones(1, np.uint64), validation=validation, test=test)
 
 
 @pytest.mark.parametrize(("kind", "rank"), HELD_OUT_RANK.items())
@@ -161,7 +169,7 @@ def test_simulated_barcodes_with_copies_split_without_leaking(kind: str, rank: s
     cleaned = clean(pa.array(table["dna_sequence"].to_pylist() + copies)).sequences
     sequences = fingerprints(cleaned, seed=0)
     taxa = None if rank is None else np.tile(fingerprints(table[rank], seed=0), 2)
-    splits = assign(sequences, taxa, validation=0.25, test=0.25)
+    splits = assign_splits(sequences, taxa, validation=0.25, test=0.25)
     check_leakage(sequences, splits)
     assert set(splits.tolist()) >= {TRAIN, VALIDATION, TEST}
     np.testing.assert_array_equal(splits[: len(table)], splits[len(table) :])
@@ -188,18 +196,18 @@ def test_given_splits_are_read_in_their_usual_forms():
         "unused",
     ]
     wanted = [0, 0, 1, 1, 1, 1, 2, 2, 2, LEFT_OUT]
-    assert given(pa.array(values)).tolist() == wanted
-    assert given(pa.array(values).dictionary_encode()).tolist() == wanted
-    assert given(pa.chunked_array([values[:3], [], values[3:]], pa.large_string())).tolist() == wanted
-    assert given(pa.array([], pa.string())).dtype == np.int8
-    assert [SPLITS[split] for split in given(pa.array(["train", "val", "test"]))] == list(SPLITS)
+    assert read_given_splits(pa.array(values)).tolist() == wanted
+    assert read_given_splits(pa.array(values).dictionary_encode()).tolist() == wanted
+    assert read_given_splits(pa.chunked_array([values[:3], [], values[3:]], pa.large_string())).tolist() == wanted
+    assert read_given_splits(pa.array([], pa.string())).dtype == np.int8
+    assert [SPLITS[split] for split in read_given_splits(pa.array(["train", "val", "test"]))] == list(SPLITS)
 
 
 @pytest.mark.parametrize("value", ["pretrain", "key_unseen", "", "2", None])
 def test_another_given_value_is_named_with_its_row(value: str | None):
     column = pa.chunked_array([["train"], ["test", value, "train", value]], pa.string())
     with pytest.raises(InputError, match=re.escape(f"row 2 has the split {value!r} in --data.split_column; write")):
-        given(column)
+        read_given_splits(column)
 
 
 def test_a_leak_names_two_rows_and_counts_the_sequences():
