@@ -20,7 +20,7 @@ from bioscan_jax.checkpoints.peft import Adapter, read_adapter
 from bioscan_jax.checkpoints.readers import sha256_of, weight_files
 from bioscan_jax.devices.sharding import Layout, compute_dtype
 from bioscan_jax.errors import InputError
-from bioscan_jax.model.attention import choose, site
+from bioscan_jax.model.attention import attention_setting, choose_attention
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.model.transformer import NucleotideTransformer
 
@@ -162,7 +162,8 @@ def _check_attention(
 ) -> None:
     """Raises InputError if `--model.attention` is not supported on these devices, before any weight is read."""
     heads, head_dim = transformer.num_attention_heads, transformer.head_dim
-    choose(model.attention, site(layout, heads=heads, head_dim=head_dim, dtype=dtype), tokens=0)
+    setting = attention_setting(layout, heads=heads, head_dim=head_dim, dtype=dtype)
+    choose_attention(model.attention, setting, tokens=0)
 
 
 def _random(model: config.ModelConfig, dtype: DTypeLike, layout: Layout, lm_head: bool) -> LoadedModel:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from bioscan_jax.devices.sharding import Axes
-from bioscan_jax.model.attention import Attend, dense
+from bioscan_jax.model.attention import AttentionFunction, dense_attention
 from bioscan_jax.model.config import TransformerConfig
 
 RowKeys: TypeAlias = Key[Array, " b"]
@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         mask: Bool[Array, "b s"],
         rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
         keys: RowKeys | None = None,
-        attend: Attend = dense,
+        attend: AttentionFunction = dense_attention,
     ) -> Float[Array, "b s d"]:
         """Attends in the dtype of the parameters; logits and softmax in float32."""
         b, s, d = x.shape
@@ -155,7 +155,7 @@ class Layer(nnx.Module):
         mask: Bool[Array, "b s"],
         rotary: tuple[Float[Array, "s half"], Float[Array, "s half"]] | None,
         keys: RowKeys | None = None,
-        attend: Attend = dense,
+        attend: AttentionFunction = dense_attention,
     ) -> Float[Array, "b s d"]:
         """The residual stream keeps the dtype of `x`; each sum is formed in float32; `keys` are for adapters."""
         of = _split(keys, 2)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from bioscan_jax.devices.sharding import Layout
-from bioscan_jax.model.attention import Choice, attend_by, choose, site
+from bioscan_jax.model.attention import AttentionChoice, attention_function, attention_setting, choose_attention
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.layers import Layer, LayerNorm, Linear, RowKeys, rotary_tables, split_rows
 
@@ -45,7 +45,7 @@ class NucleotideTransformer(nnx.Module):
         self.config = config
         # Float32 products also on TPU and GPU, whose "default" is fewer bits (on a TPU, one bfloat16 pass).
         self.float32_products: Literal["highest", "default"] = "highest"
-        self.attention: Choice = "auto"
+        self.attention: AttentionChoice = "auto"
         self.word_embeddings = nnx.Param(
             init(rngs.params(), (config.vocab_size, d), dtype), logical_axes=("vocab", "hidden")
         )
@@ -167,8 +167,8 @@ class NucleotideTransformer(nnx.Module):
             rotary = rotary_tables(ids.shape[1], self.config.head_dim)
         config = self.config
         heads, head_dim = config.num_attention_heads, config.head_dim
-        where = site(layout, heads=heads, head_dim=head_dim, dtype=self.word_embeddings.dtype)
-        attend = attend_by(choose(self.attention, where, ids.shape[1]), layout)
+        setting = attention_setting(layout, heads=heads, head_dim=head_dim, dtype=self.word_embeddings.dtype)
+        attend = attention_function(choose_attention(self.attention, setting, ids.shape[1]), layout)
         graph, stack = nnx.split(self.layers)
         if depth < self.config.num_hidden_layers:
             stack = jax.tree.map(lambda p: p[:depth], stack)

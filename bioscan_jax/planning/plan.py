@@ -16,7 +16,7 @@ from bioscan_jax.checkpoints.load import RANDOM
 from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes
 from bioscan_jax.devices.chips import Chip, Slice, find_slice
 from bioscan_jax.errors import InputError
-from bioscan_jax.model.attention import Site, choose
+from bioscan_jax.model.attention import AttentionSetting, choose_attention
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.output import whole_file
 from bioscan_jax.planning.aot import INSTALL, Compiled, TooLarge, Traced, has_compiler, trace_and_compile
@@ -537,16 +537,16 @@ def _not_padding(workload: Workload | None, program: Program, devices: int) -> f
 
 def _check_attention(program: Program, chip: Chip, mesh: config.MeshConfig) -> None:
     """Raises InputError where the attention asked for cannot work on such devices."""
-    where = Site(
+    setting = AttentionSetting(
         platform="tpu",
         device_kind=chip.device_kind,
         capability=None,
         dtype=program.dtype,
         heads=program.transformer.num_attention_heads,
         head_dim=program.transformer.head_dim,
-        sharing=mesh.model,
+        head_devices=mesh.model,
     )
-    choose(program.attention, where, tokens=0)
+    choose_attention(program.attention, setting, tokens=0)
 
 
 def _width(transformer: TransformerConfig, max_tokens: int | None, tokens: int | None) -> int:

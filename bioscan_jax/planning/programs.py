@@ -14,7 +14,7 @@ from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.embedding.encoder import make_embed_step
-from bioscan_jax.model.attention import Choice
+from bioscan_jax.model.attention import AttentionChoice
 from bioscan_jax.model.classifier import abstract_classifier
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.tree import TaxonTree
@@ -38,7 +38,7 @@ class EmbedProgram:
     dtype: str
     """Of parameters and products."""
     embed: config.EmbedConfig
-    attention: Choice = "auto"
+    attention: AttentionChoice = "auto"
 
     def build(self, layout: Layout, shape: BatchShape) -> tuple[Any, tuple]:
         """The jitted step, and its arguments as ShapeDtypeStructs with shardings."""
@@ -65,7 +65,7 @@ class FinetuneProgram:
     train: config.TrainConfig
     species: int
     """Of the heads; their other ranks are in proportion."""
-    attention: Choice = "auto"
+    attention: AttentionChoice = "auto"
 
     def build(self, layout: Layout, shape: BatchShape) -> tuple[Any, tuple]:
         """The jitted step, and its arguments as ShapeDtypeStructs with shardings.

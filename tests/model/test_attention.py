@@ -16,18 +16,25 @@ from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.embedding.encoder import make_embed_step
 from bioscan_jax.errors import InputError
-from bioscan_jax.model.attention import LEAST_TOKENS, Site, attend_by, blocks, choose, site
+from bioscan_jax.model.attention import (
+    FLASH_MIN_TOKENS,
+    AttentionSetting,
+    attention_function,
+    attention_setting,
+    choose_attention,
+    splash_blocks,
+)
 from bioscan_jax.model.classifier import make_classifier
 
 LENGTHS = [40, 1, 5, 39, 20, 7, 40, 3]
-V5E = Site(
+V5E = AttentionSetting(
     platform="tpu",
     device_kind="TPU v5 lite",
     capability=None,
     dtype="bfloat16",
     heads=20,
     head_dim=128,
-    sharing=1,
+    head_devices=1,
 )
 V3 = dataclasses.replace(V5E, device_kind="TPU v3")
 CPU = dataclasses.replace(V5E, platform="cpu", device_kind="cpu", dtype="float32")
@@ -50,7 +57,7 @@ def with_gradients(qkv, mask, kind, layout):
     """What real tokens attend to, all that is attended, and gradients of a loss on the real ones."""
 
     def loss(qkv):
-        attended = attend_by(kind, layout)(*qkv, mask)
+        attended = attention_function(kind, layout)(*qkv, mask)
         real = jnp.where(mask[:, :, None, None], attended.astype(jnp.float32), 0.0)
         return jnp.sum(jnp.sin(real)), (real, attended)
 
@@ -77,7 +84,7 @@ def test_splash_is_dense_on_one_and_eight_devices(mesh):
 
 def test_several_blocks_a_row_and_padding_only_in_the_first_of_them():
     qkv, mask = rows(520, [520, 100, 390], heads=1)
-    assert blocks(520) == (384, 768)
+    assert splash_blocks(520) == (384, 768)
     ours, _, gradients = with_gradients(qkv, mask, "interpreted", None)
     theirs, _, expected = with_gradients(qkv, mask, "dense", None)
     assert relative(ours, theirs) < 1e-6
@@ -95,7 +102,7 @@ def test_bfloat16_differs_by_its_own_rounding():
 
 @given(st.integers(1, 2048))
 def test_blocks_hold_the_row_and_are_whole_lanes(tokens):
-    block, whole = blocks(tokens)
+    block, whole = splash_blocks(tokens)
     assert block % 128 == 0
     assert block <= 512
     assert whole % block == 0
@@ -135,7 +142,7 @@ def test_a_whole_model_and_its_gradients_do_not_depend_on_the_kind(preset, mesh)
 
 
 @pytest.mark.parametrize(
-    ("where", "short", "long"),
+    ("setting", "short", "long"),
     [
         (CPU, "dense", "dense"),
         (V3, "dense", "dense"),
@@ -143,27 +150,27 @@ def test_a_whole_model_and_its_gradients_do_not_depend_on_the_kind(preset, mesh)
         (dataclasses.replace(V5E, device_kind="TPU v4"), "dense", "splash"),
         (dataclasses.replace(V5E, device_kind="TPU v6 lite", dtype="float32", head_dim=32), "dense", "splash"),
         (dataclasses.replace(V5E, device_kind="TPU of another day"), "dense", "dense"),
-        (dataclasses.replace(V5E, sharing=8), "dense", "dense"),
-        (dataclasses.replace(V5E, sharing=4), "dense", "splash"),
+        (dataclasses.replace(V5E, head_devices=8), "dense", "dense"),
+        (dataclasses.replace(V5E, head_devices=4), "dense", "splash"),
         (A100, "dense", "cudnn"),
         (dataclasses.replace(A100, dtype="float32"), "dense", "dense"),
         (dataclasses.replace(A100, capability="7.5"), "dense", "dense"),
         (dataclasses.replace(A100, device_kind="AMD Instinct", capability="gfx90a"), "dense", "dense"),
     ],
 )
-def test_auto(where, short, long):
-    assert [choose("auto", where, tokens) for tokens in (114, LEAST_TOKENS - 1)] == [short, short]
-    assert [choose("auto", where, tokens) for tokens in (LEAST_TOKENS, 2048)] == [long, long]
+def test_auto(setting, short, long):
+    assert [choose_attention("auto", setting, tokens) for tokens in (114, FLASH_MIN_TOKENS - 1)] == [short, short]
+    assert [choose_attention("auto", setting, tokens) for tokens in (FLASH_MIN_TOKENS, 2048)] == [long, long]
 
 
 @pytest.mark.parametrize(
-    ("choice", "where", "message"),
+    ("choice", "setting", "message"),
     [
         ("splash", CPU, "--model.attention splash needs a TPU v4 or newer, not cpu; pass auto or dense"),
         ("splash", V3, "--model.attention splash needs a TPU v4 or newer, not TPU v3; pass auto or dense"),
         (
             "splash",
-            dataclasses.replace(V5E, sharing=8),
+            dataclasses.replace(V5E, head_devices=8),
             "--model.attention splash cannot split 20 heads over --mesh.model 8 devices; pass auto or dense",
         ),
         (
@@ -184,9 +191,9 @@ def test_auto(where, short, long):
         ),
     ],
 )
-def test_what_cannot_work_is_refused(choice, where, message):
+def test_what_cannot_work_is_refused(choice, setting, message):
     with pytest.raises(InputError) as caught:
-        choose(choice, where, tokens=0)
+        choose_attention(choice, setting, tokens=0)
     assert str(caught.value) == message
 
 
@@ -199,9 +206,9 @@ def test_a_model_is_not_loaded_for_what_cannot_work_here(choice):
 
 
 def test_what_is_asked_for_by_name_is_taken_at_any_length():
-    assert choose("splash", V5E, 16) == "splash"
-    assert choose("dense", V5E, 2048) == "dense"
-    assert choose("cudnn", A100, 16) == "cudnn"
+    assert choose_attention("splash", V5E, 16) == "splash"
+    assert choose_attention("dense", V5E, 2048) == "dense"
+    assert choose_attention("cudnn", A100, 16) == "cudnn"
     assert (
         load_weights(
             config.ModelConfig(checkpoint="random:tiny-v2", attention="dense"), make_layout(config.MeshConfig())
@@ -217,7 +224,9 @@ def test_adapters_and_heads_leave_a_model_its_attention():
     assert (trunk.attention, classifier.trunk.attention) == ("dense", "dense")
 
 
-def test_the_site_is_that_of_the_mesh():
+def test_the_setting_is_that_of_the_mesh():
     layout = make_layout(config.MeshConfig(data=2, model=4))
-    assert site(layout, heads=20, head_dim=128, dtype=jnp.float32) == dataclasses.replace(CPU, sharing=4)
-    assert site(None, heads=20, head_dim=128, dtype=jnp.float32) == CPU
+    assert attention_setting(layout, heads=20, head_dim=128, dtype=jnp.float32) == dataclasses.replace(
+        CPU, head_devices=4
+    )
+    assert attention_setting(None, heads=20, head_dim=128, dtype=jnp.float32) == CPU
