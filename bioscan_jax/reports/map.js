@@ -23,7 +23,7 @@ function nameOf(row, rank) {
   return index < 0 ? null : data.names[rank][index];
 }
 
-// What rows can be coloured by: a class for each row, the name of each class
+// Classes that rows are coloured by: the class of each row and the name of each class
 function namedClasses(indexOf, names) {
   const codes = new Uint8Array(rows.n), counts = new Uint32Array(names.length);
   for (let i = 0; i < rows.n; i++) if (indexOf(i) >= 0) counts[indexOf(i)]++;
@@ -46,7 +46,7 @@ function scaleClasses(values, unit) {
     const bound = known[Math.floor((known.length * k) / TOP)];
     if (bound > (bounds.length ? bounds[bounds.length - 1] : known[0])) bounds.push(bound);
   }
-  // Few classes take colours from one end of the scale to the other all the same
+  // Few classes are spread over the whole colour scale too
   const color = (k) => Math.round((k * (TOP - 1)) / Math.max(1, bounds.length));
   const codes = new Uint8Array(rows.n);
   for (let i = 0; i < rows.n; i++) {
@@ -80,7 +80,7 @@ function pixel(hex) {
   return littleEndian ? ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0 : ((r << 24) | (g << 16) | (b << 8) | 255) >>> 0;
 }
 
-// A colour that covers a share of a pixel, on what is there: another colour, or nothing yet
+// Blends a colour that covers part of a pixel over the colour there, if any
 function over(value, below, cover) {
   const alpha = littleEndian ? 24 : 0, there = ((below >>> alpha) & 255) / 255, whole = cover + there * (1 - cover);
   let mixed = 0;
@@ -108,7 +108,7 @@ function pointMap(section, points) {
   }
   const bounds = points.bounds || box;
 
-  // Rows of a grid in one array, cell after cell, so that hovering looks at a few cells only
+  // Points sorted by the cells of a grid, so that hovering searches only a few cells
   const G = 256, cellWidth = (box[2] - box[0]) / G || 1, cellHeight = (box[3] - box[1]) / G || 1;
   const column = (x) => Math.min(G - 1, Math.max(0, Math.floor((x - box[0]) / cellWidth)));
   const line = (y) => Math.min(G - 1, Math.max(0, Math.floor((y - box[1]) / cellHeight)));
@@ -138,7 +138,7 @@ function pointMap(section, points) {
     view.x = (bounds[0] + bounds[2]) / 2; view.y = (bounds[1] + bounds[3]) / 2; view.scale = home;
   }
 
-  // The pixels of a disc, and those of its rim with how much of them it covers, where there is time for that
+  // The pixels of a disc; for few points also those of its rim, with the fraction of each that is covered
   function stamp(radius) {
     const offsets = [], rim = [], reach = Math.ceil(radius + 0.5);
     for (let dy = -reach; dy <= reach; dy++) {
@@ -151,7 +151,7 @@ function pointMap(section, points) {
     return { offsets, rim, reach, flat: Int32Array.from(offsets, ([dx, dy]) => dy * front.width + dx) };
   }
 
-  // Points are written straight into the picture's pixels: 50,000 take a few milliseconds without a GPU
+  // Writes points straight into the pixels: 50,000 take a few milliseconds without a GPU
   function draw() {
     waiting = false;
     pixels.fill(0);
@@ -216,7 +216,7 @@ function pointMap(section, points) {
     tip.hidden = i < 0;
     if (i < 0) return;
     tip.replaceChildren(...points.describe(i).map(([kind, content]) => Object.assign(document.createElement(kind), { textContent: content })));
-    tip.style.left = tip.style.top = "0";  // where it is as wide as it may be
+    tip.style.left = tip.style.top = "0";  // where it can take its full width
     const [x, y] = toScreen(i), [w, h] = [tip.offsetWidth, tip.offsetHeight];
     const inside = (at, size, room) => Math.max(2, Math.min(at > room / 2 ? at - 10 - size : at + 10, room - size - 4));
     tip.style.left = `${inside(x, w, width)}px`; tip.style.top = `${inside(y, h, height)}px`;

@@ -13,19 +13,19 @@ const embedding = {
   holds: () => true,
   of: (row) => row,
   describe(row) {
-    const told = [["strong", data.ids[row]], ["div", lineage(row)]];
+    const lines = [["strong", data.ids[row]], ["div", lineage(row)]];
     const place = ["latitude", "longitude"].map((name) => rows.numbers[name]?.[row] ?? NaN);
     const depth = rows.numbers.depth?.[row] ?? NaN, novelty = rows.numbers.novelty?.[row] ?? NaN;
-    told.push(["div", `depth ${Number.isNaN(depth) ? "unknown" : `${short(depth)} m`}`]);
-    if (!Number.isNaN(place[0])) told.push(["div", `${short(place[0])}, ${short(place[1])}`]);
-    if (rows.marker[row] >= 0) told.push(["div", data.markers[rows.marker[row]]]);
-    if (data.found[row]) told.push(["div", `identified as ${data.found[row]}`]);
-    if (!Number.isNaN(novelty)) told.push(["div", `novelty ${short(novelty)}`]);
-    return told;
+    lines.push(["div", `depth ${Number.isNaN(depth) ? "unknown" : `${short(depth)} m`}`]);
+    if (!Number.isNaN(place[0])) lines.push(["div", `${short(place[0])}, ${short(place[1])}`]);
+    if (rows.marker[row] >= 0) lines.push(["div", data.markers[rows.marker[row]]]);
+    if (data.found[row]) lines.push(["div", `identified as ${data.found[row]}`]);
+    if (!Number.isNaN(novelty)) lines.push(["div", `novelty ${short(novelty)}`]);
+    return lines;
   },
 };
 
-// A step through all points that mixes them, so that no taxon always lies on top
+// A stride that visits all points in mixed order, so that no taxon is always on top
 function coprime(n) {
   const gcd = (a, b) => (b ? gcd(b, a % b) : a);
   let step = Math.max(1, Math.floor(n * 0.618));
@@ -41,7 +41,7 @@ function placePoints() {
     if (!at.has(key)) { at.set(key, members.length); members.push([]); }
     members[at.get(key)].push(i);
   }
-  members.sort((a, b) => b.length - a.length);  // drawn in this order, so that no large point hides a small one
+  members.sort((a, b) => b.length - a.length);  // small points are drawn over large ones
   members.forEach((list, place) => { for (const row of list) of[row] = place; });
   const most = members.reduce((m, list) => Math.max(m, list.length), 1);
   const radii = [2.5, 3.2, 4, 5, 6.2];
@@ -53,30 +53,30 @@ function placePoints() {
     radii,
     size: Uint8Array.from(members, (list) => Math.floor((Math.log(list.length) / Math.log(most + 1)) * radii.length)),
     stride: 1,
-    // A class shown alone is shown wherever it is, not only where it is the most frequent
+    // A class shown alone is visible at each of its places, not only where it is the most frequent
     codes: (codes, only) => Uint8Array.from(members, (list) => (list.some((row) => codes[row] === only) ? only : mode(list, codes))),
     holds: (row) => of[row] >= 0,
     of: (row) => of[row],
     background: drawLand,
     describe(i) {
       const list = members[i], deep = depth ? list.map((row) => depth[row]).filter((d) => !Number.isNaN(d)) : [];
-      const told = [["strong", `${latitude[list[0]].toFixed(3)}, ${longitude[list[0]].toFixed(3)}`]];
-      told.push(["div", `${number.format(list.length)} ${list.length === 1 ? "row" : "rows"}`]);
+      const lines = [["strong", `${latitude[list[0]].toFixed(3)}, ${longitude[list[0]].toFixed(3)}`]];
+      lines.push(["div", `${number.format(list.length)} ${list.length === 1 ? "row" : "rows"}`]);
       if (deep.length) {
         const [low, high] = [deep.reduce((a, b) => Math.min(a, b)), deep.reduce((a, b) => Math.max(a, b))];
-        told.push(["div", low === high ? `depth ${short(low)} m` : `depth ${short(low)} to ${short(high)} m`]);
+        lines.push(["div", low === high ? `depth ${short(low)} m` : `depth ${short(low)} to ${short(high)} m`]);
       }
       const counts = new Map();
       for (const row of list) counts.set(rows.lineage[row], (counts.get(rows.lineage[row]) || 0) + 1);
       const [top] = [...counts].sort((a, b) => b[1] - a[1]);
       const row = list.find((r) => rows.lineage[r] === top[0]);
-      told.push(["div", list.length === 1 ? `${data.ids[row]}: ${lineage(row)}` : `most often ${lineage(row)} (${number.format(top[1])})`]);
-      return told;
+      lines.push(["div", list.length === 1 ? `${data.ids[row]}: ${lineage(row)}` : `most often ${lineage(row)} (${number.format(top[1])})`]);
+      return lines;
     },
   };
 }
 
-// The most frequent name of some rows; unknown only where nothing else is
+// The most frequent name of some rows; unknown only if all are
 function mode(list, codes) {
   const counts = new Uint32Array(TOP + 2);
   for (const row of list) counts[codes[row]]++;
@@ -108,7 +108,7 @@ const places = document.getElementById("places");
 if (places && data.coast.length) maps.places = pointMap(places, placePoints());
 const recolourAll = () => Object.values(maps).forEach((map) => map.recolour());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolourAll);
-// Pictures are printed as they stand, so they are drawn for paper first
+// A canvas is printed as it is, so it is redrawn in the colours for paper first
 addEventListener("beforeprint", () => { document.documentElement.classList.add("printing"); Object.values(maps).forEach((map) => { map.recolour(); map.draw(); }); });
 addEventListener("afterprint", () => { document.documentElement.classList.remove("printing"); recolourAll(); });
 window.reportMaps = maps;

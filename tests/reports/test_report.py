@@ -68,7 +68,7 @@ def changed(table: pa.Table, name: str, values: object) -> pa.Table:
 
 
 def answers(table: pa.Table, **columns: object) -> pa.Table:
-    """What identify writes of some rows, all right and sure unless told otherwise."""
+    """Results as identify writes them: all right and confident, except for the columns given."""
     rows = len(table)
     made = {"sequence_id": table["sequence_id"], **{rank: table[rank] for rank in RANKS}}
     made |= {f"{rank}_confidence": pa.array([0.95] * rows, pa.float64()) for rank in RANKS}
@@ -132,11 +132,11 @@ def test_pacmap_keeps_clusters_together_is_reproducible_and_silent(caplog, capfd
 
 
 @pytest.mark.parametrize(
-    ("share", "told"),
+    ("fraction", "text"),
     [(None, "–"), (0.0, "0.0 %"), (4e-4, "< 0.1 %"), (0.5, "50.0 %"), (0.9998, "> 99.9 %"), (1.0, "100.0 %")],
 )
-def test_a_few_are_not_none_and_most_are_not_all(share, told):
-    assert charts.percent(share) == told
+def test_percent_keeps_small_and_large_fractions_apart_from_0_and_1(fraction, text):
+    assert charts.percent(fraction) == text
 
 
 def test_identical_vectors_are_one_point():
@@ -148,7 +148,7 @@ def test_identical_vectors_are_one_point():
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 49])
 @pytest.mark.parametrize("hidden", [1, 2, 8])
-def test_few_vectors_are_laid_out_by_principal_components(rows, hidden):
+def test_few_vectors_are_projected_by_principal_components(rows, hidden):
     vectors = np.random.default_rng(0).normal(size=(rows, hidden)).astype(np.float32)
     made = project(vectors, "pacmap", 0)
     assert made.points.shape == (rows, 2)
@@ -157,15 +157,15 @@ def test_few_vectors_are_laid_out_by_principal_components(rows, hidden):
     assert "too few distinct vectors" in made.method
 
 
-def test_vectors_of_nothing_have_a_point():
+def test_zero_vectors_have_a_point():
     made = project(np.zeros((70, 4), np.float32), "pacmap", 0)
     np.testing.assert_array_equal(made.points, 0)
 
 
-# Figures
+# Metrics
 
 
-def test_intervals_are_wilsons():
+def test_intervals_are_wilsons_intervals():
     for right, ends in ((5, (0.2366, 0.7634)), (0, (0.0, 0.2775)), (10, (0.7225, 1.0))):
         [only] = confidence_bins(np.full(10, 0.5), np.arange(10) < right)
         assert (only.low, only.high) == pytest.approx(ends, abs=1e-4)
@@ -189,13 +189,13 @@ def test_bins_hold_every_answer_once(drawn):
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=30))
 @settings(deadline=None, max_examples=100)
-def test_auroc_is_the_share_of_pairs_in_order(drawn):
+def test_auroc_is_the_fraction_of_pairs_in_order(drawn):
     score, positive = np.array([s for s, _ in drawn], float), np.array([p for _, p in drawn], bool)
     pairs = [(a > b) + (a == b) / 2 for a, b in itertools.product(score[positive], score[~positive])]
     assert auroc(score, positive) == (pytest.approx(np.mean(pairs)) if pairs else None)
 
 
-def test_figures_of_a_small_case(tmp_path):
+def test_metrics_of_a_small_case(tmp_path):
     table = sequences(10)
     species = ["A a", "A b", "A c", None, "A e"]
     given_answers = answers(
@@ -234,7 +234,7 @@ def test_without_a_calibration_nothing_counts_as_answered(tmp_path):
     assert rank_metrics(identified, None, None)[0].answered is None
 
 
-# Gathering
+# Contents of the table
 
 
 def test_counts_are_of_all_rows_and_the_sample_is_seeded(tmp_path):
@@ -256,7 +256,7 @@ def test_counts_are_of_all_rows_and_the_sample_is_seeded(tmp_path):
     assert not [part for part in some.notes if part != "run"]
 
 
-def test_a_place_off_the_globe_is_none(tmp_path):
+def test_coordinates_off_the_globe_are_unknown(tmp_path):
     table = sequences(6)
     table = changed(table, "latitude", [1.0, 91.0, float("nan"), float("inf"), -90.0, 5.0])
     table = changed(table, "longitude", [180.0, 0.0, 0.0, 0.0, -180.0, 181.0])
@@ -265,15 +265,15 @@ def test_a_place_off_the_globe_is_none(tmp_path):
     np.testing.assert_array_equal(np.isfinite(rows.latitude), np.isfinite(rows.longitude))
 
 
-def test_what_is_not_there_is_left_out_and_said(tmp_path):
+def test_missing_parts_are_left_out_with_a_reason(tmp_path):
     make_table(tmp_path, 120)
-    told = report(str(tmp_path), str(tmp_path / "r.html"), projection="pca")
+    summary = report(str(tmp_path), str(tmp_path / "r.html"), projection="pca")
     page = (tmp_path / "r.html").read_text()
     assert "neither a column taxonomy nor all seven ranks" in page
     assert "Left out: the table has no column latitude" in page
     assert "Left out: no identifications were given" in page
     assert "is not recorded" not in page
-    assert "the table has no column latitude" in str(told)
+    assert "the table has no column latitude" in str(summary)
     assert read_contents(str(tmp_path), "sequences", 10, 0).rejects == 17
     table = sequences(5)
     uri = write(tmp_path, changed(changed(table, "latitude", ["a"] * 5), "depth", ["b"] * 5), "texts")
@@ -293,7 +293,7 @@ def test_a_damaged_run_record_is_a_note(tmp_path):
 # The page
 
 
-def test_every_text_of_the_data_is_harmless(tmp_path):
+def test_texts_of_the_data_are_escaped(tmp_path):
     table = sequences(60)
     table = changed(table, "sequence_id", [f"{EVIL}{i}" for i in range(60)])
     table = changed(table, "genus", [EVIL] * 60)
@@ -312,7 +312,7 @@ def test_every_text_of_the_data_is_harmless(tmp_path):
     assert payload(page)["names"][RANKS.index("genus")] == [" ".join(EVIL.split())]
 
 
-def test_the_page_may_load_nothing_and_run_only_its_own_script(tmp_path):
+def test_the_policy_allows_only_the_pages_own_script_and_style(tmp_path):
     report(write(tmp_path, sequences()), str(tmp_path / "r.html"), projection="pca")
     page = (tmp_path / "r.html").read_text()
     parsed = Parsed(page)
@@ -346,15 +346,15 @@ def test_the_page_holds_what_the_table_holds(tmp_path):
     assert data["found"][3] == "F0 (family, confidence 0.950)"
 
 
-def test_pictures_are_drawn_of_what_there_is(tmp_path):
+def test_pictures_are_drawn_where_there_is_data(tmp_path):
     table = sequences(60)
     pq.write_table(answers(table), tmp_path / "a.parquet")
     pq.write_table(table, tmp_path / "t.parquet")
     uri = write(tmp_path, changed(table, "genus", ["$a_{b$"] * 60))
     files = {"identified": str(tmp_path / "a.parquet"), "truth": str(tmp_path / "t.parquet")}
-    told = report(uri, str(tmp_path / "r.html"), **files, pictures=str(tmp_path / "png" / "deep"), projection="pca")
-    assert [Path(p).stem for p in told.pictures] == ["embedding", "places", "taxa", "calibration", "novelty"]
-    for path in told.pictures:
+    summary = report(uri, str(tmp_path / "r.html"), **files, pictures=str(tmp_path / "png" / "deep"), projection="pca")
+    assert [Path(p).stem for p in summary.pictures] == ["embedding", "places", "taxa", "calibration", "novelty"]
+    for path in summary.pictures:
         assert Path(path).read_bytes().startswith(b"\x89PNG")
         assert Path(path).stat().st_size > 10_000
     bare = report(write(tmp_path, table.select(["sequence_id", "vector"]), "bare"), str(tmp_path / "b.html"), "bare",
@@ -362,7 +362,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert [Path(p).stem for p in bare.pictures] == ["embedding"]
 
 
-def test_a_chart_in_the_page_is_reproducible_and_takes_its_colours_and_texts(tmp_path):
+def test_charts_in_the_page_are_reproducible_themed_and_escaped(tmp_path):
     identifications = answers(sequences(50), novelty=np.linspace(-0.2, 1.3, 50), novel=np.arange(50) > 30)
     pq.write_table(identifications, tmp_path / "a.parquet")
     results = read_identifications(str(tmp_path / "a.parquet"))
@@ -421,16 +421,16 @@ def lab(rgb: np.ndarray) -> np.ndarray:
         (charts.DARK, (charts.DARK_OTHER, charts.DARK_UNKNOWN), 24),
     ],
 )
-def test_colours_differ_for_every_eye(taxa, rest, least, sight):
+def test_colours_differ_with_every_colour_vision(taxa, rest, least, sight):
     seen = [lab(np.array(MACHADO[sight]) @ linear(color)) for color in (*taxa, *rest)]
     assert len(taxa) == charts.TOP
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > least
 
 
-# Mistakes
+# Errors
 
 
-def test_mistakes_in_settings_and_tables(tmp_path):
+def test_wrong_settings_and_tables(tmp_path):
     uri = write(tmp_path, sequences(5))
     write(tmp_path, sequences(5).slice(0, 0), "empty")
     write(tmp_path, sequences(5).drop_columns("vector"), "plain")
@@ -460,7 +460,7 @@ def test_mistakes_in_settings_and_tables(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_mistakes_in_the_files_of_answers(tmp_path):
+def test_wrong_files_of_identifications_and_truth(tmp_path):
     table = sequences(4)
     good = answers(table)
     path = str(tmp_path / "a.parquet")
@@ -490,7 +490,7 @@ def test_mistakes_in_the_files_of_answers(tmp_path):
             read_truth(path, ("id0", "id1"))
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path):
     uri = write(tmp_path, sequences(5))
     html = tmp_path / "r.html"
     html.mkdir()
@@ -499,7 +499,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".r.html")]
 
 
-def test_the_script_reports_and_answers_mistakes_in_one_line(tmp_path):
+def test_the_script_reports_and_prints_errors_in_one_line(tmp_path):
     uri = write(tmp_path, sequences(30))
     run = [sys.executable, str(SCRIPT), "--uri", uri, "--projection", "pca", "--output"]
     done = subprocess.run([*run, str(tmp_path / "r.html")], capture_output=True, text=True, timeout=120)
@@ -524,7 +524,7 @@ AT = """(() => {{
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """A page with every part, of hostile names among others."""
+    """A page with every part, and hostile names in it."""
     directory = tmp_path_factory.mktemp("shown")
     table = sequences(200)
     table = changed(table, "sequence_id", [f"id{i}{EVIL if i % 2 else ''}" for i in range(200)])
@@ -537,7 +537,7 @@ def shown(tmp_path_factory):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
-def test_it_opens_without_a_word_and_fits(shown, tmp_path, width):
+def test_the_page_opens_without_console_messages_and_fits(shown, tmp_path, width):
     with browsing(tmp_path) as page:
         inks = set()
         for dark in (False, True):
@@ -555,19 +555,19 @@ def test_it_opens_without_a_word_and_fits(shown, tmp_path, width):
 
 
 @pytest.mark.browser
-def test_hover_keys_and_controls_answer(shown, tmp_path):
+def test_hover_keys_and_controls_work(shown, tmp_path):
     with browsing(tmp_path) as page:
         page.open(shown, 1280, 900)
         data = payload(shown.read_text())
         for row in (0, 1, 57):
             page.move(*page.run(AT.format("embedding", row)))
-            told = page.run(TIP.format("embedding")).split("\n")
+            lines = page.run(TIP.format("embedding")).split("\n")
             at = page.run(f"reportMaps.embedding.nearest(...reportMaps.embedding.toScreen({row}))")
             assert at == row
-            assert told[0].split() == data["ids"][row].split()
-            assert told[1].startswith(f"K0 › P0 › C{row % 3} › O{row % 3}")
-            assert told[2] == ("depth unknown" if row % 7 == 0 else f"depth {row} m")
-            assert any(line.startswith("identified as ") for line in told)
+            assert lines[0].split() == data["ids"][row].split()
+            assert lines[1].startswith(f"K0 › P0 › C{row % 3} › O{row % 3}")
+            assert lines[2] == ("depth unknown" if row % 7 == 0 else f"depth {row} m")
+            assert any(line.startswith("identified as ") for line in lines)
         page.move(*page.run(AT.format("places", 0)))
         assert re.search(r"^1\.000, -99\.000\n20 rows\ndepth 1 to 191 m\nmost often K0", page.run(TIP.format("places")))
         before = page.run("reportMaps.embedding.toScreen(5)")
@@ -596,7 +596,7 @@ def test_hover_keys_and_controls_answer(shown, tmp_path):
 
 
 @pytest.mark.browser
-def test_what_hover_tells_stays_inside_the_map_on_a_phone(shown, tmp_path):
+def test_tooltips_stay_inside_the_map_on_a_phone(shown, tmp_path):
     with browsing(tmp_path) as page:
         page.open(shown, 390, 844, touch=True)
         for name, row in [("embedding", row) for row in range(0, 200, 9)] + [("places", row) for row in range(10)]:
@@ -610,7 +610,7 @@ def test_what_hover_tells_stays_inside_the_map_on_a_phone(shown, tmp_path):
 
 
 @pytest.mark.browser
-def test_a_class_shown_alone_is_shown_wherever_it_is(shown, tmp_path):
+def test_a_class_shown_alone_is_visible_at_each_of_its_places(shown, tmp_path):
     with browsing(tmp_path) as page:
         page.open(shown, 1280, 900)
         page.run("(s => { s.value = 'class'; s.dispatchEvent(new Event('change')); })"
@@ -632,8 +632,8 @@ def test_a_class_shown_alone_is_shown_wherever_it_is(shown, tmp_path):
 def test_fifty_thousand_points_stay_smooth(tmp_path):
     table = sequences(50_000, hidden=4)
     uri = write(tmp_path, changed(table, "sequence_id", [f"specimen-{i:08d}" for i in range(50_000)]))
-    told = report(uri, str(tmp_path / "r.html"), projection="pca")
-    assert told.size < 8e6
+    summary = report(uri, str(tmp_path / "r.html"), projection="pca")
+    assert summary.size < 8e6
     with browsing(tmp_path) as page:
         page.open(tmp_path / "r.html", 1280, 900)
         spent = page.run("""(async () => {
