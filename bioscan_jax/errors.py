@@ -1,4 +1,4 @@
-"""The exceptions that users see, and the library's logger."""
+"""The exceptions that users see, how they are shown, and the library's logger."""
 
 import logging
 
@@ -33,3 +33,13 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def one_line(error: BaseException) -> str:
+    r"""Returns the type and message of an exception as one line of text.
+
+    Example:
+        >>> one_line(OSError("disk full:\n/tmp"))
+        'OSError disk full: /tmp'
+    """
+    return " ".join(f"{type(error).__name__} {error}".split())

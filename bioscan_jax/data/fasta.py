@@ -1,4 +1,4 @@
-"""Turns FASTA and FASTQ into Parquet, once: text cannot be sought, row groups can."""
+"""Converts FASTA and FASTQ to Parquet, once: Parquet can be read from any row group, text only from the start."""
 
 import fcntl
 import gzip
@@ -20,8 +20,8 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.output import whole_file
 
 SCHEMA = pa.schema([("sequence_id", pa.string()), ("description", pa.string()), ("dna_sequence", pa.string())])
-ROW_GROUP_ROWS = 8192
-# Chromosomes instead of barcodes: a row group ends early, so that memory and 32-bit offsets hold.
+_ROW_GROUP_ROWS = 8192
+# Chromosomes end a row group early, so that memory and 32-bit offsets suffice.
 _ROW_GROUP_LETTERS = 64 << 20
 _KEY = b"bioscan_jax.fasta"
 _LAYOUT = 1
@@ -31,20 +31,19 @@ def transcode(found: Files, target: Path, *, on_rows: Callable[[int], None] | No
     """Writes the records of FASTA or FASTQ files, in order, to one Parquet file.
 
     Columns are `sequence_id` (first word of the header), `description` (the rest; null where there is none) and
-    `dna_sequence` as it stands. The file appears whole or not at all. If it is there already and was made from
-    the same files (names, sizes and times of change) it is left as it is. Processes that share the directory wait
-    for one another.
+    `dna_sequence`, unchanged. The file appears whole or not at all. It is kept if it exists and was made from the same
+    files (names, sizes and modification times). Processes that share the directory wait for one another.
 
     Args:
         found: The FASTA or FASTQ files, plain or gzipped.
-        target: Parquet file to write; its directory is made.
-        on_rows: Called with the number of rows just written, once a row group.
+        target: Parquet file to write; its directory is created.
+        on_rows: Called after each row group with its number of rows.
 
     Returns:
         `target`.
 
     Raises:
-        InputError: A malformed, truncated or unreadable file, no record at all, or no room for `target`.
+        InputError: A file is malformed, truncated or unreadable, there are no records, or `target` cannot be written.
     """
     stamps = [_stamp(found, path, name) for path, name in zip(found.paths, found.names, strict=True)]
     try:
@@ -60,16 +59,16 @@ def transcode(found: Files, target: Path, *, on_rows: Callable[[int], None] | No
     return target
 
 
-def origins(target: Path) -> list[dict[str, Any]]:
-    """What a transcoded file was made from: name, bytes, rows and sha256 of the records of each FASTA file.
+def read_origins(target: Path) -> list[dict[str, Any]]:
+    """Returns the name, bytes, rows and sha256 of each FASTA file that `target` was made from.
 
-    The hash covers headers and sequences, so it depends neither on line breaks nor on compression.
+    The hash covers headers and sequences, so that it depends on neither line breaks nor compression.
     """
     return json.loads(pq.read_metadata(target).metadata[_KEY])["origins"]
 
 
 def _stamp(found: Files, path: str, name: str) -> dict[str, str | int]:
-    """Name, bytes and version (mtime in ns, or the file system's own key): tells whether a file changed."""
+    """Name, bytes and version (mtime in ns, or the file system's own key), which differ if the file changed."""
     if found.filesystem is None:
         status = os.stat(path)
         return {"name": name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -77,7 +76,7 @@ def _stamp(found: Files, path: str, name: str) -> dict[str, str | int]:
 
 
 def _made_from(target: Path) -> list[dict[str, Any]] | None:
-    """Stamps of the files that `target` was made from; None where it is absent, foreign or damaged."""
+    """Stamps of the files that `target` was made from; None if it is absent, damaged or not made by `transcode`."""
     try:
         note = json.loads((pq.read_metadata(target).metadata or {}).get(_KEY, b"{}"))
     except (OSError, pa.ArrowException):
@@ -87,7 +86,7 @@ def _made_from(target: Path) -> list[dict[str, Any]] | None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Holds a lock that the kernel lets go of even if the process is killed."""
+    """Holds a lock that the kernel releases even if the process is killed."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -124,7 +123,7 @@ def _write(found: Files, stamps: list, partial: Path, on_rows: Callable[[int], N
                 columns[1].append(words[1].rstrip() if len(words) == 2 else None)
                 columns[2].append(sequence)
                 letters += len(sequence)
-                if len(columns[0]) == ROW_GROUP_ROWS or letters >= _ROW_GROUP_LETTERS:
+                if len(columns[0]) == _ROW_GROUP_ROWS or letters >= _ROW_GROUP_LETTERS:
                     flush()
                     letters = 0
             made.append({"name": stamp["name"], "bytes": stamp["bytes"], "rows": rows, "sha256": digest.hexdigest()})
@@ -136,7 +135,7 @@ def _write(found: Files, stamps: list, partial: Path, on_rows: Callable[[int], N
 
 
 def _records(found: Files, path: str) -> Iterator[tuple[str, str]]:
-    """Yields header and sequence of each record; every way a file can be malformed becomes an InputError."""
+    """Yields header and sequence of each record; raises InputError for any malformed file."""
     import dnaio
 
     shown = found.url(path)
@@ -146,7 +145,7 @@ def _records(found: Files, path: str) -> Iterator[tuple[str, str]]:
                 yield record.name, record.sequence
     except dnaio.UnknownFileFormat as error:
         raise InputError(
-            f"{shown} does not start with '>' (FASTA) or '@' (FASTQ); is it another kind of file?"
+            f"{shown} does not start with '>' (FASTA) or '@' (FASTQ); pass a FASTA or FASTQ file"
         ) from error
     except (dnaio.FileFormatError, UnicodeError) as error:
         line = None if isinstance(error, UnicodeError) or error.line is None else error.line + 1
@@ -154,7 +153,7 @@ def _records(found: Files, path: str) -> Iterator[tuple[str, str]]:
             what = "a character that is not ASCII"
         else:
             what = " ".join(str(error).split())
-        raise InputError(f"{shown} line {line}: {what}; mend that record or get the file again") from error
+        raise InputError(f"{shown} line {line}: {what}; fix that record or get the file again") from error
     except (EOFError, zlib.error, OSError) as error:
         what = " ".join(str(error).split())
         raise InputError(f"{shown} cannot be read to its end ({what}); get the file again") from error

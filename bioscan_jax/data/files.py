@@ -1,4 +1,4 @@
-"""Finds the input files: a file, a directory, a glob or an fsspec URL."""
+"""Finds input files: a file, a directory, a glob or an fsspec URL."""
 
 import contextlib
 import io
@@ -15,19 +15,19 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, one_line
 
-Kind = Literal["parquet", "fasta"]
+_Kind = Literal["parquet", "fasta"]
 
-FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".fas", ".ffn", ".fsa", ".fastq", ".fq")
-_TAKEN = f"Parquet (.parquet) or FASTA/FASTQ ({' '.join(FASTA_SUFFIXES)}, plain or .gz)"
+_FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".fas", ".ffn", ".fsa", ".fastq", ".fq")
+_ACCEPTED = f"Parquet (.parquet) or FASTA/FASTQ ({' '.join(_FASTA_SUFFIXES)}, plain or .gz)"
 
 
 @dataclass(frozen=True)
 class Files:
-    """Input files of one kind, in the order in which they are read."""
+    """Input files of one kind, in reading order."""
 
-    kind: Kind
+    kind: _Kind
     paths: tuple[str, ...]
     """Absolute local paths, or paths within `filesystem`; sorted."""
     filesystem: AbstractFileSystem | None = None
@@ -35,12 +35,12 @@ class Files:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Paths relative to the closest common directory: the same wherever that directory is."""
+        """Paths relative to the closest common directory, so that they do not change when it is moved."""
         parent = os.path.commonpath([posixpath.dirname(path) for path in self.paths])
         return tuple(path[len(parent) :].lstrip("/") for path in self.paths)
 
     def url(self, path: str) -> str:
-        """The path as a user would write it, for messages."""
+        """Returns the path as a user would write it, for messages."""
         return path if self.filesystem is None else str(self.filesystem.unstrip_protocol(path))
 
     def open(self, path: str) -> io.IOBase:
@@ -48,12 +48,12 @@ class Files:
         return open(path, "rb") if self.filesystem is None else cast(io.IOBase, self.filesystem.open(path, "rb"))
 
     def arrow_source(self, path: str, size: int) -> str | pa.PythonFile:
-        """What Arrow reads the file of `size` bytes from: the path itself where it is local."""
+        """Returns what Arrow reads a file of `size` bytes from: the path if local, else a Python file."""
         return path if self.filesystem is None else pa.PythonFile(_Ranges(self.filesystem, path, size), mode="r")
 
 
 class _Ranges(io.RawIOBase):
-    """A remote file as byte ranges: one request a read, nothing shared between threads, no read-ahead."""
+    """A remote file read by byte ranges: one request per read, no read-ahead, no state shared between threads."""
 
     def __init__(self, filesystem: AbstractFileSystem, path: str, size: int):
         self._filesystem, self._path, self._size, self._position = filesystem, path, size, 0
@@ -78,18 +78,19 @@ class _Ranges(io.RawIOBase):
         return data
 
 
-def find(path: str) -> Files:
-    """Finds the files that `path` stands for and says which kind they are.
+def find_files(path: str) -> Files:
+    """Finds the files that `path` names, and their kind.
 
-    A directory is searched through for the known extensions, in any case; a file of another extension, named or
-    matched by a glob, is judged by its first bytes. Names with a leading dot, directories with a leading dot or
-    underscore, and markers such as `_SUCCESS` are left out unless they are named.
+    A directory is searched recursively for the known extensions, in upper or lower case; a file of another extension
+    that is named or matched by a glob is recognised by its first bytes. Files with a leading dot, directories with a
+    leading dot or underscore, and markers such as `_SUCCESS` are skipped unless they are named.
 
     Args:
         path: File, directory, glob, or fsspec URL (gs://, s3://, memory://, file://) of any of these.
 
     Raises:
-        InputError: Nothing found, an unknown kind of file, both kinds, or a file system that cannot be reached.
+        InputError: Nothing is found, a file is of neither kind, both kinds are found, or the file system cannot be
+            reached.
     """
     filesystem, root = _resolve(path)
     local = isinstance(filesystem, LocalFileSystem)
@@ -97,9 +98,9 @@ def find(path: str) -> Files:
         sizes = _listing(filesystem, root, local)
         shown = root if local else path
         if not sizes:
-            raise InputError(f"nothing found at {shown}; expected {_TAKEN}, a directory or a glob of such files")
+            raise InputError(f"nothing found at {shown}; expected {_ACCEPTED}, a directory or a glob of such files")
         found = Files("parquet", tuple(sorted(sizes)), None if local else filesystem)
-        kinds: dict[str, Kind] = {file: _kind_of_name(file) or _kind_of_content(found, file) for file in found.paths}
+        kinds: dict[str, _Kind] = {file: _kind_of_name(file) or _kind_of_content(found, file) for file in found.paths}
     except InputError:
         raise
     except OSError as error:
@@ -107,7 +108,7 @@ def find(path: str) -> Files:
     except Exception as error:
         if local:
             raise
-        # Each driver has its own exceptions for a wrong bucket, missing credentials or no network.
+        # Each fsspec driver raises its own exceptions for a wrong bucket, missing credentials or no network.
         raise InputError(f"cannot read {path}: {one_line(error)}; check the URL and the credentials") from error
     first = {kind: file for file, kind in reversed(kinds.items())}
     if len(first) == 2:
@@ -118,11 +119,6 @@ def find(path: str) -> Files:
     return Files(kinds[found.paths[0]], found.paths, found.filesystem)
 
 
-def one_line(error: BaseException) -> str:
-    """An exception as one line of text."""
-    return " ".join(f"{type(error).__name__} {error}".split())
-
-
 def _resolve(path: str) -> tuple[AbstractFileSystem, str]:
     if not path:
         raise InputError("--data.path is empty; pass a file, a directory, a glob or an fsspec URL")
@@ -131,18 +127,18 @@ def _resolve(path: str) -> tuple[AbstractFileSystem, str]:
         filesystem, root = url_to_fs(os.path.expanduser(path))
     except ImportError as error:
         package = str(known_implementations.get(protocol, {}).get("class", "fsspec")).split(".")[0]
-        mend = f"pip install {package}" if package != "fsspec" else one_line(error)
-        raise InputError(f"cannot read {path}: no driver for {protocol}://; {mend}") from error
+        fix = f"pip install {package}" if package != "fsspec" else one_line(error)
+        raise InputError(f"cannot read {path}: no driver for {protocol}://; {fix}") from error
     except ValueError as error:
         raise InputError(f"cannot read {path}: {one_line(error)}; use gs://, s3:// or a local path") from error
     return filesystem, root
 
 
 def _listing(filesystem: AbstractFileSystem, root: str, local: bool) -> dict[str, int]:
-    """Files that `root` stands for, with their sizes."""
+    """Files that `root` names, with their sizes."""
     wildcard = re.search(r"[*?\[]", root)
     try:
-        # Not isfile(), which hides a refused login behind "no such file".
+        # Not isfile(), which reports a refused login as "no such file".
         info = filesystem.info(root)
     except FileNotFoundError:
         if wildcard is None:
@@ -167,7 +163,7 @@ def _is_directory(path: str, info: dict, local: bool) -> bool:
 
 
 def _walk(filesystem: AbstractFileSystem, root: str, local: bool) -> dict[str, int]:
-    """Files of a known extension in and below a directory."""
+    """Files with a known extension in and below a directory, with their sizes."""
     listed = {} if local else cast(dict[str, dict], filesystem.find(root, detail=True))
     sizes = _walk_local(root) if local else {path: info["size"] for path, info in listed.items()}
     return {
@@ -178,7 +174,7 @@ def _walk(filesystem: AbstractFileSystem, root: str, local: bool) -> dict[str, i
 
 
 def _walk_local(root: str) -> dict[str, int]:
-    """All files below a local directory; fsspec would pass over a directory that it may not list."""
+    """Files below a local directory; fsspec would silently skip a directory that it may not list."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -197,24 +193,24 @@ def _walk_local(root: str) -> dict[str, int]:
 
 
 def _is_hidden(relative: str) -> bool:
-    """True below a directory such as .git, _temporary or _delta_log, and for a file with a leading dot."""
+    """Whether a file has a leading dot or is below a directory such as .git, _temporary or _delta_log."""
     *directories, name = relative.lstrip("/").split("/")
     return name.startswith(".") or any(part.startswith((".", "_")) for part in directories)
 
 
 def _is_marker(path: str, size: int) -> bool:
-    """True for what Spark and others leave beside the data: _SUCCESS, _metadata."""
+    """Whether a file is one that Spark and others write beside the data: _SUCCESS, _metadata."""
     return posixpath.basename(path).startswith("_") and (size == 0 or _kind_of_name(path) is None)
 
 
-def _kind_of_name(path: str) -> Kind | None:
+def _kind_of_name(path: str) -> _Kind | None:
     name = posixpath.basename(path).lower()
     if name.endswith(".parquet"):
         return "parquet"
-    return "fasta" if name.removesuffix(".gz").endswith(FASTA_SUFFIXES) else None
+    return "fasta" if name.removesuffix(".gz").endswith(_FASTA_SUFFIXES) else None
 
 
-def _kind_of_content(found: Files, path: str) -> Kind:
+def _kind_of_content(found: Files, path: str) -> _Kind:
     with found.open(path) as stream:
         head = stream.read(512)
     if head.startswith(b"PAR1"):
@@ -224,4 +220,4 @@ def _kind_of_content(found: Files, path: str) -> Kind:
             head = zlib.decompressobj(wbits=31).decompress(head)
     if head.startswith((b">", b"@")):
         return "fasta"
-    raise InputError(f"{found.url(path)} is neither Parquet nor FASTA by its name or its first bytes; pass {_TAKEN}")
+    raise InputError(f"{found.url(path)} is neither Parquet nor FASTA by its name or its first bytes; pass {_ACCEPTED}")

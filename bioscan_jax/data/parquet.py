@@ -1,10 +1,17 @@
-"""Blocks of rows in a fixed order: what the input is to the rest of the library, and to grain."""
+"""Parquet input as blocks of rows in a fixed order, which grain can read at random.
+
+The columns come from the footers of all files, which must agree.
+"""
 
 import bisect
+import difflib
+import hashlib
 import operator
+import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, SupportsIndex
@@ -15,12 +22,11 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
 from bioscan_jax.config import DataConfig
-from bioscan_jax.data import fasta, files, footers
-from bioscan_jax.data.files import Files
-from bioscan_jax.data.footers import Layout, Origin, Part
-from bioscan_jax.errors import InputError
+from bioscan_jax.data import fasta
+from bioscan_jax.data.files import Files, find_files
+from bioscan_jax.errors import InputError, one_line
 
-# Pieces of 8k, 16k and 32k barcodes decode equally fast; the middle one keeps memory small and seeks short.
+# Pieces of 8k, 16k and 32k barcodes decode equally fast; 16k keeps memory small and seeks short.
 _PIECE_ROWS = 16_384
 _PIECE_BYTES = 32 << 20
 _CACHE_BYTES = 256 << 20
@@ -28,6 +34,14 @@ _CACHE_BLOCKS = 4
 _OPEN_GROUPS = 2
 _READ_BYTES = 1 << 20
 _HASHED_ROWS = 65_536
+_FOOTER_GUESS = 64 << 10
+_FOOTER_THREADS = 32
+
+_ID = "sequence_id"
+_RESERVED = ("source_row", "vector")
+"""Columns that the vector table adds, so the input must not have them."""
+
+_SEQUENCE_NAMES = ("dna_sequence", "sequence", "seq", "dna", "nucleotides", "nucraw", "barcode")
 
 
 @dataclass(frozen=True)
@@ -35,16 +49,50 @@ class Block:
     """Consecutive rows of the input."""
 
     index: int
-    """Number of the block; it starts at row index * block_rows."""
+    """Number of the block, which starts at row index * block_rows."""
     first_row: int
-    """Row of the whole input, over all files, that the table starts with."""
+    """First row of the table, counted from 0 over all files."""
     table: pa.Table
     """sequence_id first, then the input's other columns."""
 
 
 @dataclass(frozen=True)
+class _Origin:
+    """One input file as the user passed it: Parquet, or FASTA before its conversion."""
+
+    url: str
+    name: str
+    """Path relative to the closest directory that holds all input files."""
+    bytes: int
+    rows: int
+    sha256: str
+    """Hash of the raw Parquet footer, or of the FASTA headers and sequences."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One Parquet file and its footer."""
+
+    path: str
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+    origin: _Origin
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """How the columns of the files become those of a block."""
+
+    schema: pa.Schema
+    """Schema of the block tables."""
+    file_columns: tuple[str | None, ...]
+    """Name in the files of each block column; None for ids made from file and row."""
+    sequence_column: str
+
+
+@dataclass(frozen=True)
 class _Group:
-    """A row group, decoded in pieces of `piece_rows` rows."""
+    """A row group, which is decoded in pieces of `piece_rows` rows."""
 
     part: int
     number: int
@@ -55,22 +103,25 @@ class _Group:
 
 
 class ParquetBlocks:
-    """A grain RandomAccessDataSource whose elements are blocks of rows, in the files' order.
+    """A grain RandomAccessDataSource whose elements are blocks of rows, in the order of the files.
 
-    Only footers are read at the start. A row group, however large, is decoded front to back in pieces of at most
-    16,384 rows and about 32 MiB, since Arrow cannot start inside one. Decoded pieces stay in a least-recently-used
-    cache of 256 MiB (four blocks, where that is more), so threads that walk forward decode each row once. A seek
-    costs the rows of one row group up to the one sought: 0.1 s in groups of 60,000 barcodes, under 2 s in groups of
-    a million. Shuffled reading pays that for each block as soon as a row group is larger than the cache.
+    Opening reads footers only. Each row group is decoded front to back in pieces of at most 16,384 rows and about
+    32 MiB, since Arrow cannot start inside one. Decoded pieces stay in a least-recently-used cache of 256 MiB (or four
+    blocks, if that is more), so that threads reading forward decode each row once. A seek decodes its row group up to
+    the row sought: 0.1 s in groups of 60,000 barcodes, under 2 s in groups of a million. Shuffled reading pays that
+    for every block if a row group is larger than the cache.
 
-    Safe to share between threads, and picklable (without the cache).
+    Threads may share it. It can be pickled, without the cache.
     """
 
-    def __init__(self, found: Files, parts: Sequence[Part], origins: Sequence[Origin], layout: Layout, block_rows: int):
-        self.layout, self.block_rows = layout, block_rows
+    def __init__(
+        self, found: Files, parts: Sequence[_Part], origins: Sequence[_Origin], columns: _Columns, block_rows: int
+    ):
+        self.block_rows = block_rows
+        self._columns = columns
         self._found, self._parts, self._origins = found, tuple(parts), tuple(origins)
-        self._labels = _labels(found.names)
-        self._groups = _groups(self._parts)
+        self._labels = _short_labels(found.names)
+        self._groups = _row_groups(self._parts)
         self._starts = [group.first_row for group in self._groups]
         self._reset()
 
@@ -92,24 +143,24 @@ class ParquetBlocks:
 
     @property
     def rows(self) -> int:
-        """Rows of all files."""
+        """Number of rows in all files."""
         return self._groups[-1].first_row + self._groups[-1].rows
 
     @property
     def schema(self) -> pa.Schema:
         """Schema of the block tables."""
-        return self.layout.schema
+        return self._columns.schema
 
     @property
     def sequence_column(self) -> str:
-        """The column with the DNA."""
-        return self.layout.sequence_column
+        """Name of the column that holds the DNA."""
+        return self._columns.sequence_column
 
     @property
     def fingerprint(self) -> list[dict[str, str | int]]:
-        """Name, bytes, rows and footer_sha256 of each input file: what is in it, not where or how old it is.
+        """Name, bytes, rows and footer_sha256 of each input file: its content, not its location or age.
 
-        For FASTA footer_sha256 is that of the headers and sequences, as its Parquet file is the library's own.
+        For FASTA, footer_sha256 is the hash of the headers and sequences, not of the converted file.
         """
         return [
             {"name": origin.name, "bytes": origin.bytes, "rows": origin.rows, "footer_sha256": origin.sha256}
@@ -124,7 +175,7 @@ class ParquetBlocks:
         """Reads a block.
 
         Raises:
-            InputError: A damaged file, or a row without an id.
+            InputError: A file is damaged, or a row has no id.
         """
         number = operator.index(index)
         if not 0 <= number < len(self):
@@ -141,16 +192,16 @@ class ParquetBlocks:
         return Block(number, first, pa.concat_tables(tables).combine_chunks())
 
     def select(self, columns: Sequence[str], block_rows: int) -> "ParquetBlocks":
-        """The same rows with sequence_id and only these columns, in blocks of another size.
+        """Returns the same rows with sequence_id and only these columns, in blocks of another size.
 
         Raises:
-            InputError: A column that there is not.
+            InputError: There is no such column.
         """
-        layout = _projected(self.layout, columns, self._origins[0].url)
-        return ParquetBlocks(self._found, self._parts, self._origins, layout, block_rows)
+        projected = _project(self._columns, columns, self._origins[0].url)
+        return ParquetBlocks(self._found, self._parts, self._origins, projected, block_rows)
 
     def locate(self, row: int) -> str:
-        """Says which row of which input file a row of the whole input is; both are counted from 0."""
+        """Returns the input file and the row in it, counted from 0, of a row of the whole input."""
         for origin in self._origins:
             if row < origin.rows:
                 return f"{origin.url} row {row}"
@@ -174,7 +225,7 @@ class ParquetBlocks:
         except (OSError, pa.ArrowException, StopIteration) as error:
             raise InputError(
                 f"{part.origin.url}: row group {self._groups[g].number} cannot be decoded "
-                f"({files.one_line(error)}); the file is damaged or was changed, get it again"
+                f"({one_line(error)}); the file is damaged or was changed, get it again"
             ) from error
         if (piece + 1) * self._groups[g].piece_rows < self._groups[g].rows:
             self._readers[g] = (piece + 1, reader)
@@ -196,19 +247,19 @@ class ParquetBlocks:
             self._cached_rows -= oldest.num_rows
 
     def _read(self, g: int) -> Generator[pa.Table, None, None]:
-        """Yields the pieces of a row group as they are in the file."""
+        """Yields the pieces of a row group, with the columns as they are in the file."""
         group, local = self._groups[g], self._found.filesystem is None
         part = self._parts[group.part]
-        names = [name for name in self.layout.file_columns if name is not None] or part.schema.names[:1]
+        names = [name for name in self._columns.file_columns if name is not None] or part.schema.names[:1]
         source = self._found.arrow_source(part.path, part.origin.bytes)
-        # Buffered reads hold 1 MiB a column of the group; over a network one round trip for all of it is better.
+        # Buffered reads hold 1 MiB per column; over a network, one request for the whole group is faster.
         with pq.ParquetFile(
             source, metadata=part.metadata, buffer_size=_READ_BYTES if local else 0, pre_buffer=not local
         ) as file:
             waiting = pa.Table.from_batches([], schema=pa.schema([]))
             batches = file.iter_batches(group.piece_rows, row_groups=[group.number], columns=names, use_threads=False)
             for batch in batches:
-                # A batch ends early where the texts of a column pass 2 GiB.
+                # A batch ends early if the texts of a column exceed 2 GiB.
                 table = pa.Table.from_batches([batch])
                 waiting = pa.concat_tables([waiting, table]) if waiting.num_rows else table
                 if waiting.num_rows >= group.piece_rows:
@@ -222,9 +273,9 @@ class ParquetBlocks:
         offset = piece * group.piece_rows
         expected = min(group.piece_rows, group.rows - offset)
         if table.num_rows != expected:
-            raise pa.ArrowInvalid(f"{table.num_rows} rows where the footer says {expected}")
+            raise pa.ArrowInvalid(f"{table.num_rows} rows, but the footer states {expected}")
         columns = []
-        for field, name in zip(self.schema, self.layout.file_columns, strict=True):
+        for field, name in zip(self.schema, self._columns.file_columns, strict=True):
             if name is None:
                 first = group.first_in_file + offset
                 label = self._labels[group.part]
@@ -235,7 +286,7 @@ class ParquetBlocks:
         if empty >= 0:
             where = self.locate(group.first_row + offset + empty)
             raise InputError(
-                f"{where} (counted from 0) has no id in column {self.layout.file_columns[0]!r}; "
+                f"{where} (counted from 0) has no id in column {self._columns.file_columns[0]!r}; "
                 "fill it in, or name another column with --data.id_column"
             )
         return pa.Table.from_arrays(columns, schema=self.schema)
@@ -248,67 +299,77 @@ def open_source(
     columns: Sequence[str] | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> ParquetBlocks:
-    """Opens the input as blocks of rows and checks all that footers can tell.
+    """Opens the input as blocks of rows and checks the footers of all files.
 
-    The id column becomes `sequence_id`; where there is none, ids are FILE_STEM:ROW with rows counted from 0, and
-    files of the same stem get as much of their path as tells them apart. Dictionary and view columns become plain
-    ones; a column without a single value takes the type it has in another file, or text. FASTA and FASTQ are
-    first turned into `scratch`/input.parquet.
+    The id column becomes `sequence_id`; if there is none, ids are FILE_STEM:ROW with rows counted from 0, and files of
+    the same stem keep as much of their path as makes them differ. Dictionary and view columns are decoded; a column
+    that is all null takes its type from another file, or is text. FASTA and FASTQ are first converted to
+    `scratch`/input.parquet.
 
     Args:
-        data: Says where the input is and what its columns are called; for FASTA the names are fixed.
-        scratch: Directory for the Parquet form of FASTA; not used for Parquet.
-        columns: Columns to read beside sequence_id; all of them if absent.
-        on_rows: Called with the number of FASTA records just turned into Parquet, for a progress bar.
+        data: The path and the column names; for FASTA the column names are fixed.
+        scratch: Directory for the converted FASTA; not used for Parquet.
+        columns: Columns to read beside sequence_id; all if absent.
+        on_rows: Called with the number of FASTA records just converted, for a progress bar.
 
     Raises:
-        InputError: Nothing to read, a damaged file, files that differ, or a missing, mistyped or reserved column.
+        InputError: There is nothing to read, a file is damaged, files differ, or a column is missing, of a wrong type
+            or reserved.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.TemporaryDirectory()
+        >>> path = f"{directory.name}/coi.parquet"
+        >>> pq.write_table(pa.table({"dna_sequence": ["ACGT", "TTGA", "CCAT"]}), path)
+        >>> source = open_source(DataConfig(path=path, block_rows=2), scratch=None)
+        >>> source[1].table.to_pylist()
+        [{'sequence_id': 'coi:2', 'dna_sequence': 'CCAT'}]
+        >>> directory.cleanup()
     """
-    found = files.find(data.path)
+    found = find_files(data.path)
     if found.kind == "fasta":
         if scratch is None:
-            raise InputError(f"{data.path} is FASTA, which is first turned into Parquet; pass a scratch directory")
+            raise InputError(f"{data.path} is FASTA, which is first converted to Parquet; pass a scratch directory")
         target = fasta.transcode(found, scratch.absolute() / "input.parquet", on_rows=on_rows)
-        origins = [
-            Origin(found.url(path), **origin) for path, origin in zip(found.paths, fasta.origins(target), strict=True)
-        ]
-        data = replace(data, sequence_column="dna_sequence", id_column=footers.ID)
+        converted = zip(found.paths, fasta.read_origins(target), strict=True)
+        origins = [_Origin(found.url(path), **origin) for path, origin in converted]
+        data = replace(data, sequence_column="dna_sequence", id_column=_ID)
         found = Files("parquet", (str(target),))
-        parts = footers.read_footers(found)
+        parts = _read_footers(found)
     else:
-        parts = footers.read_footers(found)
+        parts = _read_footers(found)
         origins = [part.origin for part in parts]
     if not any(part.origin.rows for part in parts):
         raise InputError(f"{data.path} has no rows (files looked at: {len(parts)}); pass files with sequences")
-    layout = footers.block_layout(footers.common_schema(parts), data, parts[0].origin.url)
+    chosen = _find_columns(_common_schema(parts), data, parts[0].origin.url)
     if columns is not None:
-        layout = _projected(layout, columns, parts[0].origin.url)
-    for name in footers.RESERVED:
-        if name in layout.schema.names:
+        chosen = _project(chosen, columns, parts[0].origin.url)
+    for name in _RESERVED:
+        if name in chosen.schema.names:
             raise InputError(
-                f"{parts[0].origin.url} has a column {name!r}, which the vector table needs for itself; rename it"
+                f"{parts[0].origin.url} has a column {name!r}, which the vector table adds itself; rename it"
             )
-    return ParquetBlocks(found, parts, origins, layout, data.block_rows)
+    return ParquetBlocks(found, parts, origins, chosen, data.block_rows)
 
 
 def check_unique_ids(source: ParquetBlocks) -> None:
-    """Reads the ids once and makes sure that each is there once; takes 8 bytes of memory a row.
+    """Checks that no id occurs twice. By hand, as it needs 8 bytes of memory per row where a library holds all ids.
 
     Raises:
-        InputError: A repeated id, or a row without one.
+        InputError: An id is repeated, or a row has none.
     """
-    if source.layout.file_columns[0] is None:
+    if source._columns.file_columns[0] is None:
         return
     ids = source.select((), _HASHED_ROWS)
     hashes = np.empty(source.rows, np.uint64)
     for i in range(len(ids)):
         block = ids[i]
-        hashes[block.first_row : block.first_row + block.table.num_rows] = _hash_text(block.table.column(footers.ID))
+        hashes[block.first_row : block.first_row + block.table.num_rows] = _hash_text(block.table.column(_ID))
     hashes.sort()
     again = hashes[1:] == hashes[:-1]
     repeats = int(np.count_nonzero(again))
     suspects = np.unique(hashes[1:][again])
-    # Two ids may share a hash, so suspects are read again; a slice of them at a time keeps memory bounded.
+    # Two ids may share a hash, so suspects are read again, some at a time to bound memory.
     for first in range(0, len(suspects), _HASHED_ROWS):
         _confirm_unique(ids, suspects[first : first + _HASHED_ROWS], repeats)
 
@@ -317,7 +378,7 @@ def _confirm_unique(ids: ParquetBlocks, suspects: UInt64[np.ndarray, " suspects"
     rows: dict[str, int] = {}
     for i in range(len(ids)):
         block = ids[i]
-        column = block.table.column(footers.ID)
+        column = block.table.column(_ID)
         for offset in np.flatnonzero(np.isin(_hash_text(column), suspects)).tolist():
             row, value = block.first_row + offset, column[offset].as_py()
             if value in rows:
@@ -330,7 +391,7 @@ def _confirm_unique(ids: ParquetBlocks, suspects: UInt64[np.ndarray, " suspects"
 
 
 def _hash_text(column: pa.ChunkedArray) -> UInt64[np.ndarray, " rows"]:
-    """64-bit multilinear hashes of texts of at least one byte: sums of random coefficients times bytes."""
+    """64-bit multilinear hashes of non-empty texts: sums of random coefficients times bytes."""
     hashes = [np.empty(0, np.uint64)]
     for chunk in column.chunks:
         offset_type = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
@@ -341,13 +402,140 @@ def _hash_text(column: pa.ChunkedArray) -> UInt64[np.ndarray, " rows"]:
         lengths = np.diff(starts)
         positions = np.arange(len(letters)) - np.repeat(starts[:-1], lengths)
         coefficients = np.random.default_rng(0).integers(0, 2**64, int(lengths.max()), dtype=np.uint64)
-        # One is added so that a trailing zero byte counts.
+        # One is added so that a trailing zero byte changes the hash.
         products = coefficients[positions] * (letters.astype(np.uint64) + np.uint64(1))
         hashes.append(np.add.reduceat(products, starts[:-1]))
     return np.concatenate(hashes)
 
 
-def _groups(parts: Sequence[Part]) -> tuple[_Group, ...]:
+def _read_footers(found: Files) -> list[_Part]:
+    """Reads the footers of all files in parallel.
+
+    Raises:
+        InputError: A file is damaged, cut short or not Parquet.
+    """
+    with ThreadPoolExecutor(min(_FOOTER_THREADS, len(found.paths))) as pool:
+        return list(pool.map(lambda path, name: _read_footer(found, path, name), found.paths, found.names))
+
+
+def _read_footer(found: Files, path: str, name: str) -> _Part:
+    url, size = found.url(path), 0
+    try:
+        with found.open(path) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _FOOTER_GUESS))
+            tail = stream.read()
+            length = int.from_bytes(tail[-8:-4], "little") + 8
+            if tail[-4:] == b"PAR1" and len(tail) < length <= size:
+                stream.seek(size - length)
+                tail = stream.read()
+        metadata = pq.read_metadata(pa.BufferReader(tail))
+        schema = metadata.schema.to_arrow_schema()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{url} ({size} bytes) is not a whole Parquet file ({one_line(error)}); get it again or leave it out"
+        ) from error
+    origin = _Origin(url, name, size, metadata.num_rows, hashlib.sha256(tail[-length:-8]).hexdigest())
+    return _Part(path, metadata, schema, origin)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of a column in a block: dictionaries and views decoded."""
+    if pa.types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    return pa.large_binary() if pa.types.is_binary_view(kind) else kind
+
+
+def _common_schema(parts: Sequence[_Part]) -> pa.Schema:
+    """Names and plain types of the columns of all files.
+
+    Raises:
+        InputError: Files differ in more than the order of columns, or a column name is used twice.
+    """
+    first = parts[0]
+    types: dict[str, pa.DataType] = dict.fromkeys(first.schema.names, pa.null())
+    typed_by: dict[str, str] = {}
+    for part in parts:
+        names, url = part.schema.names, part.origin.url
+        for name, count in Counter(names).items():
+            if count > 1:
+                raise InputError(f"{url} has {count} columns named {name!r}; rename them")
+        for name in (*types, *names):
+            if (name in types) != (name in names):
+                has, lacks = (url, first.origin.url) if name in names else (first.origin.url, url)
+                raise InputError(
+                    f"{lacks} has no column {name!r}, but {has} has; give all files the same columns or pass only one"
+                )
+        for field in part.schema:
+            kind, before = _plain_type(field.type), types[field.name]
+            if pa.types.is_null(before):
+                types[field.name] = kind
+                typed_by[field.name] = url
+            elif not pa.types.is_null(kind) and kind != before:
+                raise InputError(
+                    f"{url}: column {field.name!r} is {kind}, but {before} in {typed_by[field.name]}; "
+                    "write all files with one type"
+                )
+    return pa.schema([(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in types.items()])
+
+
+def _find_columns(schema: pa.Schema, data: DataConfig, url: str) -> _Columns:
+    """Finds the sequence and the id column and puts sequence_id first.
+
+    Raises:
+        InputError: There is no such sequence column, a type is wrong, or two columns would become sequence_id.
+    """
+    sequence, column = data.sequence_column, data.id_column
+    if sequence == column:
+        raise InputError(f"--data.sequence_column and --data.id_column are both {column!r}; pass two columns")
+    if sequence not in schema.names:
+        raise InputError(f"{url} has no column {sequence!r}; {_suggestion(schema, data)}")
+    if not _is_text(schema.field(sequence).type):
+        raise InputError(
+            f"{url}: column {sequence!r} is {schema.field(sequence).type}, not text; "
+            "write it as a string column, or name another with --data.sequence_column"
+        )
+    if column != _ID and _ID in schema.names:
+        if column in schema.names:
+            raise InputError(
+                f"{url}: column {column!r} is to become {_ID!r}, but there is another column of that name; "
+                f"rename it, or pass --data.id_column {_ID}"
+            )
+        raise InputError(f"{url} has no column {column!r}, but one named {_ID!r}; pass --data.id_column {_ID}")
+    if column != _ID and column not in schema.names:
+        raise InputError(
+            f"{url} has no column {column!r}; name one of {', '.join(schema.names)} with --data.id_column, "
+            "or leave it out to number the rows"
+        )
+    present = column in schema.names
+    kind = schema.field(column).type if present else pa.string()
+    if not _is_text(kind) and not pa.types.is_integer(kind):
+        raise InputError(
+            f"{url}: id column {column!r} is {kind}, neither text nor integer; "
+            "write it as a string column, or name another with --data.id_column"
+        )
+    rest = [field for field in schema if field.name != column]
+    ids = pa.field(_ID, kind if _is_text(kind) else pa.string())
+    file_columns = (column if present else None, *(field.name for field in rest))
+    return _Columns(pa.schema([ids, *rest]), file_columns, sequence)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _suggestion(schema: pa.Schema, data: DataConfig) -> str:
+    text = {field.name.lower(): field.name for field in schema if _is_text(field.type) and field.name != data.id_column}
+    likely = [name for name in _SEQUENCE_NAMES if name in text]
+    for wanted in (data.sequence_column.lower(), "sequence"):
+        likely += difflib.get_close_matches(wanted, [name for name in text if not name.endswith("id")], 1)
+    column = text[likely[0]] if likely else "COLUMN"
+    return f"pass --data.sequence_column {column} (columns: {', '.join(schema.names)})"
+
+
+def _row_groups(parts: Sequence[_Part]) -> tuple[_Group, ...]:
     groups = []
     first_row = 0
     for p, part in enumerate(parts):
@@ -368,11 +556,11 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
         return column
     if pa.types.is_null(column.type):
         return pa.chunked_array([pa.nulls(len(column), kind)])
-    return column.cast(footers.plain_type(column.type)).cast(kind)
+    return column.cast(_plain_type(column.type)).cast(kind)
 
 
-def _labels(names: Sequence[str]) -> tuple[str, ...]:
-    """Shortest endings of the paths, without suffix, that tell the files apart."""
+def _short_labels(names: Sequence[str]) -> tuple[str, ...]:
+    """Shortest endings of the paths, without suffix, that differ between the files."""
     parts = [(*PurePosixPath(name).parent.parts, PurePosixPath(name).stem) for name in names]
     depths = [1] * len(parts)
     while True:
@@ -380,20 +568,20 @@ def _labels(names: Sequence[str]) -> tuple[str, ...]:
         count = Counter(labels)
         short = [i for i, label in enumerate(labels) if count[label] > 1 and depths[i] < len(parts[i])]
         if not short:
-            # Only the suffix may still differ, as in x.parquet and x.PARQUET.
+            # Only the suffix can still differ, as in x.parquet and x.PARQUET.
             return tuple(label if count[label] == 1 else name for label, name in zip(labels, names, strict=True))
         for i in short:
             depths[i] += 1
 
 
-def _projected(layout: Layout, columns: Sequence[str], url: str) -> Layout:
-    """The layout with sequence_id and only these columns."""
+def _project(chosen: _Columns, columns: Sequence[str], url: str) -> _Columns:
+    """Keeps sequence_id and only these columns."""
     for name in columns:
-        if name not in layout.schema.names:
-            raise InputError(f"{url} has no column {name!r}; choose from: {', '.join(layout.schema.names)}")
-    kept = [i for i, name in enumerate(layout.schema.names) if i == 0 or name in columns]
+        if name not in chosen.schema.names:
+            raise InputError(f"{url} has no column {name!r}; choose from: {', '.join(chosen.schema.names)}")
+    kept = [i for i, name in enumerate(chosen.schema.names) if i == 0 or name in columns]
     return replace(
-        layout,
-        schema=pa.schema([layout.schema.field(i) for i in kept]),
-        file_columns=tuple(layout.file_columns[i] for i in kept),
+        chosen,
+        schema=pa.schema([chosen.schema.field(i) for i in kept]),
+        file_columns=tuple(chosen.file_columns[i] for i in kept),
     )

@@ -53,6 +53,11 @@ def error_of(path: Path | str, columns=None, **kwargs) -> str:
     return str(caught.value)
 
 
+def assert_words(message: str, *words: object) -> None:
+    missing = [word for word in words if str(word) not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
 @pytest.fixture
 def decoded(monkeypatch):
     """Row groups in the order in which their decoding began."""
@@ -180,10 +185,10 @@ def test_row_group_shorter_than_its_footer_says(tmp_path, monkeypatch):
     source = opened(write(tmp_path / "a.parquet", barcodes(100)))
     read = ParquetBlocks._read
     monkeypatch.setattr(ParquetBlocks, "_read", lambda self, g: (piece.slice(0, 60) for piece in read(self, g)))
-    with pytest.raises(InputError, match="row group 0 cannot be decoded .*60 rows where the footer says 100"):
+    with pytest.raises(InputError, match="row group 0 .*60 rows.* footer .*100"):
         source[0]
     monkeypatch.setattr(ParquetBlocks, "_read", lambda self, g: iter(()))
-    with pytest.raises(InputError, match="row group 0 cannot be decoded .*StopIteration"):
+    with pytest.raises(InputError, match="row group 0 .*StopIteration"):
         source[0]
 
 
@@ -319,9 +324,7 @@ def test_column_projection(tmp_path):
     assert source.schema.names == source[0].table.schema.names == ["sequence_id", "depth"]
     assert opened(path, []).schema.names == ["sequence_id"]
     assert whole(source.select(("depth",), 3)).equals(whole(source))
-    assert error_of(path, ["deptj"]) == (
-        f"{path} has no column 'deptj'; choose from: sequence_id, dna_sequence, depth, depth.max"
-    )
+    assert_words(error_of(path, ["deptj"]), path, "'deptj'", "sequence_id, dna_sequence, depth, depth.max")
     made = opened(write(tmp_path / "m.parquet", barcodes(4).drop_columns("sequence_id")), [])
     assert whole(made).to_pydict() == {"sequence_id": [f"m:{i}" for i in range(4)]}
 
@@ -393,18 +396,17 @@ def test_files_that_differ(tmp_path):
     a, b = tmp_path / "a.parquet", tmp_path / "b.parquet"
     write(a, barcodes(2))
     write(b, barcodes(2).set_column(2, "depth", pa.array([1, 2])))
-    assert error_of(tmp_path) == f"{b}: column 'depth' is int64, but double in {a}; write all files with one type"
+    assert_words(error_of(tmp_path), f"{b}: column 'depth' is int64", f"double in {a}", "one type")
     write(b, barcodes(2).drop_columns("depth"))
-    same = "give all files the same columns or pass only one"
-    assert error_of(tmp_path) == f"{b} has no column 'depth', but {a} has; {same}"
+    assert_words(error_of(tmp_path), f"{b} has no column 'depth'", a, "the same columns")
     write(b, barcodes(2).append_column("extra", pa.array([1, 2])))
-    assert error_of(tmp_path) == f"{a} has no column 'extra', but {b} has; {same}"
+    assert_words(error_of(tmp_path), f"{a} has no column 'extra'", b, "the same columns")
 
 
 def test_repeated_column_name(tmp_path):
     table = pa.Table.from_arrays([pa.array(["A"])] * 3, names=["dna_sequence", "x", "x"])
     path = write(tmp_path / "a.parquet", table)
-    assert error_of(path) == f"{path} has 2 columns named 'x'; rename them"
+    assert_words(error_of(path), path, "2 columns named 'x'", "rename")
 
 
 @pytest.mark.parametrize("cut", [0, 3, 11, -1, -8, "junk", "footer", "magic"])
@@ -418,9 +420,9 @@ def test_file_that_is_not_whole_parquet(tmp_path, cut):
     }
     path.write_bytes(damaged[cut] if isinstance(cut, str) else data[:cut])
     write(tmp_path / "b.parquet", barcodes(1))
-    message = error_of(tmp_path)
-    assert message.startswith(f"{path} ({path.stat().st_size} bytes) is not a whole Parquet file (")
-    assert message.endswith("; get it again or leave it out")
+    assert_words(
+        error_of(tmp_path), f"{path} ({path.stat().st_size} bytes)", "not a whole Parquet file", "get it again"
+    )
 
 
 def test_damaged_pages_are_named_when_they_are_read(tmp_path):
@@ -432,18 +434,18 @@ def test_damaged_pages_are_named_when_they_are_read(tmp_path):
     source = opened(path, block_rows=500)
     assert source[0].table.num_rows == 500
     for _ in range(2):
-        with pytest.raises(InputError, match=r"a.parquet: row group 1 cannot be decoded \(.*; the file is damaged"):
+        with pytest.raises(InputError, match=r"a.parquet: row group 1 .*damaged"):
             source[1]
     path.unlink()
     without_cache = pickle.loads(pickle.dumps(source))
-    with pytest.raises(InputError, match="row group 0 cannot be decoded .*FileNotFoundError"):
+    with pytest.raises(InputError, match="row group 0 .*FileNotFoundError"):
         without_cache[0]
 
 
 def test_no_rows(tmp_path):
     for name in ("a.parquet", "b.parquet"):
         write(tmp_path / name, barcodes(0).cast(barcodes(1).schema))
-    assert error_of(tmp_path) == f"{tmp_path} has no rows (files looked at: 2); pass files with sequences"
+    assert_words(error_of(tmp_path), tmp_path, "no rows", "2")
     write(tmp_path / "c.parquet", barcodes(3))
     assert whole(opened(tmp_path)).column(0).to_pylist() == ["S0", "S1", "S2"]
 
@@ -460,9 +462,8 @@ def test_no_rows(tmp_path):
 )
 def test_missing_sequence_column_suggests_another(tmp_path, names, suggested):
     path = write(tmp_path / "a.parquet", pa.table({name: ["A"] for name in names}))
-    assert error_of(path) == (
-        f"{path} has no column 'dna_sequence'; pass --data.sequence_column {suggested} (columns: {', '.join(names)})"
-    )
+    flag = f"--data.sequence_column {suggested}"
+    assert_words(error_of(path), f"{path} has no column 'dna_sequence'", flag, ", ".join(names))
 
 
 @pytest.mark.parametrize(
@@ -471,16 +472,13 @@ def test_missing_sequence_column_suggests_another(tmp_path, names, suggested):
 )
 def test_sequence_column_that_is_not_text(tmp_path, column, kind):
     path = write(tmp_path / "a.parquet", pa.table({"dna_sequence": column, "sequence_id": ["1"]}))
-    assert error_of(path).startswith(f"{path}: column 'dna_sequence' is {kind}, not text; write it as a string column")
+    assert_words(error_of(path), f"{path}: column 'dna_sequence' is {kind}", "string column")
 
 
 @pytest.mark.parametrize("column", [pa.array([1.5]), pa.array([True]), pa.array([b"a"])])
 def test_id_column_of_another_type(tmp_path, column):
     path = write(tmp_path / "a.parquet", pa.table({"dna_sequence": ["A"], "sequence_id": column}))
-    assert error_of(path) == (
-        f"{path}: id column 'sequence_id' is {column.type}, neither text nor integer; "
-        "write it as a string column, or name another with --data.id_column"
-    )
+    assert_words(error_of(path), f"{path}: id column 'sequence_id' is {column.type}", "string", "--data.id_column")
 
 
 def test_id_column_of_another_name(tmp_path):
@@ -489,16 +487,11 @@ def test_id_column_of_another_name(tmp_path):
     assert source.schema.names == ["sequence_id", "dna_sequence", "depth"]
     assert whole(source).column(0).to_pylist() == ["S0", "S1"]
     clash = write(tmp_path / "b.parquet", barcodes(2).append_column("processid", pa.array(["a", "b"])))
-    assert error_of(clash, id_column="processid") == (
-        f"{clash}: column 'processid' is to become 'sequence_id', but there is another column of that name; "
-        "rename it, or pass --data.id_column sequence_id"
-    )
-    assert error_of(clash, id_column="absent") == (
-        f"{clash} has no column 'absent', but one named 'sequence_id'; pass --data.id_column sequence_id"
-    )
-    assert error_of(clash, id_column="dna_sequence") == (
-        "--data.sequence_column and --data.id_column are both 'dna_sequence'; pass two columns"
-    )
+    fix = "--data.id_column sequence_id"
+    assert_words(error_of(clash, id_column="processid"), f"{clash}: column 'processid'", "another column", fix)
+    assert_words(error_of(clash, id_column="absent"), f"{clash} has no column 'absent'", fix)
+    both = error_of(clash, id_column="dna_sequence")
+    assert_words(both, "--data.sequence_column and --data.id_column are both 'dna_sequence'")
 
 
 @pytest.mark.parametrize(
@@ -527,14 +520,11 @@ def test_row_without_an_id(tmp_path, empty, kind):
     write(tmp_path / "a.parquet", pa.table({"dna_sequence": ["A"] * 4, "sequence_id": pa.array(list("abcd"), kind)}))
     ids = pa.array([*"efghij", empty, "k"], kind)
     path = write(tmp_path / "b.parquet", pa.table({"dna_sequence": ["A"] * 8, "sequence_id": ids}), row_group_size=5)
-    expected = (
-        f"{path} row 6 (counted from 0) has no id in column 'sequence_id'; "
-        "fill it in, or name another column with --data.id_column"
-    )
-    assert error_of(tmp_path, block_rows=3) == expected
+    message = error_of(tmp_path, block_rows=3)
+    assert_words(message, f"{path} row 6 (counted from 0)", "no id in column 'sequence_id'", "--data.id_column")
     with pytest.raises(InputError) as caught:
         check_unique_ids(opened(tmp_path))
-    assert str(caught.value) == expected
+    assert str(caught.value) == message
 
 
 def test_ids_that_are_all_null_or_null_integers(tmp_path):
@@ -546,7 +536,7 @@ def test_ids_that_are_all_null_or_null_integers(tmp_path):
 @pytest.mark.parametrize("name", ["vector", "source_row"])
 def test_reserved_columns(tmp_path, name):
     path = write(tmp_path / "a.parquet", barcodes(2).append_column(name, pa.array([1, 2])))
-    assert error_of(path) == f"{path} has a column {name!r}, which the vector table needs for itself; rename it"
+    assert_words(error_of(path), f"{path} has a column {name!r}", "rename it")
     assert opened(path, ["depth"]).rows == 2
 
 
@@ -576,7 +566,7 @@ def test_fasta_becomes_blocks(tmp_path):
     (tmp_path / "in/b.fa.gz").write_bytes(gzip.compress(b">b0\nAC\n>a3\nG\n"))
     with pytest.raises(InputError, match=r"'a3' is not unique: .*/a\.fa row 3 and .*/b\.fa\.gz row 1 "):
         check_unique_ids(open_source(data, scratch=tmp_path / "scratch"))
-    with pytest.raises(InputError, match="is FASTA, which is first turned into Parquet; pass a scratch directory"):
+    with pytest.raises(InputError, match="is FASTA.*scratch directory"):
         open_source(data, scratch=None)
 
 
@@ -586,10 +576,8 @@ def test_repeated_ids_are_named(tmp_path):
     write(tmp_path / "b.parquet", pa.table({"dna_sequence": ["A"] * 4, "sequence_id": ["x", "S1234", "S1234", "S7"]}))
     with pytest.raises(InputError) as caught:
         check_unique_ids(opened(tmp_path))
-    assert str(caught.value) == (
-        f"sequence_id 'S1234' is not unique: {tmp_path}/a.parquet row 1234 and {tmp_path}/b.parquet row 1 (counted from "
-        "0) have it, and 3 rows in all repeat an earlier id; make ids unique, or name another column with --data.id_column"
-    )
+    places = f"{tmp_path}/a.parquet row 1234 and {tmp_path}/b.parquet row 1 "
+    assert_words(str(caught.value), "'S1234' is not unique", places, "3 rows", "--data.id_column")
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -650,7 +638,5 @@ def test_threads_may_share_a_source_in_any_order(tmp_path):
 
 def test_a_mistyped_id_column_is_not_taken_for_none(tmp_path):
     path = write(tmp_path / "a.parquet", pa.table({"dna_sequence": ["ACGT"], "processid": ["A"]}))
-    assert error_of(path, id_column="procesid") == (
-        f"{path} has no column 'procesid'; name one of dna_sequence, processid with --data.id_column, "
-        "or leave it out to number the rows"
-    )
+    message = error_of(path, id_column="procesid")
+    assert_words(message, f"{path} has no column 'procesid'", "dna_sequence, processid", "--data.id_column")
