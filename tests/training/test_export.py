@@ -6,7 +6,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_finetune import barcodes, train  # noqa: F401 - a fixture
+from support.finetuned import ONE, train
 
 from bioscan_jax import config
 from bioscan_jax.checkpoints.head_files import read_heads
@@ -16,13 +16,11 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.model.pooling import pool
 from bioscan_jax.training.export import export
 
-ONE = config.MeshConfig(data=1, compilation_cache=None)
-
 
 @pytest.fixture(scope="module")
-def run(barcodes, tmp_path_factory):  # noqa: F811
+def run(barcodes, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
-    return directory, train(barcodes, directory, loss=config.LossConfig(metadata=True), epochs=2)
+    return directory, train(barcodes, directory, loss=config.LossConfig(metadata=True), epochs=1)
 
 
 def vectors(loaded, ids):
@@ -91,7 +89,7 @@ def test_bad_input(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_model(barcodes, tmp_path):  # noqa: F811
+def test_a_whole_model(barcodes, tmp_path):
     train(barcodes, tmp_path / "run", mode="full", epochs=1)
     with pytest.raises(InputError, match="trained the whole model and has no adapter"):
         export(str(tmp_path / "run"), str(tmp_path / "adapter"), mesh=ONE)

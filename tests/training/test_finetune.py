@@ -5,54 +5,21 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.finetuned import check_same_run, metrics_of, train
+from support.killed import run_killed
 from support.places import SCRIPTS
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.simulate import write_simulated
 from bioscan_jax.errors import InputError, Interrupted
-from bioscan_jax.training.run import finetune
 from bioscan_jax.training.tracking import Tracker
-
-ONE = config.MeshConfig(data=1, compilation_cache=None)
-NOT_COMPARED = ("hardware/",)
-
-
-@pytest.fixture(scope="module")
-def barcodes(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "barcodes.parquet"
-    write_simulated(str(path), species=12, per_species=6, length=120, seed=0)
-    return path
-
-
-def train(barcodes, directory, *, mesh=ONE, data=None, lora=None, loss=None, tracking="disabled", **settings):
-    """Three epochs of 17 steps, a line of metrics and a checkpoint after each."""
-    chosen = {"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 5, "max_shapes": 1, "log_every": 1}
-    chosen |= {"shortest": 60, "seed": 1, "output_dir": str(directory)}
-    return finetune(
-        config.ModelConfig(checkpoint="random:tiny-v2"),
-        config.ExamplesConfig(path=str(barcodes), **({"validation": 0.25} | (data or {}))),
-        lora or config.LoRAConfig(rank=4),
-        loss,
-        config.TrainConfig(**(chosen | settings)),
-        config.CheckpointConfig(interval_minutes=0.0),
-        config.TrackingConfig(mode=tracking),
-        mesh,
-        progress=False,
-    )
-
-
-def lines(directory):
-    """metrics.jsonl, without what depends on the machine."""
-    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(NOT_COMPARED)} for line in found]
 
 
 def stopping_at(monkeypatch, step):
@@ -85,7 +52,7 @@ def test_a_whole_run(whole, barcodes):
     assert not list(directory.glob(".examples*"))
     space = LabelSpace.load(directory / "label_space.json")
     assert summary.taxa["species"] == len(space.names[6])
-    training = [line for line in lines(directory) if "train/loss" in line]
+    training = [line for line in metrics_of(directory) if "train/loss" in line]
     assert [line["train/global_step"] for line in training] == list(range(1, steps + 1))
     first = training[0]
     names = {"train/loss", "train/learning_rate", "train/epoch", "train/global_step", "train/loss/species"}
@@ -94,7 +61,7 @@ def test_a_whole_run(whole, barcodes):
     given = json.loads((directory / "metrics.jsonl").read_text().splitlines()[0])
     assert {"hardware/memory_used_gb", "hardware/throughput_seqs_per_sec"} <= given.keys()
     assert "hardware/tpu_utilization" not in given  # the peak of this CPU is not known
-    evaluated = [line for line in lines(directory) if "eval/loss" in line]
+    evaluated = [line for line in metrics_of(directory) if "eval/loss" in line]
     assert [line["train/global_step"] for line in evaluated] == [steps // 3, 2 * steps // 3, steps]
     assert "eval/species_accuracy" in evaluated[0]
     assert evaluated[-1]["eval/loss"] < evaluated[0]["eval/loss"]
@@ -110,16 +77,14 @@ def test_a_finished_run_says_so(whole, barcodes):
     again = train(barcodes, directory, tracking="offline")
     assert "complete before this run: nothing was left to do" in str(again)
     assert again.progress == summary.progress
-    assert len(lines(directory)) == len(lines(directory))
+    assert [line["train/global_step"] for line in metrics_of(directory)][-1] == again.progress.step
 
 
-@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.slow), 17])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, barcodes, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.slow), 14])
+def test_a_stopped_run_continues_to_the_same_result(whole, barcodes, tmp_path, monkeypatch, step):
     """In the middle of an epoch, and between its last step and its evaluation."""
     directory, summary = whole
-    assert summary.progress.step % 3 == 0
-    assert summary.progress.step // 3 in range(10, 18)
-    step = min(step, summary.progress.step // 3)
+    assert summary.progress.step == 3 * 14
     with monkeypatch.context() as patch:
         stopping_at(patch, step)
         with pytest.raises(Interrupted, match=rf"stopped after step {step} of .*the same command continues") as stopped:
@@ -127,7 +92,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, barcodes, tmp_path, 
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     resumed = train(barcodes, tmp_path / "run")
     assert resumed.before == step
-    assert lines(tmp_path / "run") == lines(directory)
+    check_same_run(tmp_path / "run", directory)
+
+
+def test_a_run_killed_at_any_moment_continues_to_the_same_result(whole, barcodes, tmp_path):
+    """Before a line of metrics, while a checkpoint is being written, and between an evaluation and its best checkpoint."""
+    arguments = {"barcodes": str(barcodes), "directory": str(tmp_path / "run")}
+    last = {"call": "support.finetuned:train", "args": arguments}
+    killed = last | {"args": arguments | {"save_minutes": 0.0}}
+    moments = [
+        {"at": "bioscan_jax.training.tracking:Tracker.log", "nth": 5},
+        {"at": "bioscan_jax.training.state:Checkpoints.save", "nth": 6, "after": True},
+        {"at": "bioscan_jax.training.state:Checkpoints.save_best"},
+    ]
+    assert run_killed([*(killed | moment for moment in moments), last], tmp_path) == [signal.SIGKILL] * 3 + [0]
+    check_same_run(tmp_path / "run", whole[0])
 
 
 def test_another_configuration_is_refused(whole, barcodes, tmp_path):
@@ -146,9 +125,9 @@ def test_a_loss_that_is_not_finite_stops(barcodes, tmp_path):
     with pytest.raises(
         InputError, match=r"is (nan|inf) at step \d+ \(epoch 1, batch \d+ of \d+; its first row is .*row"
     ):
-        train(barcodes, tmp_path / "run", learning_rate=1e30, warmup_steps=1, clip_norm=1e30)
+        train(barcodes, tmp_path / "run", learning_rate=1e30, warmup_steps=1, clip_norm=1e30, save_minutes=0.0)
     steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
-    found = lines(tmp_path / "run")
+    found = metrics_of(tmp_path / "run")
     assert steps
     assert max(steps) <= len(found)
     assert all(np.isfinite(line["train/loss"]) for line in found)
@@ -215,8 +194,8 @@ def test_settings_that_cannot_be(make, settings, line):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_steps(barcodes, tmp_path):
-    """Of some 500 steps with a checkpoint after each and an evaluation every 17, the last third holds no more than the middle one."""
-    train(barcodes, tmp_path / "run", epochs=30, log_every=5)
+    """Of 420 steps with a checkpoint after each and an evaluation every 14, the last third holds no more than the middle one."""
+    train(barcodes, tmp_path / "run", epochs=30, log_every=5, save_minutes=0.0)
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     used = np.array([line["hardware/memory_used_gb"] for line in found if "train/loss" in line])
     _, middle, last = np.array_split(used, 3)
@@ -228,7 +207,7 @@ def test_memory_does_not_grow_with_steps(barcodes, tmp_path):
 def test_early_stopping_and_no_validation(barcodes, tmp_path):
     summary = train(barcodes, tmp_path / "early", learning_rate=1e-12, epochs=9, patience=2)
     assert "no lower validation loss for 2 epoch(s)" in str(summary)
-    assert summary.progress.step < 9 * 17
+    assert summary.progress.step < 9 * 14
     summary = train(barcodes, tmp_path / "none", data={"validation": 0.0}, epochs=1)
     assert "there are no validation rows" in str(summary)
     assert not list((tmp_path / "none" / "best").iterdir())
@@ -243,7 +222,7 @@ def test_a_whole_model_learns(tmp_path, head):
     chosen |= {"reverse_complement": 0.0, "subsequence": 0.0}
     summary = train(tmp_path / "b.parquet", tmp_path / "run", loss=config.LossConfig(head=head), **chosen)
     assert summary.taxa["family"] > 1
-    evaluated = [line for line in lines(tmp_path / "run") if "eval/loss" in line]
+    evaluated = [line for line in metrics_of(tmp_path / "run") if "eval/loss" in line]
     for rank in ("family", "genus", "species"):
         found = [line[f"eval/{rank}_accuracy"] for line in evaluated]
         assert found[-1] > evaluated[-1][f"eval/{rank}_majority"] + 0.2
@@ -255,7 +234,7 @@ def test_masked_language_modelling_needs_no_labels(barcodes, tmp_path):
     table = pq.read_table(barcodes).select(["sequence_id", "dna_sequence"])
     pq.write_table(table, tmp_path / "bare.parquet")
     summary = train(tmp_path / "bare.parquet", tmp_path / "run", mode="full", objective="mlm")
-    evaluated = [line["eval/loss"] for line in lines(tmp_path / "run") if "eval/loss" in line]
+    evaluated = [line["eval/loss"] for line in metrics_of(tmp_path / "run") if "eval/loss" in line]
     assert evaluated[-1] < evaluated[0] < 9.0
     assert summary.taxa == {}
     assert not (tmp_path / "run" / "label_space.json").exists()
@@ -276,7 +255,9 @@ def test_a_run_goes_on_with_other_devices(whole, barcodes, tmp_path, monkeypatch
                 train(barcodes, tmp_path / "run", mesh=mesh)
     resumed = train(barcodes, tmp_path / "run")
     assert resumed.before == 21
-    ours, theirs = ([x["train/loss"] for x in lines(d) if "train/loss" in x] for d in (tmp_path / "run", directory))
+    ours, theirs = (
+        [x["train/loss"] for x in metrics_of(d) if "train/loss" in x] for d in (tmp_path / "run", directory)
+    )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     assert jax.device_count() == 8
 
