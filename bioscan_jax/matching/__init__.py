@@ -1,1 +1,1 @@
-"""Barcodes against a vector table: neighbours, alignments, votes, and what they are worth."""
+"""Compares barcodes with a vector table: neighbours, alignments, votes, and confidences."""

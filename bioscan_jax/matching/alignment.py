@@ -1,7 +1,8 @@
-"""Candidates by alignment: how many letters of two barcodes agree where both have been sequenced.
+"""Aligns queries with their candidates: how many bases of two barcodes agree where both have been sequenced.
 
-Edlib (Sosic & Sikic 2017, doi:10.1093/bioinformatics/btw753) finds the best alignment by edit distance, bit-parallel:
-on barcodes about ten times faster than a scored alignment, and below a distance already reached faster still.
+Edlib (Sosic & Sikic 2017, doi:10.1093/bioinformatics/btw753) finds the alignment with the least edit distance
+by bit-parallel dynamic programming: about ten times faster on barcodes than a scored alignment, and faster still with
+a bound on the distance.
 """
 
 import os
@@ -19,53 +20,53 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 _QUERIES = 64
-"""Aligned by one process before it gets more."""
+"""Queries per task of a worker process."""
 _STEP = re.compile(r"(\d+)([=XID])")
-_ANY = [("N", base) for base in "ACGT"]
+_N_MATCHES = [("N", base) for base in "ACGT"]
 Counts = TypeVar("Counts", int, np.ndarray)
 
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """The candidates of each query that were aligned in full, best first."""
+    """Full alignments of each query with its best candidates, best first."""
 
-    place: Int64[np.ndarray, "queries aligned"]
-    """Which of the candidates; -1 past the last."""
+    index: Int64[np.ndarray, "queries aligned"]
+    """Index of the candidate among the query's; -1 past the last."""
     matches: Int64[np.ndarray, "queries aligned"]
     columns: Int64[np.ndarray, "queries aligned"]
-    """Of the alignment, without gaps at either end and without N."""
+    """Alignment columns, without gaps at either end and without N."""
 
     @property
     def identity(self) -> Float32[np.ndarray, "queries aligned"]:
-        """Matches / columns without terminal gaps (VSEARCH's --iddef 2) and without N; NaN past the last."""
+        """Matches / columns (VSEARCH's --iddef 2, without N); NaN past the last."""
         share = self.matches / np.maximum(self.columns, 1)
-        return np.where(self.place >= 0, share, np.nan).astype(np.float32)
+        return np.where(self.index >= 0, share, np.nan).astype(np.float32)
 
     @property
     def distances(self) -> Float64[np.ndarray, "queries aligned"]:
-        """`distance`; inf past the last."""
-        return np.where(self.place >= 0, distance(self.matches, self.columns), np.inf)
+        """Distance by `distance`; inf past the last."""
+        return np.where(self.index >= 0, distance(self.matches, self.columns), np.inf)
 
 
 def align_pair(one: str, other: str) -> tuple[int, int]:
-    """Matches, and columns that compare two bases or a base and a gap, of the best semi-global alignment.
+    """Counts matches and columns (base against base or gap) of the best semi-global alignment.
 
-    The shorter sequence is laid into the longer one, or over one of its ends where that halves the distance at least
-    (the nearer of two is too near by chance); what sticks out at either end of either is not counted. N agrees with
-    any base, and its columns are left out: they say nothing (pairwise deletion).
+    The shorter sequence is placed inside the longer one, or across one of its ends if that at least halves the
+    distance (a smaller gain could be chance). Overhanging bases at either end of either sequence are not counted. N
+    matches any base, and columns with N are left out (pairwise deletion).
     """
-    found = lay_in(one, other)
+    found = align_within(one, other)
     matches, columns = found
-    parts = side_by_side(one, other, (columns - matches) / max(columns, 1) / 2)
-    over = None if parts is None else lay_in(*parts)
+    parts = overlapping_parts(one, other, (columns - matches) / max(columns, 1) / 2)
+    over = None if parts is None else align_within(*parts)
     return found if over is None or 2 * distance(*over) > distance(*found) else over
 
 
-def side_by_side(one: str, other: str, share: float) -> tuple[str, str] | None:
-    """The parts of two sequences that face each other where the shorter one sticks out over an end of the longer one.
+def overlapping_parts(one: str, other: str, share: float) -> tuple[str, str] | None:
+    """Returns the overlapping parts of two sequences where the shorter one extends past an end of the longer one.
 
-    They are found by a half of the shorter one that lies in the longer one with at most `share` edits a base; so they
-    overlap by a half of it at least. None where there is no such half, or nothing sticks out.
+    The overlap is found through a half of the shorter sequence that occurs in the longer one with at most `share` edits
+    per base, so it spans at least half of the shorter one. None if there is no such half, or nothing overhangs.
     """
     import edlib
 
@@ -85,10 +86,10 @@ def side_by_side(one: str, other: str, share: float) -> tuple[str, str] | None:
     return None
 
 
-def lay_in(one: str, other: str) -> tuple[int, int]:
-    """Matches and columns, as `align_pair` counts them, of the shorter sequence within the longer one.
+def align_within(one: str, other: str) -> tuple[int, int]:
+    """Counts matches and columns, as `align_pair` does, of the shorter sequence placed inside the longer one.
 
-    The alignment is one of least edit distance; the shorter one's gaps at its own ends are not counted.
+    The alignment is one with the least edit distance; gaps at the ends of the shorter sequence are not counted.
     """
     import edlib
 
@@ -116,20 +117,20 @@ def lay_in(one: str, other: str) -> tuple[int, int]:
 
 
 def distance(matches: Counts, columns: Counts) -> Any:
-    """(differences + 1/2) / (columns + 1): above 0, and of equal identities the longer one is nearer."""
+    """Returns (differences + 1/2) / (columns + 1): above 0, and of equal identities the longer alignment is nearer."""
     return (columns - matches + 0.5) / (columns + 1)
 
 
 def _equalities(one: str, other: str) -> list[tuple[str, str]] | None:
-    return _ANY if "N" in one or "N" in other else None
+    return _N_MATCHES if "N" in one or "N" in other else None
 
 
-def best_of(query: str, candidates: Sequence[str], most: int) -> list[tuple[int, int, int]]:
-    """The best candidates by `distance`: their places, matches and columns.
+def best_candidates(query: str, candidates: Sequence[str], most: int) -> list[tuple[int, int, int]]:
+    """Finds the `most` best candidates by `distance`: index, matches and columns of each.
 
-    First all are compared by edit distance a known base of the shorter sequence, each only as far as it can still be
-    among the `most` best; then by that of the parts that face each other, where that halves it. The best of these are
-    aligned in full. Among equals the candidate that came first, which is the nearer one by vector, stays first.
+    All candidates are first ranked by edit distance per known base of the shorter sequence, with the distance of the
+    `most`-th best so far as the bound; then by that of the overlapping parts, where that at least halves it. The best
+    are aligned in full. Of equal candidates the first, which is the nearer one by vector, stays first.
     """
     shares: dict[str, float] = {}
     best: list[float] = []
@@ -139,7 +140,7 @@ def best_of(query: str, candidates: Sequence[str], most: int) -> list[tuple[int,
     if len(best) == most < len(shares):
         for candidate in shares:
             enough = min(shares[candidate], best[-1]) / 2
-            if parts := side_by_side(query, candidate, enough):
+            if parts := overlapping_parts(query, candidate, enough):
                 shares[candidate] = min(shares[candidate], _edits(*parts, enough))
     order = sorted((shares[candidate], place) for place, candidate in enumerate(candidates))[:most]
     full = [(place, *align_pair(query, candidates[place])) for share, place in order if share < float("inf")]
@@ -147,7 +148,7 @@ def best_of(query: str, candidates: Sequence[str], most: int) -> list[tuple[int,
 
 
 def _edits(one: str, other: str, most: float) -> float:
-    """Edits a known base of the shorter sequence to lay it in the longer one; inf where they are more than `most`."""
+    """Edits per known base to place the shorter sequence inside the longer one; inf if more than `most`."""
     import edlib
 
     short, long = sorted((one, other), key=len)
@@ -158,12 +159,12 @@ def _edits(one: str, other: str, most: float) -> float:
     return float("inf") if edits < 0 else edits / known
 
 
-Worker = ProcessPoolExecutor | None
+Pool = ProcessPoolExecutor | None
 
 
 @contextmanager
-def workers(processes: int) -> Iterator[Worker]:
-    """Processes to align in (edlib holds Python's lock); None for one, which is this one."""
+def worker_pool(processes: int) -> Iterator[Pool]:
+    """Starts processes for the alignments (edlib holds the GIL); yields None for one, which is this process."""
     if processes < 2:
         yield None
         return
@@ -172,7 +173,7 @@ def workers(processes: int) -> Iterator[Worker]:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever; Ctrl-C is the parent's affair."""
+    """Ends a worker when its parent is killed: it would wait for work for ever. The parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
@@ -190,41 +191,44 @@ def align(
     distinct: Int64[np.ndarray, " distinct"],
     sequences: Sequence[str],
     most: int,
-    worker: Worker,
+    pool: Pool,
     on_rows: Callable[[int], Any] = lambda rows: None,
 ) -> Aligned:
-    """Aligns each query with its candidates.
+    """Aligns each query with its best candidates.
 
     Args:
         queries: Cleaned DNA.
-        rows: Candidates of each; -1 for none.
+        rows: Table rows of each query's candidates; -1 for none.
         distinct: All rows that occur, ascending.
-        sequences: Cleaned DNA of these.
-        most: How many candidates of each are aligned in full.
-        worker: From `workers`.
-        on_rows: Called with the number of queries just done.
+        sequences: Cleaned DNA of the distinct rows.
+        most: Candidates of each query that are aligned in full.
+        pool: From `worker_pool`.
+        on_rows: Called with the number of queries just finished.
     """
     jobs = []
     for start in range(0, len(queries), _QUERIES):
         part = rows[start : start + _QUERIES]
         used = np.unique(part[part >= 0])
         texts = [sequences[i] for i in np.searchsorted(distinct, used)]
-        places = [np.searchsorted(used, row[row >= 0]) for row in part]
-        jobs.append((list(queries[start : start + _QUERIES]), places, texts, most))
-    every = map(_align_some, jobs) if worker is None else worker.map(_align_some, jobs)
+        candidates = [np.searchsorted(used, row[row >= 0]) for row in part]
+        jobs.append((list(queries[start : start + _QUERIES]), candidates, texts, most))
+    results = map(_align_some, jobs) if pool is None else pool.map(_align_some, jobs)
     shape = (len(queries), min(most, rows.shape[1]))
-    place, matches, columns = (np.full(shape, fill, np.int64) for fill in (-1, 0, 0))
+    index, matches, columns = (np.full(shape, fill, np.int64) for fill in (-1, 0, 0))
     query = 0
-    for some in every:
-        for found in some:
-            # Places are those of `rows`: its candidates come before its -1.
-            for i, (at, same, length) in enumerate(found):
-                place[query, i], matches[query, i], columns[query, i] = at, same, length
+    for finished in results:
+        for alignments in finished:
+            # The index is valid for `rows` too: its candidates come before its -1.
+            for i, alignment in enumerate(alignments):
+                index[query, i], matches[query, i], columns[query, i] = alignment
             query += 1
-        on_rows(len(some))
-    return Aligned(place, matches, columns)
+        on_rows(len(finished))
+    return Aligned(index, matches, columns)
 
 
 def _align_some(job: tuple[list[str], list[np.ndarray], list[str], int]) -> list[list[tuple[int, int, int]]]:
-    queries, places, texts, most = job
-    return [best_of(query, [texts[i] for i in of], most) for query, of in zip(queries, places, strict=True)]
+    queries, candidates, texts, most = job
+    return [
+        best_candidates(query, [texts[i] for i in indices], most)
+        for query, indices in zip(queries, candidates, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Answers as files: Parquet, TSV, and the tab output of SINTAX that tools of the field read."""
+"""Writes answers as Parquet, TSV, or SINTAX's tab-separated output, which other programs of the field read."""
 
 from pathlib import Path
 
@@ -22,14 +22,14 @@ ANSWERS = pa.schema(
         pa.field("abstained_at", pa.string()),
     ]
 )
-"""One row a query; a query that has no vector has its id and nothing else."""
+"""Columns of the answers, one row per query; of a query without a vector only the id is filled."""
 
 
 def output_format(output: str, wanted: config.AnswerFormat | None) -> config.AnswerFormat:
-    """The format of a file: what is asked for, or what its name ends in.
+    """Returns the format of an output file: the requested one, or that of its suffix.
 
     Raises:
-        InputError: The name says nothing, or as for `output_path`.
+        InputError: Neither is given, or `output_path` refuses the file.
     """
     ends: dict[str, config.AnswerFormat] = {".parquet": "parquet", ".tsv": "tsv", ".sintax": "sintax"}
     suffix = Path(output).suffix
@@ -40,16 +40,16 @@ def output_format(output: str, wanted: config.AnswerFormat | None) -> config.Ans
 
 
 def write(answers: pa.Table, output: str, form: config.AnswerFormat, *, calibrated: bool = False) -> None:
-    """Writes a file, whole or not at all.
+    """Writes answers or groups to a file, completely or not at all.
 
     Args:
-        answers: The rows.
-        output: The file.
-        form: Its format.
-        calibrated: For SINTAX: the names above `abstained_at` are answers.
+        answers: Rows to write.
+        output: Path of the file.
+        form: Format of the file.
+        calibrated: For SINTAX: list the names above `abstained_at` as answers.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     with output_file(output) as path:
         if form == "parquet":
@@ -63,7 +63,7 @@ def write(answers: pa.Table, output: str, form: config.AnswerFormat, *, calibrat
 
 
 def as_tsv(table: pa.Table) -> str:
-    """Tab-separated text with a header; null is empty, and tabs and line ends in a text become spaces."""
+    """Returns tab-separated text with a header: null is empty, white space in a text one space, floats six digits."""
     lines = ["\t".join(table.column_names)]
     for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
         lines.append("\t".join(_cell(value) for value in row))
@@ -79,10 +79,10 @@ def _cell(value: object) -> str:
 
 
 def as_sintax(answers: pa.Table, *, calibrated: bool) -> str:
-    """`id, names with confidences, strand, names that are answered`, as `vsearch --sintax --tabbedout` writes.
+    """Returns lines of id, names with confidences, strand and answered names, like `vsearch --sintax --tabbedout`.
 
-    The letters are k, p, c, o, f, g, s. A space in a name becomes an underscore, as do the characters that part
-    names. The last field stops above `abstained_at`; without a calibration it is empty.
+    The rank letters are k, p, c, o, f, g, s. Spaces and separator characters in a name become underscores. The last
+    field stops above `abstained_at`; without a calibration it is empty.
     """
     lines = []
     for row in answers.to_pylist():

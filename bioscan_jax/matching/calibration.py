@@ -1,4 +1,4 @@
-"""Confidences, thresholds and a novelty flag for one table and one way of using it, from labelled barcodes."""
+"""Fits confidences, thresholds and a novelty flag on labelled barcodes, for one table and one set of settings."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,66 +19,72 @@ from tqdm import tqdm
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
-from bioscan_jax.matching.alignment import workers
-from bioscan_jax.matching.candidates import Matched, Matcher, match, prepare, votes
+from bioscan_jax.matching.alignment import worker_pool
+from bioscan_jax.matching.candidates import Candidates, Matcher, count_votes, find_candidates, open_matcher
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import HeadVotes, Votes
 from bioscan_jax.table.storage import read_if_exists, sidecar_path, storage_errors, write_whole
 
 FORMAT = "bioscan_jax calibration 1"
-POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)
-HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
-_STEP = 0.02
-"""Of the share of the answers between two thresholds that are tried."""
+_POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)
+_HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
+_THRESHOLD_STEP = 0.02
+"""Share of the rows by which the answers grow from one tried threshold to the next."""
 _SHARE_CLIP = 1e-4
 
 
 @dataclass(frozen=True)
 class Logistic:
-    """P(yes) = 1 / (1 + exp(-(bias + coefficients . features)))."""
+    """A logistic regression: P(yes) = 1 / (1 + exp(-(bias + coefficients . features)))."""
 
     coefficients: tuple[float, ...]
     bias: float
 
     def __call__(self, features: Float64[np.ndarray, "rows features"]) -> Float64[np.ndarray, " rows"]:
-        """The probability of each row."""
+        """Returns the probability of each row."""
         logit = features @ np.array(self.coefficients) + self.bias
         return 1 / (1 + np.exp(-np.clip(logit, -500, 500)))
 
 
 @dataclass(frozen=True)
 class RankFit:
-    """One rank's confidence, and from where on it is answered."""
+    """One rank's confidence, and the threshold above which the rank is answered."""
 
     logistic: Logistic
     threshold: float | None
-    """None: no threshold keeps the precision, and the rank is never answered."""
+    """None: no threshold reaches the precision, and the rank is never answered."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """All that was fitted for one table, model and settings."""
+    """Everything fitted for one table, model and settings."""
 
     table: dict[str, Any]
-    """What it holds for: `table_binding`."""
+    """The table it is valid for; see `table_binding`."""
     settings: dict[str, Any]
-    """And `settings_binding`."""
+    """The settings it is valid for; see `settings_binding`."""
     power: float
-    """Of the vote."""
+    """Power of the vote's weights; see `vote.vote`."""
     head_weight: float
     ranks: tuple[RankFit, ...]
     novelty: Logistic | None
-    """None: the labelled barcodes were all of known species, or all of unknown ones."""
+    """None if the labelled barcodes were all of species in the reference, or all of others."""
     novelty_threshold: float | None
     precision: float
     risk: float
     fitted_on: dict[str, Any]
-    """The labelled barcodes, and the figures of those held out."""
+    """Number and fingerprint of the labelled barcodes, and the seed of their split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSummary:
-    """What was fitted, and the figures of the barcodes that it was not fitted on."""
+    """A fitted calibration, and its figures on barcodes that it was not fitted on; prints as a few lines of text.
+
+    Example:
+        >>> from dataclasses import fields
+        >>> [field.name for field in fields(bj.CalibrationSummary)]
+        ['path', 'calibration', 'lines', 'seconds']
+    """
 
     path: str
     calibration: Calibration
@@ -94,104 +100,107 @@ def calibrate(
     reference: config.ReferenceConfig,
     query: config.QueryConfig,
     settings: config.IdentifyConfig | None = None,
-    wanted: config.CalibrateConfig | None = None,
+    fit: config.CalibrateConfig | None = None,
     *,
     model: config.ModelConfig | None = None,
     mesh: config.MeshConfig | None = None,
     progress: bool = True,
 ) -> CalibrationSummary:
-    """Fits a calibration on labelled barcodes and keeps it beside the table, as TABLE.calibration.json.
+    """Fits a calibration on labelled barcodes and writes it beside the table, to TABLE.calibration.json.
 
-    The barcodes are parted by a seeded hash of their sequence: a share is held out for the figures; of the rest one
-    half gives the vote's power and the confidences, the other the thresholds (see `calibration.fit_ranks`). A
-    calibration of the same table for other settings stays in the file beside the new one.
+    The barcodes are split by a seeded hash of their sequence: a share is held out for the figures; of the rest, one
+    half determines the vote's power and the confidences, the other the thresholds (see `calibration.fit_ranks`).
+    Calibrations of the same table for other settings stay in the file.
 
     Args:
         reference: The table of vectors.
-        query: Labelled barcodes like those to be identified: the precision holds for their mixture of known and
-            unknown species.
-        settings: As they will be identified.
-        wanted: Precision, and how the barcodes are parted.
-        model: Where the table's model is now, if not where the table says.
-        mesh: Devices.
-        progress: Show a bar on the terminal.
+        query: Labelled barcodes like those to be identified: the precision holds for their mixture of species in the
+            reference and others.
+        settings: The settings that `identify` will be called with.
+        fit: The precision required of answers, and how the barcodes are split.
+        model: Where the table's model is now, if not where the table records it.
+        mesh: Which devices.
+        progress: Show a progress bar on the terminal.
 
     Raises:
-        InputError: Something the user can mend; then nothing is written.
+        InputError: The table, the model, the settings or the barcodes are invalid; nothing is written then.
+
+    Example:
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> _ = write_simulated("barcodes.parquet", species=50, per_species=4, length=120, seed=0)
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path="barcodes.parquet")
+        >>> _ = bj.embed(model, data, bj.SinkConfig(uri="vectors"), progress=False)
+        >>> reference, labelled = bj.ReferenceConfig(uri="vectors"), bj.QueryConfig(path="barcodes.parquet")
+        >>> fit = bj.CalibrateConfig(precision=0.9)
+        >>> summary = bj.calibrate(reference, labelled, bj.IdentifyConfig(k=5), fit, progress=False)
+        >>> summary.calibration.precision, summary.calibration.settings["k"]
+        (0.9, 5)
     """
-    settings, wanted, begun = (
-        settings or config.IdentifyConfig(),
-        wanted or config.CalibrateConfig(),
-        time.perf_counter(),
-    )
+    start = time.perf_counter()
+    settings, fit = settings or config.IdentifyConfig(), fit or config.CalibrateConfig()
     with ExitStack() as held:
         source = open_queries(query, Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-"))))
-        matcher = prepare(reference, settings, model, mesh)
-        worker = held.enter_context(workers(settings.processes if settings.rerank == "alignment" else 1))
+        matcher = open_matcher(reference, settings, model, mesh)
+        pool = held.enter_context(worker_pool(settings.processes if settings.rerank == "alignment" else 1))
         bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="calibrate", disable=not progress))
         blocks = []
-        for block in match(matcher, source, worker, bar.update):
+        for block in find_candidates(matcher, source, pool, bar.update):
             if block.truth is None:
                 raise InputError(f"{query.path} has no labels; pass barcodes with taxonomy or the seven rank columns")
             blocks.append(dataclasses.replace(block, vectors=block.vectors[:, :0]))
-    every = _joined(blocks)
-    held_out, fitting, testing = parted(every.texts, wanted)
-    power, head_weight = _best_weights(matcher, _picked(every, fitting))
-    parts = {
-        name: (votes(matcher, some, power, head_weight), some)
-        for name, rows in (("fit", fitting), ("test", testing), ("held out", held_out))
-        for some in [_picked(every, rows)]
-    }
-    fit, test = ((result, _truth(some)) for result, some in (parts["fit"], parts["test"]))
-    ranks = fit_ranks(fit, test, wanted)
-    novelty = _novelty(parts, wanted)
+    everything = _concatenated(blocks)
+    parts = [_rows(everything, rows) for rows in split_labelled(everything.texts, fit)]
+    power, head_weight = _best_weights(matcher, parts[1])
+    held_out, fitting, testing = (_Labelled(count_votes(matcher, part, power, head_weight), part) for part in parts)
+    ranks = fit_ranks((fitting.votes, fitting.truth), (testing.votes, testing.truth), fit)
+    novelty, novelty_at = _fit_novelty(fitting, testing, fit)
     fitted = Calibration(
         table=table_binding(matcher.reference.facts, matcher.reference.dataset.count_rows()),
         settings=settings_binding(settings, matcher.search, matcher.heads_sha256),
         power=power,
         head_weight=head_weight,
         ranks=ranks,
-        novelty=novelty[0],
-        novelty_threshold=novelty[1],
-        precision=wanted.precision,
-        risk=wanted.risk,
+        novelty=novelty,
+        novelty_threshold=novelty_at,
+        precision=fit.precision,
+        risk=fit.risk,
         fitted_on={
-            "rows": len(fitting) + len(testing),
-            "held_out": len(held_out),
-            "seed": wanted.seed,
+            "rows": len(fitting.candidates.texts) + len(testing.candidates.texts),
+            "held_out": len(held_out.candidates.texts),
+            "seed": fit.seed,
             "input": source.fingerprint,
         },
     )
-    path = save(reference, fitted)
+    path = save_calibration(reference, fitted)
     return CalibrationSummary(
-        path=path, calibration=fitted, lines=_lines(parts["held out"], fitted), seconds=time.perf_counter() - begun
+        path=path, calibration=fitted, lines=_lines(held_out, fitted), seconds=time.perf_counter() - start
     )
 
 
-def parted(texts: Sequence[str], wanted: config.CalibrateConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows held out, rows to fit the confidences on, rows to fit the thresholds on; equal sequences stay together.
+def split_labelled(texts: Sequence[str], fit: config.CalibrateConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Splits rows three ways: held out, for the confidences, for the thresholds; equal sequences stay together.
 
     Raises:
         InputError: One of the three is empty.
     """
-    digests = [hashlib.sha256(f"{wanted.seed}:{text}".encode()).digest() for text in texts]
+    digests = [hashlib.sha256(f"{fit.seed}:{text}".encode()).digest() for text in texts]
     draws = np.array([int.from_bytes(digest[:8]) / 2**64 for digest in digests])
     second = np.array([digest[8] < 128 for digest in digests], bool)
-    out = draws < wanted.held_out
+    out = draws < fit.held_out
     found = np.flatnonzero(out), np.flatnonzero(~out & second), np.flatnonzero(~out & ~second)
     if not all(map(len, found)):
-        raise InputError(f"{len(texts)} labelled barcodes are too few to part three ways; pass some hundred at least")
+        raise InputError(f"{len(texts)} labelled barcodes are too few to split three ways; pass a few hundred at least")
     return found
 
 
-def figures(
+def rank_accuracy(
     taxa: Int32[np.ndarray, "rows 7"], sure: Bool[np.ndarray, "rows 7"] | None, truth: Int32[np.ndarray, "rows 7"]
 ) -> list[str]:
-    """How many guesses are right, rank by rank; and how many of those that are answered.
+    """Describes the accuracy of the best guesses at each rank, and of those that are answered, one line per rank.
 
     Args:
-        taxa: The guesses.
-        sure: Which are answered; None without a calibration.
+        taxa: Codes of the guesses.
+        sure: Which ranks are answered; None without a calibration.
         truth: From `Taxa.truth`; rows with an unknown name do not count.
     """
     lines = []
@@ -200,128 +209,141 @@ def figures(
         if not known.any():
             continue
         right = (taxa[:, rank] == truth[:, rank]) & known
-        line = f"{name:8} right {right.sum() / known.sum():.4f} of {known.sum():,}"
+        line = f"{name:8} {right.sum() / known.sum():.4f} of {known.sum():,} best guesses are correct"
         if sure is not None:
-            told = sure[:, rank] & known
-            kept = f"{(right & told).sum() / told.sum():.4f}" if told.any() else "none"
-            line += f"; answered {told.sum() / known.sum():.4f}, right of these {kept}"
+            kept = sure[:, rank] & known
+            correct = f", {(right & kept).sum() / kept.sum():.4f} of these correctly" if kept.any() else ""
+            line += f"; {kept.sum() / known.sum():.4f} are answered{correct}"
         lines.append(line)
     return lines
 
 
-def _truth(some: Matched) -> Int32[np.ndarray, "rows 7"]:
-    assert some.truth is not None
-    return some.truth
+@dataclass(frozen=True, eq=False)
+class _Labelled:
+    """One part of the labelled barcodes, with the vote on each."""
+
+    votes: Votes
+    candidates: Candidates
+
+    @property
+    def truth(self) -> Int32[np.ndarray, "rows 7"]:
+        return _truth(self.candidates)
+
+    @property
+    def novelty(self) -> tuple[Float64[np.ndarray, "rows features"], Bool[np.ndarray, " rows"]]:
+        """Features of the rows with a known species, and whether that species is missing from the reference."""
+        species, heads = self.truth[:, -1], self.candidates.heads
+        features = novelty_features(self.votes, None if heads is None else heads.entropy)
+        return features[species != -1], (species == -2)[species != -1]
 
 
-def _joined(blocks: list[Matched]) -> Matched:
-    """All blocks as one."""
-    heads = [block.heads for block in blocks if block.heads is not None]
+def _truth(candidates: Candidates) -> Int32[np.ndarray, "rows 7"]:
+    assert candidates.truth is not None
+    return candidates.truth
+
+
+_BY_QUERY = ("vectors", "rows", "similarity", "identity", "distances", "truth")
+
+
+def _concatenated(blocks: list[Candidates]) -> Candidates:
+    heads = [_fields(block.heads) for block in blocks if block.heads is not None]
     return dataclasses.replace(
         blocks[0],
         texts=[text for block in blocks for text in block.texts],
         **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in _BY_QUERY},
-        heads=None
-        if not heads
-        else HeadVotes(*(np.concatenate(part) for part in zip(*map(_fields, heads), strict=True))),
+        heads=HeadVotes(*map(np.concatenate, zip(*heads, strict=True))) if heads else None,
     )
 
 
-_BY_QUERY = ("vectors", "rows", "similarity", "identity", "distances", "truth")
+def _rows(candidates: Candidates, rows: np.ndarray) -> Candidates:
+    heads = candidates.heads
+    return dataclasses.replace(
+        candidates,
+        texts=[candidates.texts[row] for row in rows.tolist()],
+        **{name: getattr(candidates, name)[rows] for name in _BY_QUERY},
+        heads=None if heads is None else HeadVotes(*(field[rows] for field in _fields(heads))),
+    )
 
 
 def _fields(heads: HeadVotes) -> tuple[Any, ...]:
     return heads.lineages, heads.probabilities, heads.entropy
 
 
-def _picked(every: Matched, rows: np.ndarray) -> Matched:
-    return dataclasses.replace(
-        every,
-        texts=[every.texts[row] for row in rows.tolist()],
-        **{name: getattr(every, name)[rows] for name in _BY_QUERY},
-        heads=None if every.heads is None else HeadVotes(*(part[rows] for part in _fields(every.heads))),
-    )
+def _best_weights(matcher: Matcher, fitting: Candidates) -> tuple[float, float]:
+    """Returns the power and the head's weight with the most correct guesses over all ranks; the first of equals."""
+
+    def correct(weights: tuple[float, float]) -> int:
+        taxa = count_votes(matcher, fitting, *weights).taxa
+        return int(((taxa == _truth(fitting)) & (taxa >= 0)).sum())
+
+    head_weights = (0.0,) if fitting.heads is None else _HEAD_WEIGHTS
+    return max(((power, head_weight) for head_weight in head_weights for power in _POWERS), key=correct)
 
 
-def _best_weights(matcher: Matcher, some: Matched) -> tuple[float, float]:
-    """The power and the head's weight with most right guesses over all ranks; the first of equals."""
-
-    def tried() -> Iterator[tuple[int, float, float]]:
-        for head_weight in HEAD_WEIGHTS if some.heads is not None else (0.0,):
-            for power in POWERS:
-                taxa = votes(matcher, some, power, head_weight).taxa
-                yield int(((taxa == _truth(some)) & (taxa >= 0)).sum()), power, head_weight
-
-    return max(tried(), key=lambda one: one[0])[1:]
-
-
-def _novelty(parts: dict[str, tuple[Votes, Matched]], wanted: config.CalibrateConfig) -> tuple[Any, float | None]:
-    """How novel a barcode is, fitted, and from where on it is called so; (None, None) without both kinds."""
-    features, labels = _of_novelty(parts["fit"])
+def _fit_novelty(
+    fitting: _Labelled, testing: _Labelled, fit: config.CalibrateConfig
+) -> tuple[Logistic | None, float | None]:
+    """Fits the novelty score and its threshold; (None, None) if all species are in the reference, or none is."""
+    features, labels = fitting.novelty
     if labels.all() or not labels.any():
         return None, None
     fitted = fit_logistic(features, labels)
-    features, labels = _of_novelty(parts["test"])
-    return fitted, novelty_threshold(fitted(features[~labels]), 1 - wanted.precision)
+    features, labels = testing.novelty
+    return fitted, novelty_threshold(fitted(features[~labels]), 1 - fit.precision)
 
 
-def _of_novelty(part: tuple[Votes, Matched]) -> tuple[Float64[np.ndarray, "rows features"], Bool[np.ndarray, " rows"]]:
-    """Features of the rows with a known species, and whether it is missing from the reference."""
-    result, some = part
-    species = _truth(some)[:, -1]
-    features = novelty_features(result, None if some.heads is None else some.heads.entropy)
-    return features[species != -1], (species == -2)[species != -1]
-
-
-def _lines(part: tuple[Votes, Matched], fitted: Calibration) -> list[str]:
-    """Figures of the held-out barcodes."""
-    result, some = part
-    confidence = confidences(fitted.ranks, result)
-    sure = answered(fitted.ranks, confidence)
-    lines = [f"        vote  power {fitted.power:g}, head weight {fitted.head_weight:g}"]
-    lines.append(f"    held out  {len(some.texts):,} barcodes; thresholds for precision {fitted.precision}:")
-    lines += [f"              {line}" for line in figures(result.taxa, sure, _truth(some))]
+def _lines(held_out: _Labelled, fitted: Calibration) -> list[str]:
+    """Describes how the calibration does on the held-out barcodes."""
+    sure = answered(fitted.ranks, confidences(fitted.ranks, held_out.votes))
+    lines = [f"        vote  power {fitted.power:g}, weight of the heads {fitted.head_weight:g}"]
+    lines.append(
+        f"    held out  {len(held_out.candidates.texts):,} barcodes, with the thresholds for precision {fitted.precision}:"
+    )
+    lines += [f"              {line}" for line in rank_accuracy(held_out.votes.taxa, sure, held_out.truth)]
     for rank, name in enumerate(RANKS):
         if fitted.ranks[rank].threshold is None:
-            lines.append(f"              {name}: no threshold keeps the precision; it is never answered")
+            lines.append(f"              {name}: never answered, since no threshold reaches the precision")
     if fitted.novelty is None:
         return [*lines, "     novelty  not fitted: it needs barcodes of species in the reference and of others"]
     from sklearn.metrics import roc_auc_score
 
-    features, labels = _of_novelty(part)
+    features, labels = held_out.novelty
     if labels.all() or not labels.any():
-        return [*lines, "     novelty  no figure: the held-out barcodes are all of one kind"]
+        return [
+            *lines,
+            "     novelty  not measured: the held-out barcodes are all in the reference by species, or none is",
+        ]
     scores = fitted.novelty(features)
     area = roc_auc_score(labels, scores)
     flagged = scores > (np.inf if fitted.novelty_threshold is None else fitted.novelty_threshold)
     return [
         *lines,
-        f"     novelty  AUROC {area:.4f}; flagged {flagged[labels].mean():.4f} of {labels.sum():,} barcodes of species not "
-        f"in the reference, {flagged[~labels].mean():.4f} of {(~labels).sum():,} of others",
+        f"     novelty  AUROC {area:.4f}; flagged as novel: {flagged[labels].mean():.4f} of {labels.sum():,} barcodes of "
+        f"species not in the reference, {flagged[~labels].mean():.4f} of {(~labels).sum():,} of species in it",
     ]
 
 
 def rank_features(votes: Votes, rank: int) -> Float64[np.ndarray, "rows 3"]:
-    """Log distance to the taxon's nearest reference, log ratio to the nearest of another taxon, logit of the share."""
+    """Returns log distance to the taxon's nearest reference, log ratio to that of another taxon, logit of the share."""
     share = np.clip(votes.share[:, rank], _SHARE_CLIP, 1 - _SHARE_CLIP)
     near, other = np.log(votes.near[:, rank]), np.log(votes.other[:, rank])
     return np.nan_to_num(np.stack([near, other - near, np.log(share / (1 - share))], axis=1), posinf=0.0, neginf=0.0)
 
 
 def novelty_features(votes: Votes, entropy: Float[np.ndarray, " rows"] | None) -> Float64[np.ndarray, "rows features"]:
-    """Log distance to the nearest reference, and the entropy of a head's species."""
+    """Returns log distance to the nearest reference and, with a head, the entropy of its species probabilities."""
     columns = [np.nan_to_num(np.log(votes.nearest), posinf=0.0)] + ([] if entropy is None else [entropy])
     return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
 
 
 def confidences(ranks: Sequence[RankFit], votes: Votes) -> Float64[np.ndarray, "rows 7"]:
-    """Probability that each name is right; no rank's exceeds that above it, and 0 where there is no name."""
+    """Returns the probability that each name is correct: at most that of the rank above; 0 where there is no name."""
     found = [fit.logistic(rank_features(votes, rank)) for rank, fit in enumerate(ranks)]
     return np.minimum.accumulate(np.stack(found, axis=1), axis=1) * (votes.taxa >= 0)
 
 
 def answered(ranks: Sequence[RankFit], confidence: Float64[np.ndarray, "rows 7"]) -> Bool[np.ndarray, "rows 7"]:
-    """Whether each rank is answered: its confidence and those of all ranks above reach their thresholds."""
+    """Returns which ranks are answered: their confidences and those of all ranks above reach the thresholds."""
     thresholds = [np.inf if fit.threshold is None else fit.threshold for fit in ranks]
     return np.logical_and.accumulate(confidence >= np.array(thresholds)[None, :], axis=1)
 
@@ -329,19 +351,19 @@ def answered(ranks: Sequence[RankFit], confidence: Float64[np.ndarray, "rows 7"]
 def fit_ranks(
     fitting: tuple[Votes, Int32[np.ndarray, "rows 7"]],
     testing: tuple[Votes, Int32[np.ndarray, "rows_2 7"]],
-    wanted: config.CalibrateConfig,
+    fit: config.CalibrateConfig,
 ) -> tuple[RankFit, ...]:
     """Fits the confidences on some labelled barcodes and the thresholds on others.
 
     A confidence is a logistic regression on `rank_features` (Platt 1999). The thresholds of a rank are tried from the
-    strictest on, each answering 2 % more, until one fails: its precision is not shown to be `precision` or more by the
-    exact binomial test at level `risk`. The last that passes is taken. Trying in an order fixed beforehand keeps the
-    level for all of them (Angelopoulos et al. 2021, Learn then Test, arXiv:2110.01052).
+    strictest on, each answering 2 % more, until the exact binomial test at level `risk` no longer shows a precision
+    of at least `precision`; the last one that passes is taken. Testing in an order fixed beforehand keeps the level for
+    all of them (Angelopoulos et al. 2021, Learn then Test, arXiv:2110.01052).
 
     Args:
-        fitting: Votes and truths (taxa, -1 unknown, -2 not in the reference) that the confidences are fitted on.
-        testing: Those that the thresholds are fitted on.
-        wanted: Precision and risk.
+        fitting: Votes and true taxa (-1 unknown, -2 not in the reference) to fit the confidences on.
+        testing: Votes and true taxa to fit the thresholds on.
+        fit: Precision and risk.
     """
     ranks: list[RankFit] = []
     for rank in range(len(RANKS)):
@@ -352,17 +374,17 @@ def fit_ranks(
     votes, truth = testing
     confidence = confidences(ranks, votes)
     open_rows = np.ones(len(truth), bool)
-    for rank, fit in enumerate(ranks):
+    for rank, fitted in enumerate(ranks):
         known = open_rows & (truth[:, rank] != -1) & (votes.taxa[:, rank] >= 0)
         right = (votes.taxa[:, rank] == truth[:, rank])[known]
-        threshold = fit_threshold(confidence[known, rank], right, wanted.precision, wanted.risk)
-        ranks[rank] = RankFit(fit.logistic, threshold)
+        threshold = fit_threshold(confidence[known, rank], right, fit.precision, fit.risk)
+        ranks[rank] = RankFit(fitted.logistic, threshold)
         open_rows &= confidence[:, rank] >= (np.inf if threshold is None else threshold)
     return tuple(ranks)
 
 
 def fit_logistic(features: Float64[np.ndarray, "rows features"], yes: Bool[np.ndarray, " rows"]) -> Logistic:
-    """Logistic regression; where all answers are the same, the share of yes with half a row added to either side."""
+    """Fits a logistic regression; a constant if all labels are equal: their share, with half a row added per class."""
     if not len(yes) or yes.all() or not yes.any():
         share = (yes.sum() + 0.5) / (len(yes) + 1)
         return Logistic((0.0,) * features.shape[1], float(np.log(share / (1 - share))))
@@ -378,9 +400,9 @@ def fit_logistic(features: Float64[np.ndarray, "rows features"], yes: Bool[np.nd
 def fit_threshold(
     confidence: Float64[np.ndarray, " rows"], right: Bool[np.ndarray, " rows"], precision: float, risk: float
 ) -> float | None:
-    """The lowest threshold whose answers are shown to have the precision; see `fit_ranks`.
+    """Finds the lowest threshold whose answers are shown to reach the precision; see `fit_ranks`.
 
-    The first one answers a tenth of the rows, or as many as the test needs when all are right.
+    The first one tried answers a tenth of the rows, or as many as the test needs if all are correct.
     """
     from scipy.stats import binom
 
@@ -397,14 +419,14 @@ def fit_threshold(
         found = float(sorted_ones[count - 1])
         if count == len(order):
             break
-        count = min(max(answers + 1, count + math.ceil(_STEP * len(order))), len(order))
+        count = min(max(answers + 1, count + math.ceil(_THRESHOLD_STEP * len(order))), len(order))
     return found
 
 
 def novelty_threshold(known_scores: Float64[np.ndarray, " known"], false_share: float) -> float | None:
-    """The score that at most `false_share` of the barcodes of known species exceed.
+    """Finds the score that at most `false_share` of the barcodes of known species exceed.
 
-    The (n + 1) (1 - false_share)-th smallest of n (split conformal; Vovk et al. 2005), None where n is too small.
+    The (n + 1) (1 - false_share)-th smallest of n (split conformal; Vovk et al. 2005); None if n is too small.
     """
     n = len(known_scores)
     place = math.ceil((n + 1) * (1 - false_share))
@@ -412,18 +434,18 @@ def novelty_threshold(known_scores: Float64[np.ndarray, " known"], false_share: 
 
 
 def table_binding(facts: dict[str, str], rows: int) -> dict[str, Any]:
-    """The table that a calibration is bound to: its plan (which holds the model's and the adapter's sha256), its rows."""
+    """Identifies the table that a calibration is valid for: the vectors' plan, rows, and sha256 of model and adapter."""
     model = {"weights_sha256": facts["weights_sha256"], "adapter_sha256": facts.get("adapter_sha256")}
     return {"plan": facts["plan"], "rows": rows, **model}
 
 
 def settings_binding(settings: config.IdentifyConfig, search: str, heads: str | None) -> dict[str, Any]:
-    """The settings that a calibration is bound to.
+    """Selects the settings that a calibration depends on.
 
     Args:
-        settings: Of the identification.
+        settings: Settings of the identification.
         search: `exact` or `index`.
-        heads: sha256 of the heads, if there are any.
+        heads: sha256 of the heads, if any.
     """
     return {
         "k": settings.k,
@@ -440,20 +462,20 @@ def settings_binding(settings: config.IdentifyConfig, search: str, heads: str | 
 def find_calibration(
     reference: config.ReferenceConfig, matcher: Matcher, path: str | None = None
 ) -> tuple[Calibration | None, str]:
-    """The calibration for a table and settings, and a line that says which or why there is none.
+    """Finds the calibration for a table and settings; returns it with a line that names it, or tells why there is none.
 
     Args:
         reference: Where the table is.
         matcher: The table, its model and the settings.
-        path: Another file than the one beside the table.
+        path: A file other than the one beside the table.
 
     Raises:
-        InputError: The file is of another table, damaged, or not where `path` says.
+        InputError: The file belongs to another table, is damaged, or `path` does not exist.
     """
     where = path or sidecar_path(reference.uri, reference.table, "calibration")
     entries = _load(where, must_exist=path is not None)
     if not entries:
-        return None, "none for this table: confidences are shares of the vote; scripts/calibrate.py makes one"
+        return None, "none for this table: confidences are shares of the vote; bioscan calibrate fits one"
     table = table_binding(matcher.reference.facts, matcher.reference.dataset.count_rows())
     wanted = settings_binding(matcher.settings, matcher.search, matcher.heads_sha256)
     for entry in entries:
@@ -461,7 +483,7 @@ def find_calibration(
         if different:
             raise InputError(
                 f"{where} is the calibration of another table (its {', '.join(different)} differ); run "
-                "scripts/calibrate.py for this one, or remove it"
+                "bioscan calibrate for this one, or remove the file"
             )
     for entry in entries:
         if entry.settings == wanted:
@@ -470,11 +492,11 @@ def find_calibration(
         ", ".join(f"{name} {value}" for name, value in entry.settings.items() if wanted.get(name) != value)
         for entry in entries
     )
-    return None, f"none for these settings (there are some with {others}): confidences are shares of the vote"
+    return None, f"none for these settings, only for {others}: confidences are shares of the vote"
 
 
-def save(reference: config.ReferenceConfig, fitted: Calibration) -> str:
-    """Puts a calibration into the file beside its table, in place of one of other rows or of the same settings."""
+def save_calibration(reference: config.ReferenceConfig, fitted: Calibration) -> str:
+    """Writes a calibration to the file beside its table; replaces those of other rows or of the same settings."""
     where = sidecar_path(reference.uri, reference.table, "calibration")
     others = [e for e in _load(where) if e.table == fitted.table and e.settings != fitted.settings]
     with storage_errors(where):
@@ -486,23 +508,23 @@ def _load(where: str, *, must_exist: bool = False) -> tuple[Calibration, ...]:
     try:
         text = read_if_exists(where)
     except OSError as error:
-        raise InputError(f"{where} cannot be read ({error}); mend that, or remove it") from error
+        raise InputError(f"{where} cannot be read ({error}); make it readable, or remove it") from error
     if text is None and must_exist:
-        raise InputError(f"--calibration {where}: there is no such file; scripts/calibrate.py makes one")
+        raise InputError(f"--calibration {where}: there is no such file; bioscan calibrate makes one")
     return () if text is None else from_json(text, where)
 
 
 def to_json(entries: Sequence[Calibration]) -> str:
-    """The file beside a table."""
+    """Formats calibrations as the file beside a table."""
     body = {"format": FORMAT, "calibrations": [asdict(entry) for entry in entries]}
     return json.dumps({"sha256": _digest(body), **body}, indent=1) + "\n"
 
 
 def from_json(text: str | bytes, where: str) -> tuple[Calibration, ...]:
-    """Reads what `to_json` wrote.
+    """Reads the file that `to_json` formats.
 
     Raises:
-        InputError: It is damaged or of another format.
+        InputError: The file is damaged or has another format.
     """
     try:
         body = json.loads(text)
@@ -510,7 +532,7 @@ def from_json(text: str | bytes, where: str) -> tuple[Calibration, ...]:
             raise ValueError("its checksum or format is wrong")
         return tuple(_read(entry) for entry in body["calibrations"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{where} is damaged or was edited ({error}); run scripts/calibrate.py again") from error
+        raise InputError(f"{where} is damaged or was edited ({error}); run bioscan calibrate again") from error
 
 
 def _read(entry: dict[str, Any]) -> Calibration:

@@ -1,4 +1,4 @@
-"""Barcodes to names: nearest references, alignment, vote, and what the answer is worth."""
+"""Identifies barcodes: nearest references, alignment, vote, confidences, novelty."""
 
 import tempfile
 import time
@@ -14,44 +14,64 @@ from tqdm import tqdm
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
-from bioscan_jax.matching.alignment import workers
+from bioscan_jax.matching.alignment import worker_pool
 from bioscan_jax.matching.answers import ANSWERS, output_format, write
 from bioscan_jax.matching.calibration import (
     Calibration,
     answered,
     confidences,
-    figures,
     find_calibration,
     novelty_features,
+    rank_accuracy,
 )
-from bioscan_jax.matching.candidates import Matched, Matcher, best_in_reach, index_recall, match, prepare, votes
-from bioscan_jax.matching.novel_groups import group
+from bioscan_jax.matching.candidates import (
+    Candidates,
+    Matcher,
+    alignment_recall,
+    count_votes,
+    find_candidates,
+    index_recall,
+    open_matcher,
+)
+from bioscan_jax.matching.novel_groups import group_novel
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import POWER, Votes
 
-HEAD_WEIGHT = 0.5
-"""Of a head in the vote, until a calibration has fitted it."""
-_IN_REACH = "of the best alignments with the whole reference are among the candidates"
+_HEAD_WEIGHT = 0.5
+"""Weight of a head in the vote without a calibration."""
+_BY_ALIGNMENT = "of the best alignments with the whole reference are among the candidates"
 _BY_INDEX = "of the exact nearest neighbours are found by the index"
 
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifySummary:
-    """What was found."""
+    """Counts and figures of one run of `identify`; prints as a few lines of text.
+
+    Example:
+        >>> counts = {"output": "names.tsv", "queries": 20, "rejects": {"empty": 1}, "novel": 3, "groups": None}
+        >>> notes = {"search": "exact", "calibration": "none", "by_rank": [], "recall": (), "seconds": 1.5}
+        >>> print(bj.IdentifySummary(**counts, **notes))
+             answers  names.tsv
+             queries  20; 1 without a vector: 1 empty
+              search  exact
+         calibration  none
+               novel  3 queries are likely of species not in the reference
+             seconds  1.5
+    """
 
     output: str
     queries: int
     rejects: dict[str, int]
-    """Queries without a vector, by reason."""
+    """Number of queries without a vector, by reason."""
     search: str
     calibration: str
-    """Which one was used, or why there is none."""
-    figures: list[str]
-    """Lines on what was answered, and how much of it is right where the queries have labels."""
+    """The calibration that was used, or why there is none."""
+    by_rank: list[str]
+    """Lines on how many queries are answered at each rank, and how many correctly where they have labels."""
     novel: int | None
     groups: int | None
     recall: tuple[str, ...]
-    """Lines on what `check_recall` found."""
+    """Lines on what `check_recall` measured."""
     seconds: float
 
     def __str__(self) -> str:
@@ -62,10 +82,10 @@ class IdentifySummary:
             f"     queries  {self.queries:,}; {sum(self.rejects.values()):,} without a vector{refused and f': {refused}'}",
             f"      search  {self.search}",
             f" calibration  {self.calibration}",
-            *(f"              {line}" for line in self.figures),
+            *(f"              {line}" for line in self.by_rank),
         ]
         if self.novel is not None:
-            lines.append(f"       novel  {self.novel:,} queries")
+            lines.append(f"       novel  {self.novel:,} queries are likely of species not in the reference")
         if self.groups is not None:
             lines.append(f"      groups  {self.groups:,} of novel queries")
         lines += [f"      recall  {line}" for line in self.recall]
@@ -88,34 +108,45 @@ def identify(
     seed: int = 0,
     progress: bool = True,
 ) -> IdentifySummary:
-    """Names barcodes by their nearest references, one row each.
+    """Identifies barcodes by their nearest references and writes one row of names and confidences per barcode.
 
     The columns are `answers.ANSWERS`. The seven ranks hold the best guess (see `vote.vote`). With a calibration for
-    this table and these settings the confidences are probabilities, `abstained_at` is the coarsest rank whose
-    confidence misses its threshold (it and all below are not answered; null where all seven are), and `novel` says
-    whether the species is likely not in the reference. Without one, confidences are shares of the vote, `novelty` is
-    1 - identity (1 - similarity where nothing is aligned), and `novel` and `abstained_at` are null.
+    this table and these settings the confidences are probabilities, `abstained_at` is the highest rank whose confidence
+    misses its threshold (this rank and all below are not answered; null if all seven are), and `novel` is true if the
+    species is likely not in the reference. Without one, confidences are shares of the vote, `novelty` is 1 - identity
+    (1 - similarity where nothing is aligned), and `novel` and `abstained_at` are null.
 
     Args:
         reference: The table of vectors.
-        query: The barcodes.
+        query: The barcodes to identify.
         output: FILE.parquet, FILE.tsv or FILE.sintax.
-        settings: How they are compared.
-        format: Of the file, where its name does not say.
-        model: Where the table's model is now, if not where the table says.
-        mesh: Devices.
+        settings: How barcodes are compared.
+        format: Format of the file, where its name does not tell.
+        model: Where the table's model is now, if not where the table records it.
+        mesh: Which devices.
         calibration: File made by `calibrate`; the one beside the table if absent.
         groups: File for groups of novel barcodes: candidate new taxa.
-        group_size: Barcodes of a group at least.
-        check_recall: Of so many queries drawn at random, say how often the best alignment with any reference was among
-            the k (with `rerank` alignment), and how many of the exact k nearest the index found (where it is used).
-        seed: Of that sample.
-        progress: Show a bar on the terminal.
+        group_size: Fewest barcodes in a group.
+        check_recall: Number of random queries for which to measure how often the best alignment with any reference is
+            among the k candidates (with `rerank` alignment), and how many of the exact k nearest the index finds (where
+            it is used).
+        seed: Seed for drawing these queries.
+        progress: Show a progress bar on the terminal.
 
     Raises:
-        InputError: Something the user can mend; then no file is written.
+        InputError: The table, the model, the settings or the barcodes are invalid; no file is written then.
+
+    Example:
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> _ = write_simulated("barcodes.parquet", species=20, per_species=4, length=120, seed=0)
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path="barcodes.parquet")
+        >>> _ = bj.embed(model, data, bj.SinkConfig(uri="vectors"), progress=False)
+        >>> reference, query = bj.ReferenceConfig(uri="vectors"), bj.QueryConfig(path="barcodes.parquet")
+        >>> summary = bj.identify(reference, query, "names.tsv", bj.IdentifyConfig(k=5), progress=False)
+        >>> summary.queries, summary.search
+        (80, 'exact, 80 references, k 5, rerank none')
     """
-    settings, begun = settings or config.IdentifyConfig(), time.perf_counter()
+    start, settings = time.perf_counter(), settings or config.IdentifyConfig()
     form = output_format(output, format)
     group_form = None if groups is None else output_format(groups, None)
     if group_form == "sintax":
@@ -125,67 +156,74 @@ def identify(
     with ExitStack() as held:
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-")))
         source = open_queries(query, scratch)
-        matcher = prepare(reference, settings, model, mesh)
+        matcher = open_matcher(reference, settings, model, mesh)
         if check_recall and settings.rerank == "none" and matcher.search == "exact":
-            raise InputError("--check_recall has nothing to check; pass --rerank alignment or --search index with it")
+            raise InputError("--check_recall has nothing to measure; pass --rerank alignment or --search index with it")
         found, note = find_calibration(reference, matcher, calibration)
         if groups is not None and (found is None or found.novelty_threshold is None):
-            raise InputError(f"--groups needs to know what is novel, and {note}; run scripts/calibrate.py first")
-        worker = held.enter_context(workers(settings.processes if settings.rerank == "alignment" else 1))
+            raise InputError(
+                f"--groups needs a calibration with a novelty threshold: {note}; run bioscan calibrate first"
+            )
+        pool = held.enter_context(worker_pool(settings.processes if settings.rerank == "alignment" else 1))
         bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="identify", disable=not progress))
         tables, judged, novel_vectors, rejects = [], [], [], Counter()
         sampled = _sample(source.rows, check_recall, seed)
         reached: dict[str, list[tuple[int, float]]] = {}
         first = 0
-        for block in match(matcher, source, worker, bar.update):
-            result = votes(matcher, block, *_weights(found, matcher))
+        for block in find_candidates(matcher, source, pool, bar.update):
+            result = count_votes(matcher, block, *_weights(found, matcher))
             table, sure = answers(matcher, block, result, found)
             tables.append(table)
             rejects.update(block.rejects["reason"].to_pylist())
             if block.truth is not None:
                 judged.append((result.taxa, sure, block.truth))
             if groups is not None:
-                flags = np.array(table["novel"].to_pylist(), object)[block.kept].astype(bool)
-                novel_vectors.append(block.vectors[flags])
-            here = sampled[(sampled >= first) & (sampled < first + len(block.ids))] - first
-            here = (np.cumsum(block.kept) - 1)[here[block.kept[here]]]
-            if len(here) and settings.rerank == "alignment":
-                reached.setdefault(_IN_REACH, []).append((len(here), best_in_reach(matcher, block, here, worker)))
-            if len(here) and matcher.search == "index":
-                reached.setdefault(_BY_INDEX, []).append((len(here), index_recall(matcher, block, here)))
+                novel_vectors.append(block.vectors[_is_novel(table)[block.kept]])
+            in_block = sampled[(sampled >= first) & (sampled < first + len(block.ids))] - first
+            sample = (np.cumsum(block.kept) - 1)[in_block[block.kept[in_block]]]
+            if len(sample) and settings.rerank == "alignment":
+                reached.setdefault(_BY_ALIGNMENT, []).append(
+                    (len(sample), alignment_recall(matcher, block, sample, pool))
+                )
+            if len(sample) and matcher.search == "index":
+                reached.setdefault(_BY_INDEX, []).append((len(sample), index_recall(matcher, block, sample)))
             first += len(block.ids)
-    every = pa.concat_tables(tables)
+    rows = pa.concat_tables(tables)
     count = None
     if groups is not None and group_form is not None:
-        novel = every.filter(every["novel"].fill_null(False))
-        grouped = group(novel["sequence_id"].to_pylist(), np.concatenate(novel_vectors), group_size)
+        novel = rows.filter(pa.array(_is_novel(rows)))
+        grouped = group_novel(novel["sequence_id"].to_pylist(), np.concatenate(novel_vectors), group_size)
         count = len(grouped["group"].drop_null().unique())
         write(grouped, groups, group_form)
-    write(every, output, form, calibrated=found is not None)
+    write(rows, output, form, calibrated=found is not None)
     return IdentifySummary(
         output=output,
-        queries=every.num_rows,
+        queries=rows.num_rows,
         rejects=dict(rejects),
         search=f"{matcher.search}, {len(matcher.reference.chosen):,} references, k {settings.k}, rerank {settings.rerank}",
         calibration=note,
-        figures=_figures(every, judged, found),
-        novel=None
-        if every["novel"].null_count == every.num_rows
-        else int(every["novel"].fill_null(False).to_numpy().sum()),
+        by_rank=_by_rank(rows, judged, found),
+        novel=None if rows["novel"].null_count == rows.num_rows else int(_is_novel(rows).sum()),
         groups=count,
         recall=tuple(_recall(what, shares, settings.k) for what, shares in reached.items()),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start,
     )
+
+
+def _is_novel(rows: pa.Table) -> np.ndarray:
+    return rows["novel"].fill_null(False).to_numpy()
 
 
 def _weights(found: Calibration | None, matcher: Matcher) -> tuple[float, float]:
     if found is not None:
         return found.power, found.head_weight
-    return POWER, 0.0 if matcher.heads is None else HEAD_WEIGHT
+    return POWER, 0.0 if matcher.heads is None else _HEAD_WEIGHT
 
 
-def answers(matcher: Matcher, block: Matched, result: Votes, found: Calibration | None) -> tuple[pa.Table, np.ndarray]:
-    """The rows of a block, and which ranks of its kept queries are answered (all, without a calibration)."""
+def answers(
+    matcher: Matcher, block: Candidates, result: Votes, found: Calibration | None
+) -> tuple[pa.Table, np.ndarray]:
+    """Makes the rows of a block, and which ranks of its kept queries are answered (all, without a calibration)."""
     entropy = None if block.heads is None else block.heads.entropy
     confidence, sure = result.share, np.ones(result.share.shape, bool)
     abstained, novel = pa.nulls(len(confidence), pa.string()), pa.nulls(len(confidence), pa.bool_())
@@ -216,22 +254,22 @@ def answers(matcher: Matcher, block: Matched, result: Votes, found: Calibration 
     return pa.table([c.cast(f.type) for c, f in zip(rows, ANSWERS, strict=True)], schema=ANSWERS), sure
 
 
-def _distance(block: Matched) -> np.ndarray:
-    """1 - identity of the nearest reference, or 1 - similarity where it was not aligned."""
+def _distance(block: Candidates) -> np.ndarray:
+    """Returns 1 - identity of the nearest reference, or 1 - similarity where it was not aligned."""
     identity = block.identity[:, 0]
     return np.where(np.isnan(identity), 1 - block.similarity[:, 0], 1 - identity)
 
 
-def _figures(every: pa.Table, judged: list[tuple[np.ndarray, ...]], found: Calibration | None) -> list[str]:
+def _by_rank(rows: pa.Table, judged: list[tuple[np.ndarray, ...]], found: Calibration | None) -> list[str]:
     if judged:
         taxa, sure, truth = (np.concatenate(part) for part in zip(*judged, strict=True))
-        return figures(taxa, sure if found is not None else None, truth)
+        return rank_accuracy(taxa, sure if found is not None else None, truth)
     if found is None:
         return []
-    stop = [RANKS.index(rank) if rank is not None else len(RANKS) for rank in every["abstained_at"].to_pylist()]
-    there = every["nearest_id"].is_valid().to_numpy()
+    stop = [RANKS.index(rank) if rank is not None else len(RANKS) for rank in rows["abstained_at"].to_pylist()]
+    there = rows["nearest_id"].is_valid().to_numpy()
     shares = ((np.array(stop)[:, None] > np.arange(len(RANKS))) & there[:, None]).sum(axis=0)
-    return [f"{rank:8} answered {int(share):,}" for rank, share in zip(RANKS, shares, strict=True)]
+    return [f"{rank:8} {int(share):,} are answered" for rank, share in zip(RANKS, shares, strict=True)]
 
 
 def _sample(rows: int, wanted: int, seed: int) -> np.ndarray:
@@ -239,7 +277,7 @@ def _sample(rows: int, wanted: int, seed: int) -> np.ndarray:
 
 
 def _recall(what: str, shares: list[tuple[int, float]], k: int) -> str:
-    """One line: the share over all blocks."""
+    """Describes the share over all blocks in one line."""
     total = sum(count for count, _ in shares)
     share = sum(count * part for count, part in shares) / total
     return f"{share:.4f} {what} (k {k}, {total} sampled queries)"

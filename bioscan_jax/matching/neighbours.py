@@ -1,4 +1,4 @@
-"""The k nearest rows of a vector table by cosine similarity: exact, or by the table's index."""
+"""Finds the k nearest rows of a vector table by cosine similarity: exactly, or with the table's index."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +14,11 @@ from bioscan_jax.matching.reference import Reference
 from bioscan_jax.table.reading import vector_index
 
 EXACT_ROWS = 50_000
-"""Up to so many rows comparing with all of them is as fast as an index."""
+"""Up to this many rows an exact search is as fast as the index."""
 NPROBES = 50
-"""Partitions of the index that are searched, at least: recall@10 is 0.99 and more on 60,000 barcodes (234 partitions)."""
+"""Fewest partitions of the index to search: recall@10 is at least 0.99 on 60,000 barcodes (234 partitions)."""
 REFINE_FACTOR = 2
-"""Times k candidates are taken from the index by their quantised vectors, and compared by the exact ones."""
+"""The index proposes REFINE_FACTOR * k rows by quantised vectors; exact vectors choose among them."""
 _PARTITION_ROWS = 256
 _QUERIES = 2048
 _THREADS = 4
@@ -29,22 +29,22 @@ class Neighbours:
     """The nearest rows of each query, nearest first."""
 
     rows: Int64[np.ndarray, "queries k"]
-    """Positions in the table; -1 past the last that was found."""
+    """Positions in the table; -1 past the last one found."""
     similarity: Float32[np.ndarray, "queries k"]
     """Cosine; -inf where there is no row."""
 
 
 def unit(vectors: Float32[np.ndarray, "rows hidden"]) -> Float32[np.ndarray, "rows hidden"]:
-    """The vectors at length 1; one of zeros stays."""
+    """Scales vectors to length 1; a zero vector stays zero."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(length, np.finfo(np.float32).tiny)
 
 
 def search_kind(reference: Reference, wanted: config.SearchKind) -> Literal["exact", "index"]:
-    """How the neighbours are found: `auto` takes the index where there is one and the table has over 50,000 rows.
+    """Chooses exact search or the index: `auto` takes the index if there is one and the table has over 50,000 rows.
 
     Raises:
-        InputError: The index is asked for and there is none.
+        InputError: The index is requested and there is none.
     """
     indexed = vector_index(reference.dataset) != "none"
     if wanted == "index" and not indexed:
@@ -60,15 +60,15 @@ def search_kind(reference: Reference, wanted: config.SearchKind) -> Literal["exa
 def nearest(
     vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, settings: config.IdentifyConfig
 ) -> Neighbours:
-    """The `settings.k` nearest rows for which the reference's filter holds.
+    """Finds the `settings.k` nearest rows that pass the reference's filter.
 
     Args:
-        vectors: Of the queries, made as the table's were.
+        vectors: Query vectors, made as the table's were.
         reference: The table.
-        settings: How many, and how they are found.
+        settings: Number of neighbours and kind of search.
 
     Raises:
-        InputError: The table has no index and one is asked for.
+        InputError: The index is requested and the table has none.
     """
     if search_kind(reference, settings.search) == "exact":
         return exact(vectors, reference, settings.k)
@@ -76,7 +76,7 @@ def nearest(
 
 
 def exact(vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, k: int) -> Neighbours:
-    """Compares with every chosen row, block by block; among equals the first of the table comes first."""
+    """Compares the queries with every chosen row, block by block; of equal rows the first in the table comes first."""
     queries = unit(vectors)
     k = min(k, len(reference.chosen))
     rows = np.full((len(queries), k), -1, np.int64)
@@ -98,7 +98,7 @@ def exact(vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, 
 def by_index(
     vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, settings: config.IdentifyConfig
 ) -> Neighbours:
-    """Asks Lance's index, which looks only at rows for which the filter holds."""
+    """Searches Lance's index, which considers only rows that pass the filter."""
     k = min(settings.k, len(reference.chosen))
     probes = settings.nprobes or max(NPROBES, math.ceil(4 * k / _PARTITION_ROWS))
     rows = np.full((len(vectors), k), -1, np.int64)
@@ -116,7 +116,7 @@ def by_index(
         rows[query, : len(order)], scores[query, : len(order)] = positions[order], similarity[order]
 
     if len(vectors):
-        ask(0)  # what Lance and the reference read once is not read by all threads at the same time
+        ask(0)  # alone, so that the threads do not all load the index and the row ids at once
     with ThreadPoolExecutor(_THREADS, "search") as threads:
         for _ in threads.map(ask, range(1, len(vectors))):
             pass

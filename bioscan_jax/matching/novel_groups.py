@@ -1,4 +1,4 @@
-"""Barcodes of no known species, grouped: candidate new taxa."""
+"""Groups barcodes of unknown species: candidate new taxa."""
 
 import warnings
 
@@ -16,22 +16,23 @@ GROUPS = pa.schema(
         pa.field("representative", pa.string()),
     ]
 )
-"""`group` is null for a barcode that is like no other."""
+"""`group` is null for a barcode in no group."""
 
 
-def group(ids: list[str], vectors: Float32[np.ndarray, "rows hidden"], least: int) -> pa.Table:
+def group_novel(ids: list[str], vectors: Float32[np.ndarray, "rows hidden"], least: int) -> pa.Table:
     """Groups novel barcodes by density (HDBSCAN; Campello et al. 2013, doi:10.1007/978-3-642-37456-2_14).
 
-    The distance is Euclidean between vectors of length 1, which orders pairs as the cosine does. The groups are the
-    leaves of the hierarchy, the tightest there are; one that all barcodes belong to is none. A group's representative is the member with the highest mean cosine to all of it.
+    The distance is Euclidean between unit vectors, which orders pairs as the cosine does. The groups are the leaves of
+    the hierarchy, the tightest ones; a single group of all barcodes does not count. A group's representative is the
+    member with the highest mean cosine to the group.
 
     Args:
-        ids: Of the barcodes.
-        vectors: Theirs.
-        least: Barcodes of a group.
+        ids: Ids of the barcodes.
+        vectors: Their vectors.
+        least: Fewest barcodes in a group.
 
     Returns:
-        Columns `GROUPS`, in the order of `ids`; groups are numbered from the largest down.
+        Columns `GROUPS`, in the order of `ids`; groups are numbered by size, the largest first.
     """
     labels = np.full(len(ids), -1, np.int64)
     units = unit(vectors)
@@ -39,7 +40,7 @@ def group(ids: list[str], vectors: Float32[np.ndarray, "rows hidden"], least: in
         from sklearn.cluster import HDBSCAN
 
         with warnings.catch_warnings():
-            # Of a new default of `copy`, which older versions do not know.
+            # HDBSCAN warns of a new default of `copy`, which older versions do not accept.
             warnings.simplefilter("ignore", FutureWarning)
             found = HDBSCAN(min_cluster_size=max(least, 2), cluster_selection_method="leaf").fit(units.copy())
         labels = _by_size(np.asarray(found.labels_, np.int64))
@@ -54,7 +55,7 @@ def group(ids: list[str], vectors: Float32[np.ndarray, "rows hidden"], least: in
 
 
 def _by_size(labels: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
-    """Groups numbered from the largest down, the first to occur first among equals."""
+    """Renumbers groups by size, the largest first; of equal ones, the first to occur comes first."""
     found, first, counts = np.unique(labels[labels >= 0], return_index=True, return_counts=True)
     number = dict(zip(found[np.lexsort((first, -counts))].tolist(), range(len(found)), strict=True))
     return np.array([number.get(label, -1) for label in labels.tolist()], np.int64)

@@ -1,4 +1,4 @@
-"""A vector table as a reference library: who made its vectors, which rows may be matched, their lineages."""
+"""A vector table as a reference library: what made its vectors, which rows may be matched, their lineages."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-# Most of its functions are made when it is imported, where pyright does not see them.
+# pyarrow.compute defines most of its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
 import pyarrow.compute as pc
 from jaxtyping import Float32, Int32, Int64, UInt64
@@ -33,30 +33,30 @@ class Reference:
 
     dataset: "lance.LanceDataset"
     facts: dict[str, str]
-    """The table's metadata: what made its vectors."""
+    """The table's metadata, which records what made its vectors."""
     filter: str | None
-    """Condition on the rows that may be matched."""
+    """SQL condition for rows that may be matched."""
     chosen: Int64[np.ndarray, " chosen"]
-    """Rows for which it holds, ascending."""
+    """Positions of the rows that pass the filter, ascending."""
 
     @property
     def plan(self) -> dict[str, Any]:
-        """All that decided the table's vectors."""
+        """The settings that determined the table's vectors."""
         return json.loads(self.facts["plan_facts"])
 
     @property
     def sequence_column(self) -> str:
-        """The column with the DNA, as the table calls it."""
+        """Name of the table's column with the DNA."""
         return self.plan["data"]["sequence_column"]
 
     @cached_property
     def row_ids(self) -> UInt64[np.ndarray, " rows"]:
-        """Lance's number of each row."""
+        """Lance's id of each row."""
         return self.dataset.to_table(columns=[], with_row_id=True)["_rowid"].to_numpy()
 
     @cached_property
     def lineages(self) -> tuple[pa.Array, ...]:
-        """Known names of all rows, one array a rank.
+        """Known names of all rows, one array per rank.
 
         Raises:
             InputError: The table has no labels.
@@ -66,7 +66,7 @@ class Reference:
         return read_lineages(self.dataset.to_table(columns=[name for name in wanted if name in names]))
 
     def rows_of(self, row_ids: UInt64[np.ndarray, " found"]) -> Int64[np.ndarray, " found"]:
-        """Positions in the table of rows that Lance has found."""
+        """Returns the table positions of rows given by Lance's ids."""
         order = self._order
         return order[np.searchsorted(self.row_ids[order], row_ids)]
 
@@ -75,7 +75,7 @@ class Reference:
         return np.argsort(self.row_ids, kind="stable")
 
     def blocks(self) -> Iterator[tuple[Int64[np.ndarray, " some"], Float32[np.ndarray, "some hidden"]]]:
-        """The vectors of the chosen rows, some at a time, with their positions in the table."""
+        """Yields positions and vectors of the chosen rows, in batches."""
         first = 0
         scanner = self.dataset.scanner(
             columns=["vector"], filter=self.filter, batch_size=_BLOCK_ROWS, scan_in_order=True
@@ -87,17 +87,17 @@ class Reference:
                 first += len(batch)
 
     def take(self, rows: Int64[np.ndarray, " some"], column: str) -> pa.Array:
-        """One column of some rows, in their order."""
+        """Returns one column of some rows, in their order."""
         distinct, place = np.unique(rows, return_inverse=True)
         with storage_errors(self.dataset.uri):
             found = self.dataset.take(distinct, columns=[column])[column].combine_chunks()
         return found.take(pa.array(place))
 
     def sequences(self, rows: Int64[np.ndarray, " some"]) -> list[str]:
-        """The DNA of some rows.
+        """Returns the DNA of some rows.
 
         Raises:
-            InputError: The table does not hold it.
+            InputError: The table has no DNA.
         """
         if self.sequence_column not in self.dataset.schema.names:
             raise InputError(
@@ -109,39 +109,39 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Taxa:
-    """The names of each rank by number, and each reference row's."""
+    """Names coded as integers, rank by rank, and the codes of each row of the reference."""
 
     names: tuple[pa.Array, ...]
+    """Names of each rank; a code is an index into them."""
     codes: Int32[np.ndarray, "rows 7"]
     """-1 where unknown."""
-
     of_reference: tuple[pa.Array, ...]
-    """The names of the rows that may be matched; `names` may hold more, which only a head knows."""
+    """Names among the rows that may be matched; `names` may hold more, which only a head predicts."""
 
     @staticmethod
     def of(reference: Reference, more: tuple[tuple[str, ...], ...] = ((),) * len(RANKS)) -> "Taxa":
-        """Numbers the names of the rows that may be matched, and those that a head knows."""
+        """Codes the names of the rows that may be matched, and those that a head predicts."""
         lineages, chosen = reference.lineages, pa.array(reference.chosen)
         own = tuple(column.take(chosen).drop_null().unique() for column in lineages)
         names = tuple(
             pa.concat_arrays([column, pa.array(known, pa.string())]).unique().sort()
             for column, known in zip(own, more, strict=True)
         )
-        codes = np.stack([numbered(c, n) for c, n in zip(lineages, names, strict=True)], axis=1)
+        codes = np.stack([name_codes(c, n) for c, n in zip(lineages, names, strict=True)], axis=1)
         return Taxa(names, codes, own)
 
     def truth(self, lineages: tuple[pa.Array, ...]) -> Int32[np.ndarray, "rows 7"]:
-        """Numbers of the names that rows were given: -1 where unknown, -2 where no row of the reference has the name."""
+        """Codes the names of labelled rows: -1 where unknown, -2 where no row of the reference has the name."""
         found = []
         for column, names, own in zip(lineages, self.names, self.of_reference, strict=True):
-            there = numbered(column, own) >= 0
+            there = name_codes(column, own) >= 0
             missing = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, -2)
-            found.append(np.where(there, numbered(column, names), missing))
+            found.append(np.where(there, name_codes(column, names), missing))
         return np.stack(found, axis=1).astype(np.int32)
 
 
-def numbered(column: pa.Array, names: pa.Array) -> Int32[np.ndarray, " rows"]:
-    """The number of each name, -1 where it is null or not among them."""
+def name_codes(column: pa.Array, names: pa.Array) -> Int32[np.ndarray, " rows"]:
+    """Returns the index of each value in `names`; -1 where it is null or absent."""
     found = pc.call_function("index_in", [column], pc.SetLookupOptions(names, skip_nulls=True))
     return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
 
@@ -150,18 +150,20 @@ def open_reference(given: config.ReferenceConfig, condition: str | None = None) 
     """Opens a table of vectors.
 
     Args:
-        given: Where it is.
-        condition: SQL on its columns: which rows may be matched; None for all.
+        given: Where the table is.
+        condition: SQL on its columns: which rows may be matched; all if None.
 
     Raises:
-        InputError: There is no such table, it has no vectors, nothing says what made them, or the filter is wrong or
-            leaves no row.
+        InputError: There is no such table, it has no vectors or no record of what made them, or the filter is invalid
+            or matches no row.
     """
     dataset = open_existing(given.uri, given.table)
     facts = schema_metadata(dataset)
     vectors = "vector" in dataset.schema.names and pa.types.is_fixed_size_list(dataset.schema.field("vector").type)
     if not vectors or not {"plan", "plan_facts", "weights_sha256"} <= facts.keys():
-        raise InputError(f"{dataset.uri} is no table of vectors with what made them; pass one that embed made")
+        raise InputError(
+            f"{dataset.uri} is not a table of vectors with a record of what made them; pass one that embed made"
+        )
     if condition is None:
         rows = dataset.count_rows()
         if not rows:
@@ -173,9 +175,9 @@ def open_reference(given: config.ReferenceConfig, condition: str | None = None) 
     except (ValueError, OSError, NotImplementedError) as error:
         text = " ".join(re.sub(r",? ?/\S+\.rs:\d+:\d+", "", str(error)).split())[:300]
         raise InputError(
-            f"--filter {condition!r} is no condition on the table's columns ({', '.join(dataset.schema.names)}): {text}"
+            f"--filter {condition!r} is not a condition on the table's columns ({', '.join(dataset.schema.names)}): {text}"
         ) from error
     if not len(found):
-        raise InputError(f"--filter {condition!r} holds for no row of {dataset.uri}; nothing to match")
+        raise InputError(f"--filter {condition!r} matches no row of {dataset.uri}; pass a wider one")
     whole = Reference(dataset, facts, condition, np.empty(0, np.int64))
     return Reference(dataset, facts, condition, np.sort(whole.rows_of(found)))

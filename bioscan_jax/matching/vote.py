@@ -1,4 +1,4 @@
-"""The vote of the nearest references and of taxonomic heads, from kingdom down to species."""
+"""Names queries by a vote of their nearest references and of taxonomic heads, from kingdom down to species."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,39 +12,39 @@ from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.head_files import Heads, read_heads
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.queries import Embedder
-from bioscan_jax.matching.reference import Taxa, numbered
+from bioscan_jax.matching.reference import Taxa, name_codes
 
 POWER = 32.0
-"""Used until `scripts/calibrate.py` has fitted one: a tenth more distance, a twentieth of the weight."""
+"""Used without a calibration: a candidate a tenth farther away has a twentieth of the weight."""
 NEAREST_COSINE_DISTANCE = 1e-6
-"""float32 knows no smaller one."""
+"""Smallest cosine distance that float32 resolves."""
 _MOST_TAXA = 8
-"""The most probable taxa of each rank that get a voice."""
+"""Number of most probable taxa per rank for which a head votes."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeadVotes:
-    """The taxa that a head holds most probable at each rank, each with its lineage."""
+    """The most probable taxa of each rank according to a head, each with its lineage."""
 
     lineages: Int32[np.ndarray, "queries taxa 7"]
     probabilities: Float32[np.ndarray, "queries taxa 7"]
-    """Of a row of `lineages` at its own rank; 0 at the others."""
+    """Probability of each row of `lineages` at its own rank; 0 at the other ranks."""
     entropy: Float32[np.ndarray, " queries"]
-    """Of the head's species, in nats."""
+    """Entropy of the species probabilities, in nats."""
 
 
 @dataclass(frozen=True, eq=False)
 class Votes:
-    """The best guess at each rank, and what speaks for it."""
+    """The winning taxon at each rank, and the evidence for it."""
 
     taxa: Int32[np.ndarray, "queries 7"]
     """-1 where no candidate has a name."""
     share: Float64[np.ndarray, "queries 7"]
-    """Of the weight; the raw confidence."""
+    """Share of the weight: the uncalibrated confidence."""
     near: Float64[np.ndarray, "queries 7"]
-    """Distance to the nearest reference of that taxon."""
+    """Distance to the nearest reference of the winning taxon."""
     other: Float64[np.ndarray, "queries 7"]
-    """Distance to the nearest reference of another one; where all candidates agree, to the farthest candidate."""
+    """Distance to the nearest reference of another taxon; where all candidates agree, to the farthest candidate."""
     nearest: Float64[np.ndarray, " queries"]
     """Distance to the nearest reference."""
 
@@ -56,23 +56,24 @@ def vote(
     heads: HeadVotes | None = None,
     head_weight: float = 0.0,
 ) -> Votes:
-    """Names each query by its candidates, nearest first.
+    """Names each query by a weighted vote of its candidates, rank by rank.
 
-    A candidate at distance d weighs (d_nearest / d) ** power: the nearest weighs 1, and equal distances weigh the
-    same. The distance is (differences + 1/2) / (columns + 1) for an alignment, 1 - cosine otherwise. With a head, the
-    candidates' weights are scaled to sum to 1 at each rank and pooled linearly with its probabilities p (Stone 1961,
-    doi:10.1214/aoms/1177704873): (1 - head_weight) * share + head_weight * p.
+    A candidate at distance d has weight (d_nearest / d) ** power: the nearest has 1, and equal distances have equal
+    weights. The distance is (differences + 1/2) / (columns + 1) for an alignment, 1 - cosine otherwise. With a head,
+    the candidates' weights are scaled to sum to 1 at each rank and pooled linearly with its probabilities p (Stone
+    1961, doi:10.1214/aoms/1177704873): (1 - head_weight) * share + head_weight * p.
 
-    From kingdom down, the taxon with most weight wins; after that only candidates of its lineage can win at the ranks
-    below. A candidate that does not know a rank has no voice there and keeps it below. Of taxa with equal weight the
-    one with the nearest candidate wins. The share of a taxon is taken of all candidates that know the rank, whatever
-    their lineage, so that a name under a doubtful order is doubtful too; it cannot exceed that of the rank above.
+    From kingdom down, the taxon with the most weight wins; at the ranks below only candidates of its lineage can win.
+    A candidate without a name at a rank does not vote there, but does at the ranks below. Of taxa with equal weight
+    the one with the nearest candidate wins. A taxon's share is that of all candidates with a name at the rank,
+    whatever their lineage, so that a name under a doubtful order is doubtful too; it cannot exceed that of the rank
+    above.
 
     Args:
-        lineages: Numbers of taxa, -1 where unknown.
+        lineages: Codes of taxa, -1 where unknown; candidates sorted by distance.
         distances: Above 0; inf where there is no candidate.
-        power: How steeply the weight falls.
-        heads: What a head says, if there is one.
+        power: How steeply the weight falls with the distance.
+        heads: Taxa and probabilities of a head, if there is one.
         head_weight: Its share in the vote.
     """
     queries, candidates = distances.shape
@@ -80,13 +81,13 @@ def vote(
     with np.errstate(invalid="ignore"):
         weights = np.where(np.isfinite(distances), (nearest[:, None] / distances) ** power, 0.0)
     by_rank = weights[:, :, None] * (lineages >= 0)
-    everyone = lineages
+    every_lineage = lineages
     if heads is not None and head_weight > 0:
         total = by_rank.sum(axis=1, keepdims=True)
         by_rank = by_rank / np.where(total > 0, total, 1) * (1 - head_weight)
         by_rank = np.concatenate([by_rank, heads.probabilities * head_weight], axis=1)
-        everyone = np.concatenate([lineages, heads.lineages], axis=1)
-    taxa, share = _descend(everyone, by_rank, unknown_above=heads is not None and head_weight > 0)
+        every_lineage = np.concatenate([lineages, heads.lineages], axis=1)
+    taxa, share = _descend(every_lineage, by_rank, normalised=heads is not None and head_weight > 0)
     far = np.where(np.isfinite(distances), distances, -np.inf).max(axis=1, initial=-np.inf)
     near, other = np.empty((queries, len(RANKS))), np.empty((queries, len(RANKS)))
     for rank in range(len(RANKS)):
@@ -94,7 +95,7 @@ def vote(
         same = of == taxa[:, None, rank]
         near[:, rank] = np.where(same & (of >= 0), distances, np.inf).min(axis=1, initial=np.inf)
         other[:, rank] = np.where(~same & (of >= 0), distances, np.inf).min(axis=1, initial=np.inf)
-    # A head may name a taxon that no candidate has: it is at least as far as the farthest of them.
+    # A head may name a taxon that no candidate has: its distance is at least that of the farthest candidate.
     near, other = (np.where(np.isfinite(found), found, far[:, None]) for found in (near, other))
     return Votes(taxa, share, near, other, nearest)
 
@@ -103,14 +104,14 @@ def _descend(
     lineages: Int32[np.ndarray, "queries candidates 7"],
     weights: Float[np.ndarray, "queries candidates 7"],
     *,
-    unknown_above: bool,
+    normalised: bool,
 ) -> tuple[Int32[np.ndarray, "queries 7"], Float64[np.ndarray, "queries 7"]]:
-    """The heaviest path from the root, and the share of each taxon on it.
+    """Returns the path with the most weight from the root down, and the share of each taxon on it.
 
     Args:
-        lineages: Taxa.
-        weights: Of each candidate at each rank.
-        unknown_above: The weights are shares already: they are not divided by their sum.
+        lineages: Codes of taxa.
+        weights: Weight of each candidate at each rank.
+        normalised: The weights are shares already, and are not divided by their sum.
     """
     queries = len(lineages)
     taxa, share = np.full((queries, len(RANKS)), -1, np.int32), np.zeros((queries, len(RANKS)))
@@ -130,7 +131,7 @@ def _descend(
         found, at = np.unique(groups[order] // size, return_index=True)
         best = order[at]
         taxa[found, rank] = groups[best] % size
-        whole = np.ones(len(found)) if unknown_above else weight.sum(axis=1)[found]
+        whole = np.ones(len(found)) if normalised else weight.sum(axis=1)[found]
         share[found, rank] = np.minimum(total[best] / whole, ceiling[found])
         ceiling[found] = share[found, rank]
         chosen = taxa[:, rank]
@@ -139,39 +140,40 @@ def _descend(
 
 
 def open_heads(directory: str, embedder: Embedder) -> Heads:
-    """Reads heads that were trained on such vectors.
+    """Reads taxonomic heads that were trained on vectors like the table's.
 
     Raises:
-        InputError: There are none, or they take vectors of another kind.
+        InputError: There are none, or they were trained on vectors of another kind.
     """
     heads = read_heads(Path(directory).expanduser(), embedder.loaded.layout)
     last = embedder.loaded.config.num_hidden_layers
     if heads.pooling != embedder.embed.pooling or embedder.embed.layer != last:
         raise InputError(
-            f"--heads {directory}: they take the {heads.pooling} of the last layer, the table has the "
-            f"{embedder.embed.pooling} of layer {embedder.embed.layer} of {last}; embed the reference so, or leave it out"
+            f"--heads {directory}: they were trained on {heads.pooling} pooling of the last layer, the table has "
+            f"{embedder.embed.pooling} pooling of layer {embedder.embed.layer} of {last}; embed the reference the same way, "
+            "or leave --heads out"
         )
     width = embedder.loaded.config.hidden_size
     if heads.hidden_size != width:
         raise InputError(
-            f"--heads {directory}: they take vectors of {heads.hidden_size} numbers, the table has {width}; pass heads "
-            "of its model"
+            f"--heads {directory}: they were trained on vectors of {heads.hidden_size} numbers, the table has {width}; "
+            "pass heads of its model"
         )
     return heads
 
 
 def head_votes(heads: Heads, vectors: Float32[np.ndarray, "queries hidden"], taxa: Taxa) -> HeadVotes:
-    """The most probable taxa of each rank, numbered as the reference's are.
+    """Returns a head's most probable taxa of each rank, with the codes of the reference.
 
     Args:
         heads: From `open_heads`.
-        vectors: Of the queries.
-        taxa: Of the reference and the heads' label space.
+        vectors: Vectors of the queries.
+        taxa: Names of the reference and of the heads.
     """
     log_probs = heads.head(jnp.asarray(vectors)).log_probs
     lineages, probabilities = [], []
     codes = [
-        numbered(pa.array(known, pa.string()), names)
+        name_codes(pa.array(known, pa.string()), names)
         for known, names in zip(heads.space.names, taxa.names, strict=True)
     ]
     species = np.asarray(log_probs[-1])
@@ -185,9 +187,9 @@ def head_votes(heads: Heads, vectors: Float32[np.ndarray, "queries hidden"], tax
             for r in range(len(RANKS))
         ]
         lineages.append(np.stack(known, axis=2))
-        voice = np.zeros((*best.shape, len(RANKS)), np.float32)
-        voice[:, :, rank] = np.take_along_axis(found, best, 1)
-        probabilities.append(voice)
+        by_rank = np.zeros((*best.shape, len(RANKS)), np.float32)
+        by_rank[:, :, rank] = np.take_along_axis(found, best, 1)
+        probabilities.append(by_rank)
     with np.errstate(invalid="ignore"):
         entropy = -np.where(np.isfinite(species), np.exp(species) * species, 0.0).sum(axis=1)
     return HeadVotes(np.concatenate(lineages, 1), np.concatenate(probabilities, 1), entropy.astype(np.float32))

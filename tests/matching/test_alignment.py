@@ -1,4 +1,4 @@
-"""Alignments of candidates, against dynamic programming written out."""
+"""Alignments of candidates, compared with plain dynamic programming."""
 
 import re
 
@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioscan_jax.matching.alignment import align, align_pair, best_of, distance, lay_in, side_by_side, workers
+from bioscan_jax.matching.alignment import (
+    align,
+    align_pair,
+    align_within,
+    best_candidates,
+    distance,
+    overlapping_parts,
+    worker_pool,
+)
 
 DNA = st.text("ACGTN", min_size=1, max_size=14)
 
@@ -34,11 +42,11 @@ def shared(one: str, other: str) -> float:
 @settings(max_examples=300, deadline=None)
 @given(DNA, DNA)
 def test_the_alignment_is_one_of_least_distance(one: str, other: str) -> None:
-    matches, columns = lay_in(one, other)
+    matches, columns = align_within(one, other)
     short, long = sorted((one, other), key=len)
     edits = least_distance(short, long)
     assert 0 <= matches <= min(columns, len(short))
-    # Bases of the shorter one that face nothing at either end are edits, but no columns.
+    # Bases of the shorter one that overhang at either end are edits, but no columns.
     assert 0 <= edits - (columns - matches) <= len(short) - matches
     if edits == 0:
         assert matches == columns
@@ -49,10 +57,10 @@ def test_the_alignment_is_one_of_least_distance(one: str, other: str) -> None:
     ("one", "other", "expected"),
     [
         ("ACGTACGTAC", "ACGTACGTAC", (10, 10)),
-        ("ACGTACGTAC", "TTTTACGTACGTACGGGG", (10, 10)),  # what sticks out is not counted
+        ("ACGTACGTAC", "TTTTACGTACGTACGGGG", (10, 10)),  # overhanging bases are not counted
         ("ACGTACGTAC", "ACGTTCGTAC", (9, 10)),
         ("ACGTACGTAC", "ACGTACTAC", (9, 10)),  # a gap inside is a column
-        ("ACGTNCGTAC", "ACGTACGTAC", (9, 9)),  # N agrees with any base and counts for nothing
+        ("ACGTNCGTAC", "ACGTACGTAC", (9, 9)),  # N agrees with any base and is not counted
         ("ACGTACGTAC", "TTACGTNNGTTCGG", (7, 8)),
         ("NNNN", "ACGTACGT", (0, 0)),
     ],
@@ -63,10 +71,10 @@ def test_identities_as_vsearch_counts_them(one: str, other: str, expected: tuple
 
 @settings(max_examples=200, deadline=None)
 @given(DNA, DNA)
-def test_laid_over_an_end_it_is_nearer_or_left(one: str, other: str) -> None:
-    found, laid = align_pair(one, other), lay_in(one, other)
-    assert found == laid or 2 * distance(*found) <= distance(*laid)
-    parts = side_by_side(one, other, 0.5)
+def test_an_overlap_is_taken_only_if_it_halves_the_distance(one: str, other: str) -> None:
+    found, within = align_pair(one, other), align_within(one, other)
+    assert found == within or 2 * distance(*found) <= distance(*within)
+    parts = overlapping_parts(one, other, 0.5)
     if parts is not None:
         short, long = sorted((one, other), key=len)
         assert parts[0] in short
@@ -83,19 +91,19 @@ def test_barcodes_of_neighbouring_regions_are_compared_where_they_overlap() -> N
     changed = relative[:100] + ("A" if relative[100] != "A" else "C") + relative[101:]
     assert align_pair(query, changed) == align_pair(changed, query) == (299, 300)
     others = ["".join(random.choice(list("ACGT"), 600)) for _ in range(40)]
-    assert best_of(query, [*others, changed], 5)[0] == (40, 299, 300)
+    assert best_candidates(query, [*others, changed], 5)[0] == (40, 299, 300)
 
 
 @settings(max_examples=150, deadline=None)
 @given(DNA, st.lists(DNA, min_size=1, max_size=8), st.integers(1, 4))
 def test_the_best_by_edit_distance_are_aligned(query: str, candidates: list[str], most: int) -> None:
-    found = best_of(query, candidates, most)
+    found = best_candidates(query, candidates, most)
     whole = {candidate: shared(query, candidate) for candidate in candidates}
     worst = sorted(whole.values())[most - 1] if most < len(whole) else None
     best = dict(whole)
     for candidate in whole if worst is not None else ():
         enough = min(whole[candidate] if whole[candidate] <= worst else np.inf, worst) / 2
-        parts = side_by_side(query, candidate, enough)
+        parts = overlapping_parts(query, candidate, enough)
         if parts is not None and shared(*parts) <= enough:
             best[candidate] = shared(*parts)
     shares = sorted((best[candidate], place) for place, candidate in enumerate(candidates))
@@ -113,13 +121,13 @@ def test_processes_give_the_same_in_the_order_of_the_queries(processes: int) -> 
     queries = [texts[i % 30][:30] for i in range(150)]
     rows = np.stack([random.permutation(30)[:10] for _ in queries]).astype(np.int64)
     rows[3, 5:] = -1
-    with workers(processes) as worker:
-        found = align(queries, rows, np.arange(30), texts, 4, worker)
-    assert found.place.shape == (150, 4)
+    with worker_pool(processes) as pool:
+        found = align(queries, rows, np.arange(30), texts, 4, pool)
+    assert found.index.shape == (150, 4)
     for row, query in enumerate(queries):
         there = rows[row][rows[row] >= 0]
-        expected = best_of(query, [texts[i] for i in there], 4)
-        assert [tuple(one) for one in zip(found.place[row], found.matches[row], found.columns[row], strict=True)] == [
+        expected = best_candidates(query, [texts[i] for i in there], 4)
+        assert [tuple(one) for one in zip(found.index[row], found.matches[row], found.columns[row], strict=True)] == [
             (place, matches, columns) for place, matches, columns in expected
         ]
         if row % 30 in there:
@@ -129,11 +137,11 @@ def test_processes_give_the_same_in_the_order_of_the_queries(processes: int) -> 
 def test_unknown_bases_make_no_reference_nearer() -> None:
     query = "ACGTTGCAGGCTTAACCGTA"
     relative, blurred = "ACGTTGCAGGCTTAACCGTT", "ACGTTGCNNNNNNAACGCTA"
-    assert [place for place, *_ in best_of(query, [blurred, relative], 2)] == [1, 0]
+    assert [place for place, *_ in best_candidates(query, [blurred, relative], 2)] == [1, 0]
 
 
 def test_identity_is_nan_where_there_is_no_candidate() -> None:
     rows = np.array([[0, -1, -1]])
     found = align(["ACGT"], rows, np.array([0]), ["ACGT"], 2, None)
-    assert found.place.tolist() == [[0, -1]]
+    assert found.index.tolist() == [[0, -1]]
     assert re.sub(r"\s+", " ", str(found.identity)) == "[[ 1. nan]]"

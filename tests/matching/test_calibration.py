@@ -1,4 +1,4 @@
-"""Thresholds that keep their precision, the file they are kept in, and what they are bound to."""
+"""Thresholds that keep their precision, the file that holds them, and what they are valid for."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ FACTS = {"plan": "p", "weights_sha256": "w"}
 
 
 def drawn(rows: int, seed: int, worst: float = 0.5) -> tuple[Votes, np.ndarray]:
-    """Votes whose guesses are right with the probability that their share says, harder from rank to rank."""
+    """Votes whose guesses are correct with the probability of their share, harder from rank to rank."""
     random = np.random.default_rng(seed)
     share = np.sort(random.uniform(worst, 1.0, (rows, len(RANKS))), axis=1)[:, ::-1].copy()
     right = random.random(share.shape) < share
@@ -62,22 +62,22 @@ def made(**changed) -> Calibration:
 
 def test_a_threshold_keeps_its_precision_with_the_stated_risk() -> None:
     """Of 400 draws, at most as many as 5 % and what chance adds (4 standard deviations) miss the precision."""
-    missed = told = 0
+    missed = found = 0
     for seed in range(400):
         random = np.random.default_rng(seed)
         confidence = random.uniform(0.7, 1.0, 800)
         threshold = fit_threshold(confidence, random.random(800) < confidence, 0.9, 0.05)
         if threshold is not None:
-            told += 1
+            found += 1
             # The answers above t are right with the mean of a uniform draw from t to 1.
             missed += (1 + threshold) / 2 < 0.9
-    assert told > 300
+    assert found > 300
     assert missed <= 400 * 0.05 + 4 * np.sqrt(400 * 0.05 * 0.95)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 300), st.floats(0.5, 0.99))
-def test_no_threshold_is_told_that_the_test_does_not_show(seed: int, rows: int, precision: float) -> None:
+def test_every_threshold_passes_the_binomial_test(seed: int, rows: int, precision: float) -> None:
     from scipy.stats import binom
 
     random = np.random.default_rng(seed)
@@ -109,7 +109,7 @@ def test_ranks_are_answered_from_kingdom_down_and_keep_their_precision() -> None
             assert (votes.taxa[:, rank] == truth[:, rank])[sure[:, rank]].mean() >= 0.89
 
 
-def test_a_logistic_regression_finds_what_made_the_answers() -> None:
+def test_a_logistic_regression_recovers_its_coefficients() -> None:
     random = np.random.default_rng(0)
     features = random.normal(size=(20_000, 2)) * [1.0, 50.0] + [0.0, 7.0]
     chance = 1 / (1 + np.exp(-(features @ [2.0, -0.03] + 0.5)))
@@ -134,7 +134,7 @@ def test_the_novelty_threshold_is_conformal() -> None:
     assert novelty_threshold(scores[:19], 0.05) == 19.0
 
 
-def test_a_file_comes_back_as_it_was() -> None:
+def test_a_file_is_read_as_it_was_written() -> None:
     entries = (made(), made(novelty=None, novelty_threshold=None, power=4.0))
     assert from_json(to_json(entries), "x") == entries
 
@@ -152,11 +152,11 @@ def test_a_file_comes_back_as_it_was() -> None:
     ],
 )
 def test_a_damaged_file_is_one_line(damage) -> None:
-    with pytest.raises(InputError, match=r"^here is damaged or was edited .*; run scripts/calibrate.py again$"):
+    with pytest.raises(InputError, match=r"^here is damaged or was edited .*run bioscan calibrate again$"):
         from_json(damage(to_json([made()])), "here")
 
 
-def test_settings_that_do_not_matter_do_not_bind() -> None:
+def test_a_calibration_depends_only_on_settings_that_matter() -> None:
     plain = settings_binding(config.IdentifyConfig(), "exact", None)
     assert plain == settings_binding(
         config.IdentifyConfig(nprobes=7, refine_factor=3, aligned=5, processes=1), "exact", None

@@ -1,4 +1,4 @@
-"""Barcodes to names, from files to files."""
+"""identify, calibrate and search, from files to files."""
 
 import json
 import os
@@ -10,8 +10,9 @@ import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.commands import call
 from support.identified import World, make_world
-from support.places import ROOT
+from support.places import ROOT, SCRIPTS
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
@@ -90,12 +91,12 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Calibration
 def test_calibrated_answers_stop_where_the_threshold_is_missed(
     judged: tuple[World, CalibrationSummary], tmp_path: Path
 ):
-    world, summary = judged
-    assert f"{world.uri}/sequences.calibration.json" == summary.path
-    told = ask(world, world.queries, tmp_path / "a.parquet")
-    assert "precision 0.8 on" in told.calibration
+    world, fitted = judged
+    assert f"{world.uri}/sequences.calibration.json" == fitted.path
+    summary = ask(world, world.queries, tmp_path / "a.parquet")
+    assert "precision 0.8 on" in summary.calibration
     found = pq.read_table(tmp_path / "a.parquet").to_pylist()
-    thresholds = [fit.threshold for fit in summary.calibration.ranks]
+    thresholds = [fit.threshold for fit in fitted.calibration.ranks]
     for row in found:
         missed = [
             rank
@@ -103,12 +104,12 @@ def test_calibrated_answers_stop_where_the_threshold_is_missed(
             if least is None or row[f"{rank}_confidence"] < least
         ]
         assert row["abstained_at"] == (missed[0] if missed else None)
-        assert row["novel"] == (row["novelty"] > summary.calibration.novelty_threshold)
+        assert row["novel"] == (row["novelty"] > fitted.calibration.novelty_threshold)
     truth = pq.read_table(world.queries)["species"].to_pylist()
     unseen = [row["novelty"] for row, name in zip(found, truth, strict=True) if name in world.unseen]
     known = [row["novelty"] for row, name in zip(found, truth, strict=True) if name not in world.unseen]
     assert sum(one > other for one in unseen for other in known) / (len(unseen) * len(known)) > 0.9
-    assert told.novel == sum(row["novel"] for row in found)
+    assert summary.novel == sum(row["novel"] for row in found)
 
 
 def test_a_calibration_is_the_same_again_and_stays_beside_one_for_other_settings(judged, tmp_path: Path):
@@ -120,7 +121,7 @@ def test_a_calibration_is_the_same_again_and_stays_beside_one_for_other_settings
     settings = config.IdentifyConfig(k=5)
     reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
     other = identify(reference, query, str(tmp_path / "a.tsv"), settings, progress=False)
-    assert "none for these settings (there are some with k 10, rerank alignment, aligned 32)" in other.calibration
+    assert "none for these settings, only for k 10, rerank alignment, aligned 32" in other.calibration
     calibrate(reference, query, settings, config.CalibrateConfig(precision=0.8, risk=0.2), progress=False)
     both = json.loads(Path(summary.path).read_text())["calibrations"]
     assert [entry["settings"]["k"] for entry in both] == [10, 5]
@@ -144,34 +145,34 @@ def test_labels_are_needed_to_calibrate(world: World):
 
 def test_novel_barcodes_are_grouped(judged, tmp_path: Path):
     world, _ = judged
-    told = ask(world, world.queries, tmp_path / "a.parquet", groups=str(tmp_path / "groups.tsv"), group_size=4)
+    summary = ask(world, world.queries, tmp_path / "a.parquet", groups=str(tmp_path / "groups.tsv"), group_size=4)
     lines = (tmp_path / "groups.tsv").read_text().splitlines()
     assert lines[0].split("\t") == ["sequence_id", "group", "size", "representative"]
-    assert len(lines) - 1 == told.novel
+    assert len(lines) - 1 == summary.novel
     given = pq.read_table(world.queries)
     species = dict(zip(given["sequence_id"].to_pylist(), given["species"].to_pylist(), strict=True))
     rows = [line.split("\t") for line in lines[1:]]
     grouped = [row for row in rows if row[1]]
-    assert told.groups == len({row[1] for row in grouped})
-    assert told.groups > 10
+    assert summary.groups == len({row[1] for row in grouped})
+    assert summary.groups > 10
     same = [species[row[0]] == species[row[3]] for row in grouped]
     assert sum(same) / len(same) > 0.9
 
 
 def test_groups_need_a_calibration(world: World, tmp_path: Path):
-    with pytest.raises(InputError, match="--groups needs to know what is novel, and none for this table"):
+    with pytest.raises(InputError, match="--groups needs a calibration .*none for this table"):
         ask(world, world.fasta, tmp_path / "a.parquet", groups=str(tmp_path / "g.tsv"))
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_told_is_checked(world: World, tmp_path: Path):
-    told = ask(world, world.queries, tmp_path / "a.parquet", check_recall=30)
-    assert told.recall[0].endswith("among the candidates (k 10, 30 sampled queries)")
-    assert 0.5 <= float(told.recall[0].split()[0]) < 1.0
-    told = ask(world, world.queries, tmp_path / "a.parquet", check_recall=30, k=1000)
-    assert told.recall[0].startswith("1.0000 ")
+def test_recall_is_measured(world: World, tmp_path: Path):
+    summary = ask(world, world.queries, tmp_path / "a.parquet", check_recall=30)
+    assert summary.recall[0].endswith("among the candidates (k 10, 30 sampled queries)")
+    assert 0.5 <= float(summary.recall[0].split()[0]) < 1.0
+    summary = ask(world, world.queries, tmp_path / "a.parquet", check_recall=30, k=1000)
+    assert summary.recall[0].startswith("1.0000 ")
     reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
-    with pytest.raises(InputError, match="--check_recall has nothing to check"):
+    with pytest.raises(InputError, match="--check_recall has nothing to measure"):
         identify(reference, query, str(tmp_path / "b.tsv"), check_recall=3, progress=False)
 
 
@@ -179,14 +180,14 @@ def test_the_index_finds_what_an_exact_search_does(tmp_path: Path):
     world = make_world(tmp_path, index="ivf_sq")
     reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
     settings = config.IdentifyConfig(k=10, search="index")
-    told = identify(reference, query, str(tmp_path / "b.tsv"), settings, check_recall=40, progress=False)
-    assert told.search.startswith("index, ")
-    [line] = told.recall
+    summary = identify(reference, query, str(tmp_path / "b.tsv"), settings, check_recall=40, progress=False)
+    assert summary.search.startswith("index, ")
+    [line] = summary.recall
     assert line.endswith("found by the index (k 10, 40 sampled queries)")
     assert float(line.split()[0]) >= 0.95
 
 
-def test_sintax_and_tsv_say_what_parquet_says(judged, tmp_path: Path):
+def test_sintax_and_tsv_hold_the_same_as_parquet(judged, tmp_path: Path):
     world, _ = judged
     for ending in ("parquet", "tsv", "sintax"):
         ask(world, world.queries, tmp_path / f"a.{ending}")
@@ -205,12 +206,12 @@ def test_sintax_and_tsv_say_what_parquet_says(judged, tmp_path: Path):
         assert len(answered) == (7 if row["abstained_at"] is None else RANKS.index(row["abstained_at"]))
 
 
-def test_a_row_without_a_vector_has_its_id_and_nothing_else(world: World, tmp_path: Path):
+def test_a_row_without_a_vector_has_only_its_id(world: World, tmp_path: Path):
     given = pq.read_table(world.queries).slice(0, 3).to_pylist()
     given[1]["dna_sequence"] = "NNNN"
     pq.write_table(pa.Table.from_pylist(given), tmp_path / "in.parquet")
-    told = ask(world, str(tmp_path / "in.parquet"), tmp_path / "a.parquet")
-    assert sum(told.rejects.values()) == 1
+    summary = ask(world, str(tmp_path / "in.parquet"), tmp_path / "a.parquet")
+    assert sum(summary.rejects.values()) == 1
     rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
     assert [row["sequence_id"] for row in rows] == [row["sequence_id"] for row in given]
     assert {name for name, value in rows[1].items() if value is not None} == {"sequence_id"}
@@ -244,14 +245,8 @@ def test_search_finds_a_row_by_its_dna(world: World):
         table.search("protein")
 
 
-def script(name: str, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
 @pytest.mark.parametrize(
-    ("name", "flags", "said"),
+    ("name", "flags", "words"),
     [
         ("identify", ["--output={tmp}/a.parquet", "--query.path={tmp}/none.fasta"], "none.fasta"),
         ("identify", ["--output={tmp}/a.csv", "--query.path={fasta}"], "pass FILE.parquet, FILE.tsv or FILE.sintax"),
@@ -264,26 +259,28 @@ def script(name: str, *flags: str) -> subprocess.CompletedProcess:
         ("calibrate", ["--query.path={fasta}", "--precision=2"], "--precision 2.0 is outside 0 to 1"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(world: World, tmp_path: Path, name: str, flags: list[str], said: str):
+def test_a_mistake_is_one_line_and_exit_code_2(world: World, tmp_path: Path, name: str, flags: list[str], words: str):
     given = [flag.format(tmp=tmp_path, fasta=world.fasta) for flag in flags]
     where = [] if any("reference.uri" in flag for flag in flags) else [f"--reference.uri={world.uri}"]
-    done = script(name, *given, *where)
+    done = call(name, *given, *where)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert said in lines[0]
+    assert words in lines[0]
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_the_scripts_print_what_they_found(world: World, tmp_path: Path):
+def test_the_commands_print_what_they_found(world: World, tmp_path: Path):
     output = tmp_path / "a.tsv"
     flags = [f"--reference.uri={world.uri}", f"--query.path={world.fasta}", f"--output={output}", "--rerank=alignment"]
-    done = script("identify", *flags)
+    command = [sys.executable, str(SCRIPTS / "identify.py"), *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert f"answers  {output}" in done.stdout
     assert len(output.read_text().splitlines()) == 21
-    done = script("search", "ACGTTGCA" * 20, f"--reference.uri={world.uri}", "--k=4")
+    done = call("search", "ACGTTGCA" * 20, f"--reference.uri={world.uri}", "--k=4")
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if "SIM1-" in line]) == 4

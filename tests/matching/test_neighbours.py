@@ -49,7 +49,7 @@ def recall(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("condition", [None, "depth < 2"])
-def test_exact_compares_with_every_row_that_the_filter_leaves(tmp_path: Path, condition: str | None) -> None:
+def test_exact_compares_with_every_row_that_passes_the_filter(tmp_path: Path, condition: str | None) -> None:
     vectors = clustered(9000, 16, 0)  # more than one block is read
     reference = open_reference(write(tmp_path, vectors), condition)
     rows = np.arange(9000) if condition is None else np.flatnonzero(np.arange(9000) % 7 < 2)
@@ -69,14 +69,14 @@ def test_equal_vectors_come_in_the_order_of_the_table(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.similarity, 1.0, atol=1e-6)
 
 
-def test_k_past_the_table_takes_all_of_it(tmp_path: Path) -> None:
+def test_k_beyond_the_table_finds_every_row(tmp_path: Path) -> None:
     found = exact(clustered(3, 4, 1), open_reference(write(tmp_path, clustered(20, 4, 0))), 100)
     assert found.rows.shape == (3, 20)
     assert all(sorted(row) == list(range(20)) for row in found.rows.tolist())
 
 
 @pytest.mark.parametrize("condition", [None, "depth = 3"])
-def test_the_index_looks_only_at_what_the_filter_leaves(tmp_path: Path, condition: str | None) -> None:
+def test_the_index_finds_only_rows_that_pass_the_filter(tmp_path: Path, condition: str | None) -> None:
     vectors = clustered(6000, 32, 0)
     reference = open_reference(write(tmp_path, vectors, "ivf_sq"), condition)
     queries = clustered(40, 32, 1)

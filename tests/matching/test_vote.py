@@ -16,7 +16,7 @@ from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.head_files import Heads, taxon_tree, write_heads
 from bioscan_jax.errors import InputError
-from bioscan_jax.matching.candidates import prepare
+from bioscan_jax.matching.candidates import open_matcher
 from bioscan_jax.matching.identify import identify
 from bioscan_jax.matching.vote import HeadVotes, head_votes, vote
 from bioscan_jax.model.heads import HeadKind, make_head
@@ -32,19 +32,19 @@ def by_hand(candidates: list[tuple[list[int], float]], power: float) -> tuple[li
     fits = [True] * len(candidates)
     taxa, shares, ceiling = [], [], 1.0
     for rank in range(len(RANKS)):
-        voices: dict[int, float] = {}
+        weights_of: dict[int, float] = {}
         for (lineage, _), weight, allowed in zip(candidates, weights, fits, strict=True):
             if allowed and lineage[rank] >= 0 and weight > 0:
-                voices[lineage[rank]] = voices.get(lineage[rank], 0.0) + weight
-        if not voices:
+                weights_of[lineage[rank]] = weights_of.get(lineage[rank], 0.0) + weight
+        if not weights_of:
             taxa.append(-1)
             shares.append(0.0)
             continue
-        most = max(voices.values())
+        most = max(weights_of.values())
         # dicts keep the order of the candidates, so that the nearest comes first among equals
-        best = next(taxon for taxon, weight in voices.items() if abs(weight - most) < 1e-9)
+        best = next(taxon for taxon, weight in weights_of.items() if abs(weight - most) < 1e-9)
         whole = sum(w for (lineage, _), w in zip(candidates, weights, strict=True) if lineage[rank] >= 0)
-        ceiling = min(voices[best] / whole, ceiling)
+        ceiling = min(weights_of[best] / whole, ceiling)
         taxa.append(best)
         shares.append(ceiling)
         fits = [fit and lineage[rank] in (-1, best) for fit, (lineage, _) in zip(fits, candidates, strict=True)]
@@ -63,7 +63,7 @@ def arrays(queries: list[list[tuple[list[int], float]]]) -> tuple[np.ndarray, np
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(CANDIDATES, min_size=1, max_size=4), st.sampled_from([1.0, 8.0]))
-def test_it_is_the_vote_written_out(queries: list, power: float) -> None:
+def test_the_vote_is_the_one_written_out(queries: list, power: float) -> None:
     queries = [sorted(candidates, key=lambda one: one[1]) for candidates in queries]
     lineages, distances = arrays(queries)
     found = vote(lineages, distances, power)
@@ -89,7 +89,7 @@ def test_near_and_other_are_distances_to_the_taxon_and_to_another(queries: list)
             assert found.other[row, rank] == (min(different) if different else far)
 
 
-def test_a_tie_goes_to_the_nearer_and_an_unknown_rank_keeps_its_voice_below() -> None:
+def test_a_tie_goes_to_the_nearer_and_an_unnamed_rank_still_votes_below() -> None:
     first, second = [0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]
     assert vote(*arrays([[(second, 0.5), (first, 0.5)]]), 8.0).taxa[0, 6] == 1
     assert vote(*arrays([[(first, 0.5), (second, 0.5)]]), 8.0).taxa[0, 6] == 0
@@ -134,10 +134,12 @@ def width_of(world: World) -> int:
 
 
 @pytest.mark.parametrize("kind", ["marginal", "independent"])
-def test_the_most_probable_taxa_of_each_rank_get_a_voice(world: World, tmp_path: Path, kind: HeadKind):
+def test_a_head_votes_for_its_most_probable_taxa_of_each_rank(world: World, tmp_path: Path, kind: HeadKind):
     width = width_of(world)
     directory = make_heads(world, tmp_path / "heads", kind, width=width)
-    matcher = prepare(config.ReferenceConfig(uri=world.uri), config.IdentifyConfig(heads=str(directory)), None, None)
+    matcher = open_matcher(
+        config.ReferenceConfig(uri=world.uri), config.IdentifyConfig(heads=str(directory)), None, None
+    )
     assert matcher.heads is not None
     vectors = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
     found = head_votes(matcher.heads, vectors, matcher.taxa)
@@ -146,13 +148,15 @@ def test_the_most_probable_taxa_of_each_rank_get_a_voice(world: World, tmp_path:
         names = matcher.heads.space.names[rank]
         expected = np.exp(np.asarray(log_probs[rank]))[:, : len(names)]
         for row in range(5):
-            voices = {
+            weights_of = {
                 matcher.taxa.names[rank][int(taxon)].as_py(): float(p)
                 for taxon, p in zip(found.lineages[row, :, rank], found.probabilities[row, :, rank], strict=True)
                 if p > 0
             }
             best = np.argsort(-expected[row])[:8]
-            assert voices == {names[i]: pytest.approx(expected[row, i], rel=1e-5) for i in best if expected[row, i] > 0}
+            assert weights_of == {
+                names[i]: pytest.approx(expected[row, i], rel=1e-5) for i in best if expected[row, i] > 0
+            }
     species = np.asarray(log_probs[-1], np.float64)
     entropy = [-sum(np.exp(x) * x for x in row if np.isfinite(x)) for row in species]
     np.testing.assert_allclose(found.entropy, entropy, rtol=1e-4, atol=1e-6)
@@ -183,15 +187,15 @@ def test_the_vote_changes_and_the_names_stay_a_path(world: World, tmp_path: Path
 def test_heads_of_other_vectors_are_refused(world: World, tmp_path: Path):
     reference = config.ReferenceConfig(uri=world.uri)
     width = width_of(world)
-    for number, (changed, said) in enumerate(
+    for number, (changed, words) in enumerate(
         [
-            ({"pooling": "cls", "width": width}, "they take the cls of the last layer"),
+            ({"pooling": "cls", "width": width}, "cls pooling of the last layer"),
             ({"width": width + 8}, "numbers, the table has"),
         ]
     ):
         for kind in ("marginal", "independent"):
             directory = make_heads(world, tmp_path / f"{kind}{number}", kind, **changed)
-            with pytest.raises(InputError, match=f"^--heads .*{said}"):
-                prepare(reference, config.IdentifyConfig(heads=str(directory)), None, None)
+            with pytest.raises(InputError, match=f"^--heads .*{words}"):
+                open_matcher(reference, config.IdentifyConfig(heads=str(directory)), None, None)
     with pytest.raises(InputError, match="has no heads.safetensors"):
-        prepare(reference, config.IdentifyConfig(heads=str(tmp_path)), None, None)
+        open_matcher(reference, config.IdentifyConfig(heads=str(tmp_path)), None, None)
