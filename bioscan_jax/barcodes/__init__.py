@@ -1,1 +1,1 @@
-"""What a barcode and its names are: cleaning, 6-mers, views, lineages, labels, simulated barcodes."""
+"""Barcodes and their names: cleaning, 6-mer tokens, views, lineages, labels, simulated barcodes."""

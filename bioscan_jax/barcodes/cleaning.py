@@ -1,4 +1,4 @@
-"""Cleaning of raw DNA strings, whole Arrow columns at a time: what comes out holds A, C, G, T and N alone."""
+"""Cleans raw DNA strings to the letters A, C, G, T and N, whole Arrow columns at a time."""
 
 import itertools
 import string
@@ -14,20 +14,20 @@ from bioscan_jax.errors import InputError
 
 REASONS = {
     "null": "the value is null",
-    "empty": "the string has no character but white space",
-    "no_acgt": "nothing but N, ambiguity codes and gaps: no A, C, G, T or U",
+    "empty": "the string has nothing but white space",
+    "no_acgt": "only N, ambiguity codes and gaps: no A, C, G, T or U",
     "not_dna": "a character outside the IUPAC nucleotide code, such as a protein letter, a digit or a non-ASCII byte",
 }
-"""Why a sequence is rejected; where several hold, the first of null, not_dna, empty, no_acgt is given."""
+"""Why a sequence is rejected; if several reasons hold, the first of null, not_dna, empty, no_acgt is reported."""
 
 _BLOCK_BYTES = 1 << 19
 
-# One bit for each kind of character, so that the OR over a row tells all that occurs in it.
+# One bit per kind of character, so that the OR over a row gives all kinds in it.
 _BASE, _FOREIGN, _LOWER, _U, _AMBIGUOUS, _GAP, _SPACE, _N = (1 << bit for bit in range(8))
 
 
 def _character_tables() -> tuple[bytes, bytes]:
-    """Kinds of each byte, and the byte it becomes."""
+    """The kinds of each byte, and the byte that cleaning turns it into."""
     kinds = np.full(256, _FOREIGN, np.uint8)
     clean_bytes = np.full(256, ord("N"), np.uint8)
     letters = {"A": _BASE, "C": _BASE, "G": _BASE, "T": _BASE, "U": _BASE | _U, "N": _N}
@@ -47,16 +47,16 @@ _COMPLEMENT = bytes(dict(zip(b"ACGTN", b"TGCAN", strict=True)).get(byte, 0) for 
 
 @dataclass(frozen=True)
 class CleaningCounts:
-    """Characters that cleaning changed; one that is both lower-case and U, say, counts under both."""
+    """Number of characters that cleaning changed; a lower-case u, for example, counts twice."""
 
     lower_case: int = 0
     u_to_t: int = 0
     ambiguous_to_n: int = 0
     gaps_removed: int = 0
-    """Alignment gaps and white space."""
+    """Includes white space."""
 
     def __add__(self, other: "CleaningCounts") -> "CleaningCounts":
-        """Sum, count by count."""
+        """Adds each count."""
         return CleaningCounts(
             self.lower_case + other.lower_case,
             self.u_to_t + other.u_to_t,
@@ -67,22 +67,22 @@ class CleaningCounts:
 
 @dataclass(frozen=True, eq=False)
 class Cleaned:
-    """A cleaned column, row for row."""
+    """A cleaned column, with one entry per row."""
 
     sequences: pa.LargeStringArray
-    """Only A, C, G, T and N; "" where the row is rejected; never null."""
+    """Only A, C, G, T and N; "" for a rejected row; never null."""
     reasons: pa.StringArray
-    """Null where the row is usable, else a key of `REASONS`."""
+    """Null for a usable row, else a key of `REASONS`."""
     changes: CleaningCounts
-    """Counted over usable rows only."""
+    """Counts over the usable rows."""
 
 
 def string_bytes(
     strings: pa.LargeStringArray,
 ) -> tuple[UInt8[np.ndarray, " bytes"], Int64[np.ndarray, " rows_plus_1"]]:
-    """Gives the text of an Arrow array as numpy views; row i is bytes[offsets[i]:offsets[i + 1]].
+    """Returns an Arrow array's text as numpy views (bytes, offsets); row i is bytes[offsets[i]:offsets[i + 1]].
 
-    Nothing is copied, save the offsets of a slice, which are made to start at 0.
+    Nothing is copied, except the offsets of a slice, which are shifted to start at 0.
     """
     rows = len(strings)
     if rows == 0:
@@ -95,13 +95,13 @@ def string_bytes(
 
 
 def row_blocks(offsets: Int64[np.ndarray, " rows_plus_1"]) -> Iterator[tuple[int, int]]:
-    """Cuts rows into blocks of about 512 KiB of text, so that temporary arrays stay small and in the cache.
+    """Splits rows into blocks of about 512 KiB of text, so that temporary arrays stay in the CPU cache.
 
     Args:
-        offsets: As `string_bytes` gives them.
+        offsets: From `string_bytes`.
 
     Yields:
-        First row and end row (exclusive) of each block; every row is in one block, in order.
+        First row and end row (exclusive) of each block, in order.
     """
     inner = np.searchsorted(offsets, np.arange(_BLOCK_BYTES, offsets[-1], _BLOCK_BYTES))
     yield from itertools.pairwise(np.unique([0, *inner, len(offsets) - 1]).tolist())
@@ -123,16 +123,23 @@ def _as_large_strings(sequences: pa.Array | pa.ChunkedArray) -> pa.LargeStringAr
 
 
 def clean(sequences: pa.Array | pa.ChunkedArray) -> Cleaned:
-    """Brings DNA strings to the alphabet A, C, G, T, N and tells which rows cannot be used.
+    """Converts DNA strings to the letters A, C, G, T and N, and marks rows that are not usable DNA.
 
-    Letters are upper-cased, U becomes T, the other IUPAC ambiguity codes become N (Cornish-Bowden 1985,
-    doi:10.1093/nar/13.9.3021), alignment gaps ('-' and '.') and white space are removed.
+    Letters become upper case, U becomes T, the other IUPAC ambiguity codes become N (Cornish-Bowden 1985,
+    doi:10.1093/nar/13.9.3021); alignment gaps ('-' and '.') and white space are removed.
 
     Args:
-        sequences: Strings of any Arrow layout (string, large_string, string_view, dictionary-encoded, chunked).
+        sequences: Strings in any Arrow layout (string, large_string, string_view, dictionary-encoded, chunked).
 
     Raises:
-        InputError: The Arrow type is not a string type. No content of a string raises.
+        InputError: The Arrow type is not a string type. The content of a string never raises.
+
+    Example:
+        >>> cleaned = clean(pa.array(["acg-uR", "MEL", None]))
+        >>> cleaned.sequences.to_pylist()
+        ['ACGTN', '', '']
+        >>> cleaned.reasons.to_pylist()
+        [None, 'not_dna', 'null']
     """
     strings = _as_large_strings(sequences)
     text, offsets = string_bytes(strings)
@@ -156,10 +163,10 @@ def clean(sequences: pa.Array | pa.ChunkedArray) -> Cleaned:
 def _clean_block(
     text: UInt8[np.ndarray, " bytes"], lengths: Int64[np.ndarray, " rows"], null: Bool[np.ndarray, " rows"]
 ) -> tuple[bytes, Int64[np.ndarray, " rows"], Int8[np.ndarray, " rows"], CleaningCounts]:
-    """Cleaned text, its lengths, the index in REASONS (-1 where usable) and what was changed."""
+    """Returns the cleaned text, its lengths, indices in REASONS (-1 if usable) and the counts of changes."""
     raw = text.tobytes()
     kinds = np.frombuffer(raw.translate(_KINDS), np.uint8)
-    # reduceat takes a row without characters for one with one, so it sees the other rows only.
+    # reduceat treats an empty row as one of one character, so only the other rows are passed to it.
     filled = lengths > 0
     starts = (np.cumsum(lengths) - lengths)[filled]
     row_kinds = np.zeros(len(lengths), np.uint8)
@@ -192,10 +199,14 @@ def _clean_block(
 
 
 def reverse_complement(sequences: pa.LargeStringArray) -> pa.LargeStringArray:
-    """Reads the other strand of cleaned sequences from its 5' end; N stays N.
+    """Returns the reverse complement of cleaned sequences; N stays N.
 
     Raises:
         InputError: A character is not A, C, G, T or N.
+
+    Example:
+        >>> reverse_complement(pa.array(["AACGN"], pa.large_string())).to_pylist()
+        ['NCGTT']
     """
     text, offsets = string_bytes(sequences)
     complement = text.tobytes().translate(_COMPLEMENT)
@@ -216,16 +227,16 @@ def drop_prefix(sequences: pa.LargeStringArray, bases: int) -> pa.LargeStringArr
 
 
 def unclean_character(sequences: pa.LargeStringArray, position: int, function: str) -> InputError:
-    """Makes the error for a character that is not A, C, G, T or N.
+    """Returns the error for a character that is not A, C, G, T or N.
 
     Args:
-        sequences: The array that `function` got.
-        position: Where the character is among the bytes of `string_bytes`.
+        sequences: The argument of `function`.
+        position: Index of the character in the bytes of `string_bytes`.
         function: Name of the function that refuses it.
     """
     text, offsets = string_bytes(sequences)
     row = int(np.searchsorted(offsets, position, side="right")) - 1
     return InputError(
         f"{function} got {chr(text[position])!r} at base {position - int(offsets[row])} of row {row}; "
-        "it takes A, C, G, T and N only: pass the strings through sequences.clean first"
+        "it takes only A, C, G, T and N: pass the strings through bioscan_jax.clean first"
     )

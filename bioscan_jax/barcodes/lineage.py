@@ -1,20 +1,20 @@
-"""The seven ranks, lineage strings, and the names in a table that do not name a taxon."""
+"""The seven ranks, lineage strings, and the placeholder names that do not name a taxon."""
 
 from collections.abc import Sequence
 
 import pyarrow as pa
 
-# Most of its functions are made when it is imported, where pyright does not see them.
+# Most of its functions are created at import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
 import pyarrow.compute as pc
 
 from bioscan_jax.errors import InputError
 
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
-"""From the root down; also the names of the input's rank columns."""
+"""Ranks from the root down, which are also the names of the rank columns."""
 
 LINEAGE_COLUMN = "taxonomy"
-"""Column with "K;P;C;O;F;G;S", read where the seven rank columns are not all there."""
+"""Column with "K;P;C;O;F;G;S", read unless all seven rank columns are present."""
 
 _UNKNOWN = (
     "unknown|unclassified|uncultured|uncultivated|unidentified|unassigned|undetermined|undescribed|unnamed|unplaced"
@@ -34,7 +34,7 @@ FILLERS = {
     r"(?i)^(gen|fam)\.": "'gen. nov.', 'Fam. indet.'",
     r"\?": "doubt: 'Aedes vexans?'",
 }
-"""What leaves a name of any rank unknown: regular expressions (RE2), searched in the name, with what they catch."""
+"""Regular expressions (RE2) that mark a name of any rank as unknown, each with examples of what it matches."""
 
 SPECIES_FILLERS = {
     r"BOLD:?[A-Z]{3}[0-9]": "the number of a BOLD bin: 'BOLD:AAA1234'",
@@ -42,8 +42,8 @@ SPECIES_FILLERS = {
     r"(?i)^\S+ \S+[ _-](species[ -])?(complex|group|agg\.?|aggregate)$": "several species: 'Idia lubricalis complex'",
     r"(?i)[ _-]clade([ _-]|$)": "an unnamed clade: 'Ostreococcus clade B'",
 }
-"""What leaves a species unknown, beside `FILLERS`. A code after a whole binomial ('Allolobophora chlorotica L1') is
-a name of its own."""
+"""Further expressions that mark a species as unknown. A code after a full binomial ('Allolobophora chlorotica L1') is
+a valid name."""
 
 _EPITHET = r"^[a-z][^ A-Z]*$"
 
@@ -51,10 +51,14 @@ _EPITHET = r"^[a-z][^ A-Z]*$"
 def parse_lineage(lineage: str) -> tuple[str | None, ...]:
     """Splits "K;P;C;O;F;G;S" into one name for each of `RANKS`.
 
-    A blank field is an unknown rank and becomes None in its place; white space around a name is dropped.
+    A blank field is an unknown rank and becomes None; white space around a name is removed.
 
     Raises:
         InputError: There are not exactly seven fields.
+
+    Example:
+        >>> parse_lineage("Animalia;Arthropoda;Insecta;Diptera;;Aedes;")
+        ('Animalia', 'Arthropoda', 'Insecta', 'Diptera', None, 'Aedes', None)
     """
     fields = lineage.split(";")
     if len(fields) != len(RANKS):
@@ -65,13 +69,17 @@ def parse_lineage(lineage: str) -> tuple[str | None, ...]:
 
 
 def format_lineage(names: Sequence[str | None]) -> str:
-    """Joins one name for each of `RANKS` to "K;P;C;O;F;G;S"; None and blank names leave their field blank.
+    """Joins one name for each of `RANKS` to "K;P;C;O;F;G;S"; None becomes a blank field.
 
     Raises:
-        InputError: There are not exactly seven names, or one has a semicolon in it.
+        InputError: There are not exactly seven names, or one contains a semicolon.
+
+    Example:
+        >>> format_lineage(["Animalia", "Arthropoda", None, None, None, None, None])
+        'Animalia;Arthropoda;;;;;'
     """
     if isinstance(names, str) or len(names) != len(RANKS):
-        raise InputError(f"a lineage has seven names, got {names!r}; give one for each of {', '.join(RANKS)}")
+        raise InputError(f"a lineage has seven names, got {names!r}; pass one for each of {', '.join(RANKS)}")
     for name in names:
         if name is not None and ";" in name:
             raise InputError(f"the name {name!r} has a semicolon, which separates ranks in a lineage; remove it")
@@ -79,24 +87,29 @@ def format_lineage(names: Sequence[str | None]) -> str:
 
 
 def read_lineages(table: pa.Table | pa.RecordBatch) -> tuple[pa.Array, ...]:
-    """Reads the known names of each row, one string array for each of `RANKS`, null where unknown.
+    """Returns the names of each row as one string array for each of `RANKS`, null where unknown.
 
-    The seven rank columns are read where all of them are there, else `taxonomy`, in which a null or blank cell
-    leaves all seven unknown. White space is trimmed and runs of it become one space. Then:
+    The seven rank columns are read if all are present, else `taxonomy`, where a null or blank cell means that all
+    seven are unknown. White space is trimmed, and runs of it become one space. Then:
 
-    - A name that `FILLERS` catches, or a species that `SPECIES_FILLERS` catches, is unknown.
+    - A name that matches `FILLERS`, or a species that matches `SPECIES_FILLERS`, is unknown.
     - A species that repeats another name of its row (genus 'Bombus', species 'Bombus') is unknown.
-    - A species of one lower-case word is an epithet: it becomes 'Bombus terrestris' where the genus is known
-      (genus 'Bison', species 'bison' is 'Bison bison'), and is unknown where it is not.
+    - A species of one lower-case word is an epithet: it becomes 'Bombus terrestris' if the genus is known (genus
+      'Bison', species 'bison' becomes 'Bison bison'), else it is unknown.
 
-    Nothing moves to another rank, and no rank is filled in from another.
+    No name is moved to another rank, and no rank is filled in from another.
 
     Raises:
-        InputError: Neither form is there, a column is not text, or a lineage has other than seven fields.
+        InputError: Neither form is present, a column is not text, or a lineage does not have seven fields.
+
+    Example:
+        >>> names = read_lineages(pa.table({"taxonomy": ["Animalia;Arthropoda;Insecta;;;Aedes;aegypti", "; ;;;;;sp. 1"]}))
+        >>> names[-1].to_pylist()
+        ['Aedes aegypti', None]
     """
     present = table.schema.names
     if all(rank in present for rank in RANKS):
-        return _known([_as_strings(table, rank) for rank in RANKS])
+        return _known_names([_as_strings(table, rank) for rank in RANKS])
     if LINEAGE_COLUMN not in present:
         raise InputError(
             f"no labels: there is neither a column {LINEAGE_COLUMN!r} (K;P;C;O;F;G;S) nor all of {', '.join(RANKS)}; "
@@ -108,7 +121,7 @@ def read_lineages(table: pa.Table | pa.RecordBatch) -> tuple[pa.Array, ...]:
     wrong = pc.index(pc.not_equal(pc.list_value_length(fields), len(RANKS)), True).as_py()
     if wrong >= 0:
         parse_lineage(lineages[wrong].as_py())
-    known = _known([pc.list_element(fields, rank) for rank in range(len(RANKS))])
+    known = _known_names([pc.list_element(fields, rank) for rank in range(len(RANKS))])
     return tuple(names.take(row_of) for names in known)
 
 
@@ -116,18 +129,18 @@ def _as_strings(table: pa.Table | pa.RecordBatch, name: str) -> pa.Array:
     column = table.column(name)
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-        raise InputError(f"column {name!r} has the Arrow type {column.type}; write names as text")
+        raise InputError(f"column {name!r} has the Arrow type {column.type}; make it a text column")
     strings = column.cast(kind).cast(pa.string())
     return strings.combine_chunks() if isinstance(strings, pa.ChunkedArray) else strings
 
 
 def _distinct(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Distinct values, and the index of each row's value (null for null)."""
+    """Returns the distinct values, and the index of each row's value (null for null)."""
     coded = strings.dictionary_encode()
     return coded.dictionary, coded.indices
 
 
-def _known(columns: Sequence[pa.Array]) -> tuple[pa.Array, ...]:
+def _known_names(columns: Sequence[pa.Array]) -> tuple[pa.Array, ...]:
     """Applies the rules of `read_lineages`."""
     ranks = []
     for rank, column in zip(RANKS, columns, strict=True):

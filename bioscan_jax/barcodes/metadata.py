@@ -1,4 +1,4 @@
-"""Where a sample was taken: the columns depth, latitude and longitude, checked."""
+"""Checks the sampling metadata: the columns depth, latitude and longitude."""
 
 from collections.abc import Callable
 
@@ -11,18 +11,19 @@ from bioscan_jax.errors import InputError
 METADATA_COLUMNS = ("depth", "latitude", "longitude")
 """Metres below the surface, degrees north, degrees east."""
 METADATA_BOUNDS = {"depth": (-10.0, 12000.0), "latitude": (-90.0, 90.0), "longitude": (-180.0, 180.0)}
+"""Smallest and largest accepted value of each."""
 _FILLERS = (-9999.0, 9999.0, -999.0)
 
 
 def check_metadata(table: pa.Table, *, locate: Callable[[int], str] = "row {}".format) -> Float32[np.ndarray, "rows 3"]:
-    """Reads the columns depth, latitude and longitude; null and NaN become NaN.
+    """Returns the columns depth, latitude and longitude; null becomes NaN.
 
     Args:
-        table: Has the three columns, numbers in each (or nothing but nulls).
-        locate: Says where a row of the table is.
+        table: A table with the three columns, each numeric or all null.
+        locate: Returns the place of a row of the table, for messages.
 
     Raises:
-        InputError: A column is missing or not of numbers; a value is out of range (depth -10 to 12000 m) or one of the
+        InputError: A column is missing or not numeric; a value is out of range (depth -10 to 12000 m) or one of the
             fillers -9999, 9999 and -999.
     """
     return np.stack([_check_column(table, name, locate) for name in METADATA_COLUMNS], axis=1)
@@ -30,11 +31,11 @@ def check_metadata(table: pa.Table, *, locate: Callable[[int], str] = "row {}".f
 
 def _check_column(table: pa.Table, name: str, locate: Callable[[int], str]) -> Float32[np.ndarray, " rows"]:
     if name not in table.column_names:
-        raise InputError(f"there is no column {name}, which metadata needs; add it, null where it is not known")
+        raise InputError(f"there is no column {name}, which metadata needs; add it, null where unknown")
     column = table.column(name)
-    kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal, pa.types.is_null)
-    if not any(is_kind(column.type) for is_kind in kinds):
-        raise InputError(f"the column {name} is of type {column.type}; make it numbers, null where it is not known")
+    numeric = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal, pa.types.is_null)
+    if not any(is_type(column.type) for is_type in numeric):
+        raise InputError(f"the column {name} is of type {column.type}; make it numbers, null where unknown")
     values = column.cast(pa.float64()).to_numpy()
     low, high = METADATA_BOUNDS[name]
     filler = np.isin(values, _FILLERS)
@@ -44,6 +45,6 @@ def _check_column(table: pa.Table, name: str, locate: Callable[[int], str]) -> F
         why = "is a filler, not a value" if filler[row] else f"is outside {low:g} to {high:g}"
         raise InputError(
             f"the {name} {values[row]:g} of {locate(row)} {why} "
-            f"({len(wrong)} such among {len(values)} rows); set it to null where it is not known"
+            f"({len(wrong)} such values in {len(values)} rows); set it to null where unknown"
         )
     return values.astype(np.float32)

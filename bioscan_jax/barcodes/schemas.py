@@ -1,4 +1,4 @@
-"""The arrays and tables that cross modules, with their shapes in their types."""
+"""Arrays and table schemas that several folders share."""
 
 from dataclasses import dataclass
 
@@ -9,31 +9,31 @@ from jaxtyping import Int
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of token ids of different lengths, one after another."""
+    """Rows of token ids of different lengths, stored one after another."""
 
     ids: Int[np.ndarray, " tokens"]
-    """int32 ids of all rows, no padding."""
+    """int32 ids of all rows, without padding."""
     offsets: Int[np.ndarray, " rows_plus_1"]
     """int64; row i is ids[offsets[i]:offsets[i + 1]]."""
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Returns the number of rows."""
         return len(self.offsets) - 1
 
     @property
     def lengths(self) -> Int[np.ndarray, " rows"]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One compiled shape's worth of token rows, padded on the right."""
+    """Token rows padded on the right to one compiled shape."""
 
     ids: Int[np.ndarray, "batch tokens"]
-    """int32; filler rows hold CLS alone."""
+    """int32; filler rows hold only CLS."""
     rows: Int[np.ndarray, " used"]
-    """Index of each used row among the rows that were batched; rows past len(rows) are filler."""
+    """Index, among the rows that were batched, of each used row; later rows of `ids` are filler."""
 
 
 REJECTS = pa.schema(
@@ -45,4 +45,4 @@ REJECTS = pa.schema(
         pa.field("sequence", pa.string()),
     ]
 )
-"""Columns of a `_rejects` table; `sequence` is the text as it was given."""
+"""Columns of a `_rejects` table; `sequence` is the input text."""

@@ -1,8 +1,7 @@
-"""SIMULATED barcodes for demonstrations and tests: random strings on a random tree, not biology.
+"""SIMULATED barcodes for demonstrations and tests: random strings evolved along a random tree, not biology.
 
-Nothing here is an organism or a real gene, and no result on these data says how well a method does on real ones. The
-names ("Simulidae-03", "Simbabe dabensis") and the sequence ids (SIM...) are made so that they cannot be taken for
-real.
+They contain no real organism or gene, and results on them do not predict results on real barcodes. Names
+("Simulidae-03", "Simbabe dabensis") and sequence ids (SIM...) are recognisably artificial.
 """
 
 import json
@@ -21,11 +20,11 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.output import whole_file
 
 _METADATA_KEY = b"bioscan_jax.simulated"
-_GENERATOR = 1  # Raise it when the same parameters no longer give the same table.
+_GENERATOR = 1  # Increase it whenever the same parameters no longer make the same table.
 
 _BASES = np.frombuffer(b"ATCG", np.uint8)
 _COMPOSITION = np.array([0.30, 0.38, 0.17, 0.15])
-"""Of _BASES; AT-rich, as COI of insects is."""
+"""Frequencies of _BASES; AT-rich like insect COI."""
 _CODON_RATES = 3 * np.array([0.15, 0.05, 0.80])
 """Relative substitution rate at the three codon positions; mean 1."""
 _IDENTITY = {
@@ -39,7 +38,7 @@ _IDENTITY = {
 }
 """Expected identity of two sequences whose lowest common rank is the key."""
 _CHILDREN = {"genus": 3, "family": 4, "order": 3, "class": 3, "phylum": 2}
-"""Mean number of taxa of the rank below."""
+"""Mean number of taxa at the rank below."""
 _NAMES = {
     "kingdom": "Simulata",
     "phylum": "Simulozoa",
@@ -50,18 +49,18 @@ _NAMES = {
 
 
 def simulate(*, species: int, per_species: int, length: int = 658, seed: int = 0) -> pa.Table:
-    """Evolves barcodes along a random seven-rank tree; SIMULATED data, see the module.
+    """Evolves barcodes along a random seven-rank tree; the data are SIMULATED, see the module.
 
-    A random ancestor is mutated down each branch by the F81 model (Felsenstein 1981, doi:10.1007/BF01734359) with a
-    rate for each codon position, so that identities of pairs are expected at 99 % within a species, 92 % within a
-    genus, 85 % within a family and so on. Half of the rows lose up to 4.4 % of the bases at either end, 5 % of the
-    rows have some N. Rows are ordered by species. Depth and position scatter around a centre of the family.
+    A random ancestor mutates along each branch by the F81 model (Felsenstein 1981, doi:10.1007/BF01734359) with one
+    rate per codon position, so that the expected identity of two sequences is 99 % within a species, 92 % within a
+    genus, 85 % within a family and so on. Half of the rows lose up to 4.4 % of their bases at each end; 5 % of the rows
+    contain some N. Rows are ordered by species. Depth and position scatter around a centre per family.
 
     Args:
-        species: Number of species; the numbers of higher taxa follow from it.
-        per_species: Rows of each species.
+        species: Number of species, which determines the numbers of higher taxa.
+        per_species: Rows per species.
         length: Bases of the longest barcode.
-        seed: The same seed and numbers give the same table.
+        seed: The same arguments and seed always make the same table.
 
     Returns:
         sequence_id, dna_sequence, marker_gene, taxonomy, the seven ranks, depth (metres, null in a fifth of the
@@ -69,6 +68,10 @@ def simulate(*, species: int, per_species: int, length: int = 658, seed: int = 0
 
     Raises:
         InputError: A number is too small.
+
+    Example:
+        >>> simulate(species=2, per_species=1)["species"].to_pylist()
+        ['Simbaba babansis', 'Simbaba bebansis']
     """
     for flag, value, least in (
         ("species", species, 1),
@@ -93,7 +96,7 @@ def simulate(*, species: int, per_species: int, length: int = 658, seed: int = 0
     return pa.table(
         {
             "sequence_id": [f"SIM{seed}-{row:08d}" for row in range(rows)],
-            "dna_sequence": _sequenced(codes, rng),
+            "dna_sequence": _sequence(codes, rng),
             "marker_gene": pa.repeat("COI", rows),
             "taxonomy": pc.call_function("binary_join_element_wise", [*columns.values(), pa.scalar(";")]),
             **columns,
@@ -107,10 +110,10 @@ def simulate(*, species: int, per_species: int, length: int = 658, seed: int = 0
 def write_simulated(path: str | os.PathLike[str], *, species: int, per_species: int, length: int, seed: int) -> Path:
     """Writes the table of `simulate` to a Parquet file, whole or not at all.
 
-    A file that was already made with the same parameters is left as it is.
+    An existing file made with the same parameters is kept.
 
     Raises:
-        InputError: Another file is at `path`, or a number is too small.
+        InputError: `path` is another file, or a number is too small.
     """
     path = Path(path)
     parameters = {
@@ -147,14 +150,14 @@ def _check_same(path: Path, parameters: Mapping[str, int]) -> None:
 
 
 def _random_tree(species: int, rng: np.random.Generator) -> dict[str, Int64[np.ndarray, " species"]]:
-    """The taxon of each species at each rank; taxa are numbered so that siblings stand together."""
+    """Returns the taxon of each species at each rank; siblings have consecutive numbers."""
     counts = {"species": species}
     for child, parent in zip(RANKS[:1:-1], RANKS[-2:0:-1], strict=True):
         counts[parent] = -(-counts[child] // _CHILDREN[parent])
     counts["kingdom"] = 1
     taxa = {"species": np.arange(species)}
     for child, parent in zip(RANKS[:0:-1], RANKS[-2::-1], strict=True):
-        # Each parent has one child at least; the others fall at random.
+        # Each parent has at least one child; the others are assigned at random.
         spare = rng.integers(counts[parent], size=counts[child] - counts[parent])
         parents = np.sort(np.concatenate([np.arange(counts[parent]), spare]))
         taxa[parent] = parents[taxa[child]]
@@ -162,19 +165,19 @@ def _random_tree(species: int, rng: np.random.Generator) -> dict[str, Int64[np.n
 
 
 def _branch_lengths() -> dict[str, float]:
-    """Length of the branch that leads to a taxon of each rank, and to a row (key "row"), in F81 events per site."""
+    """Returns the length of the branch to a taxon of each rank and to a row (key "row"), in F81 events per site."""
     times = np.linspace(0.0, 10.0, 100_001)
-    reach = 1.0 - np.sum(_COMPOSITION**2)
-    identities = 1.0 - reach * np.mean(1.0 - np.exp(-np.outer(times, _CODON_RATES)), axis=1)
+    saturation = 1.0 - np.sum(_COMPOSITION**2)
+    identities = 1.0 - saturation * np.mean(1.0 - np.exp(-np.outer(times, _CODON_RATES)), axis=1)
     height = {rank: float(np.interp(-identity, -identities, times)) / 2 for rank, identity in _IDENTITY.items()}
     below = dict(zip(RANKS, (*RANKS[1:], "row"), strict=True))
     return {below[rank]: height[rank] - height.get(below[rank], 0.0) for rank in RANKS}
 
 
-def _mutated(
+def _mutate(
     codes: UInt8[np.ndarray, "taxa sites"], branch_length: float, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "taxa sites"]:
-    """Draws a new base, perhaps the same one, at each site that an event hits."""
+    """Draws a new base, possibly the same one, at each site with a mutation event."""
     rates = np.resize(_CODON_RATES, codes.shape[1])
     hit = rng.random(codes.shape, np.float32) < 1.0 - np.exp(-rates * branch_length)
     mutated = codes.copy()
@@ -189,12 +192,12 @@ def _evolve(
     codes = rng.choice(4, (1, length), p=_COMPOSITION).astype(np.uint8)
     for parent, child in zip(RANKS[:-1], RANKS[1:], strict=True):
         _, first_species = np.unique(taxa[child], return_index=True)
-        codes = _mutated(codes[taxa[parent][first_species]], branches[child], rng)
-    return _mutated(np.repeat(codes, per_species, axis=0), branches["row"], rng)
+        codes = _mutate(codes[taxa[parent][first_species]], branches[child], rng)
+    return _mutate(np.repeat(codes, per_species, axis=0), branches["row"], rng)
 
 
-def _sequenced(codes: UInt8[np.ndarray, "rows sites"], rng: np.random.Generator) -> pa.LargeStringArray:
-    """Letters of the rows, some of them short at the ends or with N, as amplicons come from a sequencer."""
+def _sequence(codes: UInt8[np.ndarray, "rows sites"], rng: np.random.Generator) -> pa.LargeStringArray:
+    """Returns the rows as letters, some trimmed at the ends or with N, like sequenced amplicons."""
     rows, length = codes.shape
     letters = _BASES[codes]
     noisy = np.flatnonzero(rng.random(rows) < 0.05)
@@ -207,7 +210,7 @@ def _sequenced(codes: UInt8[np.ndarray, "rows sites"], rng: np.random.Generator)
 
 
 def _syllables(number: int) -> str:
-    """A pronounceable word of two syllables or more, another one for each number."""
+    """Returns a pronounceable word of two or more syllables, a different one for each number."""
     consonants, vowels = "bdfgklmnprstvz", "aeiou"
     word = ""
     while number or len(word) < 4:

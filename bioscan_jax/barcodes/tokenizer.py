@@ -1,4 +1,4 @@
-"""DNA to Nucleotide Transformer token ids: the same ids as the published tokenizer, whole Arrow arrays at a time."""
+"""Converts DNA to Nucleotide Transformer token ids, equal to the published tokenizer's, whole Arrow arrays at a time."""
 
 import hashlib
 import itertools
@@ -19,18 +19,24 @@ from bioscan_jax.errors import InputError
 
 _SPECIAL = ("<unk>", "<pad>", "<mask>", "<cls>")
 _LETTERS = "ACGTN"
-# Bits 1 and 2 of an ASCII letter number the bases: A 0, C 1, T 2, G 3 (and N 3, but no 6-mer has an N).
+# Bits 1 and 2 of the ASCII code number the bases: A 0, C 1, T 2, G 3 (N is 3 too, but no 6-mer has an N).
 _CODED = "ACTG"
 _SIXMERS = tuple("".join(bases) for bases in itertools.product(_CODED, repeat=6))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a checkpoint in the order of their ids."""
+    """The tokens of a checkpoint in the order of their ids.
+
+    Example:
+        >>> vocabulary = Vocabulary.published("v2")
+        >>> len(vocabulary.tokens), vocabulary.cls_id, vocabulary.pad_id
+        (4107, 3, 1)
+    """
 
     tokens: tuple[str, ...] = field(repr=False)
     source: str = field(compare=False)
-    """File the tokens were read from, for messages."""
+    """File that the tokens were read from, for messages."""
 
     def __post_init__(self) -> None:
         repeated = [token for token, times in Counter(self.tokens).items() if times > 1]
@@ -48,10 +54,10 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> "Vocabulary":
-        """Reads a checkpoint's vocab.txt: one token a line, the line number is the id.
+        """Reads a checkpoint's vocab.txt: one token per line; its id is the line number from 0.
 
         Raises:
-            InputError: The file cannot be read, or lacks, repeats or adds a token that matters.
+            InputError: The file cannot be read, a token is missing or repeated, or one is not a 6-mer vocabulary's.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -61,7 +67,7 @@ class Vocabulary:
 
     @classmethod
     def published(cls, family: Literal["v1", "v2"]) -> "Vocabulary":
-        """Makes the vocabulary published with a model family, for checkpoints that come without one.
+        """Returns the vocabulary published with a model family, for checkpoints that have none.
 
         Source: vocab.txt of InstaDeepAI/nucleotide-transformer-2.5b-multi-species (v1) and
         InstaDeepAI/nucleotide-transformer-v2-500m-multi-species (v2).
@@ -72,7 +78,7 @@ class Vocabulary:
         return cls((*_SPECIAL, *before, *sixmers, *"ATCGN", *after), f"published {family} vocabulary")
 
     def text(self) -> str:
-        """The content of a vocab.txt, without a line end after the last token, as published."""
+        """Returns the content of the vocab.txt as published: no line end after the last token."""
         return "\n".join(self.tokens)
 
     @cached_property
@@ -86,27 +92,27 @@ class Vocabulary:
 
     @property
     def cls_id(self) -> int:
-        """Id put before each sequence."""
+        """Id of the token before each sequence."""
         return self._ids["<cls>"]
 
     @property
     def pad_id(self) -> int:
-        """Id that fills a row of a batch."""
+        """Id of padding."""
         return self._ids["<pad>"]
 
     @property
     def mask_id(self) -> int:
-        """Id of a token to be predicted."""
+        """Id of a masked token, which the model predicts."""
         return self._ids["<mask>"]
 
     @property
     def unk_id(self) -> int:
-        """Id of what is not in the vocabulary; `encode` never gives it."""
+        """Id of an unknown token; `encode` never returns it."""
         return self._ids["<unk>"]
 
     @cached_property
     def letter_ids(self) -> Int32[np.ndarray, "256"]:
-        """Id of each single letter by its ASCII code; -1 for all but A, C, G, T and N."""
+        """Id of each single letter, indexed by ASCII code; -1 for all but A, C, G, T and N."""
         ids = np.full(256, -1, np.int32)
         for letter in _LETTERS:
             ids[ord(letter)] = self._ids[letter]
@@ -114,26 +120,34 @@ class Vocabulary:
 
     @cached_property
     def sixmer_ids(self) -> Int32[np.ndarray, "4096"]:
-        """Id of each 6-mer by its number in base 4, most significant first, A 0, C 1, T 2, G 3."""
+        """Id of each 6-mer, indexed by its number in base 4: most significant base first, A 0, C 1, T 2, G 3."""
         return np.array([self._ids[sixmer] for sixmer in _SIXMERS], np.int32)
 
 
 def encode(sequences: pa.LargeStringArray, vocabulary: Vocabulary) -> TokenRows:
-    """Turns cleaned sequences into token ids.
+    """Converts cleaned sequences to token ids.
 
-    The ids are those of `transformers.EsmTokenizer(vocab_file, eos_token=None)`: CLS, then for each stretch between
-    Ns 6-mers from its left end and the rest as single letters, each N a token of its own.
+    The ids equal those of `transformers.EsmTokenizer(vocab_file, eos_token=None)`: CLS first; each stretch between Ns
+    is read in 6-mers from its left end, and its rest as single letters; each N is a token of its own.
 
     Args:
-        sequences: Strings of A, C, G, T and N, as `sequences.clean` gives them.
-        vocabulary: The checkpoint's own.
+        sequences: Strings of A, C, G, T and N, such as `clean` returns.
+        vocabulary: The checkpoint's vocabulary.
 
     Raises:
         InputError: A row is null or has another character.
+
+    Example:
+        >>> vocabulary = Vocabulary.published("v2")
+        >>> rows = encode(pa.array(["ACGTACGT", "ANC"], pa.large_string()), vocabulary)
+        >>> [vocabulary.tokens[i] for i in rows.ids]
+        ['<cls>', 'ACGTAC', 'G', 'T', '<cls>', 'A', 'N', 'C']
+        >>> rows.lengths
+        array([4, 4])
     """
     if sequences.null_count:
         row = int(np.flatnonzero(sequences.is_null().to_numpy(zero_copy_only=False))[0])
-        raise InputError(f"encode got a null at row {row}; pass the strings through sequences.clean first")
+        raise InputError(f"encode got a null at row {row}; pass the strings through bioscan_jax.clean first")
     text, offsets = string_bytes(sequences)
     ids, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
     for first, last in row_blocks(offsets):
@@ -155,8 +169,8 @@ def _encode_block(
     n_positions: Int64[np.ndarray, " unknown_bases"],
     vocabulary: Vocabulary,
 ) -> tuple[Int32[np.ndarray, " tokens"], Int64[np.ndarray, " rows"]]:
-    """Ids of all rows one after another, and the tokens of each row."""
-    # A run is a stretch without N together with the token before it: CLS for the first run of a row, else N.
+    """Returns the ids of all rows, one row after another, and the number of tokens of each row."""
+    # A run is a stretch without N and the token before it: CLS for the first run of a row, else N.
     row_starts = offsets[:-1]
     runs = len(row_starts) + len(n_positions)
     row_runs = np.arange(len(row_starts)) + np.searchsorted(n_positions, row_starts)
@@ -171,8 +185,8 @@ def _encode_block(
     tokens = 1 + sixmers + rest
     heads = np.cumsum(tokens) - tokens
 
-    # The number of the 6-mer at each position, shifted by the 6 places that a run's head stands before its start;
-    # single letters read up to 25 places past the end of their run, and are put right below.
+    # The number of the 6-mer at each position, shifted by 6 since a run's head has the position 6 before its start.
+    # Single letters read up to 25 positions past the end of their run and are overwritten below.
     bases = np.zeros(6 + len(text) + 25, np.uint8)
     bases[6 : 6 + len(text)] = (text >> 1) & 3
     trimers = (bases[:-2] << 4) | (bases[1:-1] << 2) | bases[2:]

@@ -1,8 +1,8 @@
-"""Views of a sequence: windows, strands and start phases, each one row of tokens.
+"""Views of a sequence: its windows, strands and start phases, each tokenised as one row.
 
-Non-overlapping 6-mers change completely when a read starts one base later or runs on the other strand, and a long
-sequence does not fit the model at once. All three are answered alike: a sequence has one or more views, and its vector
-is their mean weighted by tokens.
+Non-overlapping 6-mers change completely if a read starts one base later or comes from the other strand, and a long
+sequence does not fit the model. In all three cases a sequence has several views, and its vector is their mean, weighted
+by tokens.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 
 @dataclass(frozen=True)
 class Views:
-    """The token rows of some sequences."""
+    """The views of some sequences."""
 
     tokens: TokenRows
     owner: Int[np.ndarray, " views"]
     """Index of the sequence each view belongs to, ascending."""
     overlong: Bool[np.ndarray, " sequences"]
-    """Sequences with a view of more than max_tokens tokens before it was cut."""
+    """Whether each sequence has a view that was longer than max_tokens before cutting."""
 
 
 def cut_views(
@@ -40,13 +40,13 @@ def cut_views(
     """Tokenises every view of cleaned sequences.
 
     Args:
-        sequences: Cleaned (ACGTN), none empty.
-        vocabulary: Of the model.
-        max_tokens: Longest row, CLS included.
-        overlong: `truncate` keeps the first max_tokens tokens; `window` cuts a view into the fewest windows of nearly
-            equal size; `error` leaves every view of such a sequence out (the caller rejects it).
+        sequences: Cleaned sequences, none empty.
+        vocabulary: The model's vocabulary.
+        max_tokens: Most tokens per view, with CLS.
+        overlong: `truncate` keeps the first max_tokens tokens; `window` splits a view into the fewest windows of nearly
+            equal size; `error` returns no view of such a sequence (the caller rejects it).
         strand: `both` adds the views of the reverse complement.
-        phases: Views start at bases 0 to phases - 1; a start past the end gives no view.
+        phases: Views start at bases 0 to phases - 1; there is none for a start past the end.
     """
     strands = [sequences] + [reverse_complement(sequences)] * (strand == "both")
     rows, owners = [], []
@@ -81,10 +81,10 @@ def _concatenate(rows: list[TokenRows]) -> TokenRows:
 def _cut(
     tokens: TokenRows, rows: Int[np.ndarray, " rows"], pieces: Int[np.ndarray, " rows"], max_tokens: int
 ) -> TokenRows:
-    """Picks rows and cuts each into `pieces`, every piece with the row's CLS in front, none over max_tokens."""
+    """Selects rows and splits each into `pieces`, each with CLS in front and at most max_tokens long."""
     lengths = tokens.lengths[rows]
-    whole = len(rows) == len(tokens) and (rows == np.arange(len(rows))).all()
-    if whole and (pieces == 1).all() and lengths.max(initial=0) <= max_tokens:
+    all_rows = len(rows) == len(tokens) and (rows == np.arange(len(rows))).all()
+    if all_rows and (pieces == 1).all() and lengths.max(initial=0) <= max_tokens:
         return tokens
     source = np.repeat(rows, pieces)
     number = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioscan_jax.barcodes import cleaning as sequences_module
+from bioscan_jax.barcodes import cleaning
 from bioscan_jax.barcodes.cleaning import (
     REASONS,
     CleaningCounts,
@@ -104,7 +104,7 @@ def test_the_arrow_layout_does_not_matter(values: list[str | None], data: st.Dat
 def test_blocks_do_not_show(values: list[str | None]):
     whole = clean(pa.array(values, pa.string()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequences_module, "_BLOCK_BYTES", 7)
+        patch.setattr(cleaning, "_BLOCK_BYTES", 7)
         blocked = clean(pa.array(values, pa.string()))
     assert blocked.sequences.equals(whole.sequences)
     assert blocked.reasons.equals(whole.reasons)
@@ -198,7 +198,7 @@ def test_both_take_slices():
 
 def test_reverse_complement_refuses_what_was_not_cleaned():
     rows = large(["GGGG", "ACGT", "", "ACrT"])[1:]
-    with pytest.raises(InputError, match=r"reverse_complement got 'r' at base 2 of row 2; .*sequences\.clean"):
+    with pytest.raises(InputError, match=r"reverse_complement got 'r' at base 2 of row 2; .*bioscan_jax\.clean"):
         reverse_complement(rows)
 
 
@@ -226,4 +226,4 @@ def test_row_blocks_hold_each_row_once_and_stay_small(lengths: list[int]):
     blocks = list(row_blocks(offsets))
     assert [row for first, last in blocks for row in range(first, last)] == list(range(len(lengths)))
     for first, last in blocks:
-        assert last == first + 1 or offsets[last - 1] - offsets[first] < 2 * sequences_module._BLOCK_BYTES
+        assert last == first + 1 or offsets[last - 1] - offsets[first] < 2 * cleaning._BLOCK_BYTES

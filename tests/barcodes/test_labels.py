@@ -248,7 +248,7 @@ def test_species_are_binomials(genus: str | None, species: str | None, known: tu
 @pytest.mark.parametrize("text", ["Animalia", "a;b;c;d;e;f", "a;b;c;d;e;f;g;"])
 def test_a_lineage_of_other_than_seven_fields_is_quoted(text: str):
     table = pa.table({"taxonomy": ["a;;;;;;", None, text]})
-    with pytest.raises(InputError, match=re.escape(f"the lineage {text!r} has {text.count(';') + 1} fields; write")):
+    with pytest.raises(InputError, match=re.escape(f"the lineage {text!r} has {text.count(';') + 1} fields")):
         read_lineages(table)
 
 
@@ -257,7 +257,7 @@ def test_missing_or_mistyped_columns_are_named():
         read_lineages(pa.table({"sequence_id": ["a"], "genus": ["Bombus"]}))
     with pytest.raises(InputError, match="the columns are: none$"):
         read_lineages(pa.table({}))
-    with pytest.raises(InputError, match="column 'taxonomy' has the Arrow type int64; write names as text"):
+    with pytest.raises(InputError, match="column 'taxonomy' has the Arrow type int64"):
         read_lineages(pa.table({"taxonomy": [1]}))
 
 
@@ -404,15 +404,13 @@ def test_many_lineages_in_many_blocks_are_merged_on_the_way(monkeypatch: pytest.
 
 
 def test_rows_without_anything_to_learn_are_refused():
-    with pytest.raises(InputError, match="no rows to take labels from; pass --data.path"):
+    with pytest.raises(InputError, match="no labelled rows.*--data.path"):
         LabelSpace.build([])
-    with pytest.raises(InputError, match="no rows to take labels from"):
+    with pytest.raises(InputError, match="no labelled rows"):
         LabelSpace.build([as_table([])])
-    with pytest.raises(
-        InputError, match="none of the 3 rows has a known name at any rank; write names into 'taxonomy'"
-    ):
+    with pytest.raises(InputError, match="none of the 3 rows has a known name.*'taxonomy'"):
         LabelSpace.build([as_table([(None,) * 7, ("unknown",) * 7]), as_text([(None,) * 7])])
-    with pytest.raises(InputError, match=r"all labelled rows are Ka;;Ca;;;;, so there is nothing to tell apart; add"):
+    with pytest.raises(InputError, match="all labelled rows are Ka;;Ca;;;;, .*add rows"):
         LabelSpace.build([as_table([("Ka", None, "Ca", *[None] * 4), (None,) * 7])])
 
 
@@ -428,7 +426,7 @@ def test_a_damaged_file_is_refused_wherever_the_damage_is(saved: Path):
     whole = saved.read_bytes()
     for at in range(0, len(whole), 3):
         saved.write_bytes(whole[:at])
-        with pytest.raises(InputError, match=r"space\.json is not a label space or is damaged; build"):
+        with pytest.raises(InputError, match=r"space\.json is not a label space"):
             LabelSpace.load(saved)
         saved.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(InputError, match=r"space\.json (is not a label space|does not match its checksum)"):
@@ -438,13 +436,13 @@ def test_a_damaged_file_is_refused_wherever_the_damage_is(saved: Path):
 @pytest.mark.parametrize("text", ["[]", "{}", "1", "null", '"a"', "[" * 100_000])
 def test_another_json_file_is_refused(tmp_path: Path, text: str):
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(InputError, match=r"other\.json is not a label space or is damaged; build or copy it again"):
+    with pytest.raises(InputError, match=r"other\.json is not a label space"):
         LabelSpace.load(tmp_path / "other.json")
 
 
 def test_another_version_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("bioscan_jax.barcodes.labels.VERSION", 2)
-    with pytest.raises(InputError, match=r"space\.json has version 1, this library reads 2; build the space again"):
+    monkeypatch.setattr("bioscan_jax.barcodes.labels._VERSION", 2)
+    with pytest.raises(InputError, match=r"space\.json has version 1, .* 2"):
         LabelSpace.load(saved)
 
 
@@ -452,7 +450,7 @@ def test_an_edited_count_is_noticed(saved: Path):
     content = json.loads(saved.read_bytes())
     content["counts"][0][0] += 1
     saved.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="does not match its checksum; it is damaged or was edited"):
+    with pytest.raises(InputError, match="does not match its checksum"):
         LabelSpace.load(saved)
 
 
