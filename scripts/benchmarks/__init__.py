@@ -1,4 +1,7 @@
-"""Measurements that anyone can repeat: what is compared is first checked to give the same, then timed in turns."""
+"""Repeatable comparisons with other programs: results are first checked to agree, then timed in turns.
+
+To add one, write a function that returns `Figures` and enter it in `BENCHMARKS`.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -18,4 +21,4 @@ BENCHMARKS: Mapping[str, Callable[..., Figures]] = {
     "finetune": finetune,
     "identify": identify,
 }
-"""By the name that scripts/benchmark.py takes; the parameters are its flags."""
+"""Benchmarks by the name that `bioscan benchmark` takes; a function's parameters are the flags."""

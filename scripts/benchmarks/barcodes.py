@@ -1,4 +1,4 @@
-"""Rows to measure with: real ones if a path is given, simulated ones else."""
+"""Barcodes to measure with: from a file if one is given, simulated otherwise."""
 
 import tempfile
 from pathlib import Path
@@ -15,17 +15,17 @@ _BARCODE_BASES = 658
 
 
 def describe_input(data: config.DataConfig | None, seed: int) -> str:
-    """What the rows are, for the figures."""
+    """Describes the barcodes, as an entry of the figures."""
     return f"simulated, seed {seed}" if data is None else f"{data.path}, seed {seed}"
 
 
 def barcodes(data: config.DataConfig | None, rows: int, seed: int) -> pa.ChunkedArray:
-    """Consecutive sequences, from a random row on; fewer where there are fewer.
+    """Returns consecutive sequences from a random row on; all of them if there are fewer than `rows`.
 
     Args:
-        data: Where they are; simulated ones of 658 bp if absent.
-        rows: How many.
-        seed: Of the simulation, or of the first row.
+        data: Source of the barcodes; 658 bp are simulated if absent.
+        rows: Number of sequences.
+        seed: Random seed of the simulation, or of the first row.
     """
     if data is None:
         table = simulate(species=-(-rows // 10), per_species=10, length=_BARCODE_BASES, seed=seed)
@@ -41,7 +41,7 @@ def barcodes(data: config.DataConfig | None, rows: int, seed: int) -> pa.Chunked
 
 
 def write_repeated(sequences: pa.ChunkedArray, rows: int, path: Path) -> None:
-    """Writes the sequences over and over until there are `rows` of them, each row with an id of its own."""
+    """Writes `rows` rows to a Parquet file, repeating the sequences under new ids."""
     schema = pa.schema([("sequence_id", pa.string()), ("dna_sequence", pa.string())])
     texts = sequences.cast(pa.string())
     with pq.ParquetWriter(path, schema) as writer:

@@ -1,4 +1,4 @@
-"""Checkpoints of seeded random weights, for ours and theirs to read."""
+"""Checkpoints with seeded random weights that both sides of a comparison read."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _ONE_FILE = 1 << 50
 
 
 def preset_size(preset: str) -> TransformerConfig:
-    """The size of a published model.
+    """Returns the configuration of a published model.
 
     Raises:
         InputError: There is no such preset.
@@ -29,7 +29,7 @@ def preset_size(preset: str) -> TransformerConfig:
 
 
 def write_random(directory: Path, transformer: TransformerConfig, seed: int) -> NucleotideTransformer:
-    """Writes a float32 checkpoint in one safetensors file under the published names, and gives its model."""
+    """Writes a float32 checkpoint in one safetensors file under the published names; returns its model."""
     model = random_model(transformer, jnp.float32, make_layout(config.MeshConfig(data=1)), seed=seed, lm_head=True)
     nothing = Provenance(model="random", revision=None, weights_sha256="none", license=None, dtype="float32")
     vocabulary = Vocabulary.published("v2" if transformer.gated else "v1")

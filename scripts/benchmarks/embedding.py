@@ -1,4 +1,4 @@
-"""From a Parquet file to a Lance table: ours, PyTorch as it was used, and PyTorch as well as it can be."""
+"""Embedding from a Parquet file to a Lance table: ours, PyTorch as it was used, and PyTorch at its best."""
 
 import statistics
 import tempfile
@@ -35,20 +35,20 @@ def embed(
 ) -> Figures:
     """Compare embedding with PyTorch: the same random weights and rows, end to end from Parquet to a Lance table.
 
-    Each run is a process of its own on all cores, in turns; rates are rows by wall time, medians of the runs. Loading
-    the model counts for none; `ours_with_compiling` counts the first compilation too, which the cache saves later
-    runs. `padded` is the old workflow: each row at the model's longest, batch after batch; it is measured on a few
-    rows, and its rate taken for all. `sorted` goes by length, pads to the longest of a batch and fills our token
-    budget; `tuned` does so with the budget, of four, that is fastest for it on this machine.
+    Each run is a process of its own on all cores, in turns; rates are rows per second of wall time, medians of the
+    runs. Loading the model is never counted; `ours_with_compiling` includes the first compilation, which the cache
+    saves in later runs. `padded` is the old workflow, in which each row is padded to the model's longest; it is
+    measured on a few rows, and its rate is taken for all. `sorted` sorts by length, pads to the longest row of a batch
+    and fills our token budget; `tuned` does so with the fastest of four budgets on this machine.
 
     Args:
-        data: Barcodes to take; simulated ones of 658 bp if absent.
-        rows: Rows to take, from a random one on.
+        data: Barcodes to embed; 658 bp are simulated if absent.
+        rows: Number of rows, from a random one on.
         preset: Size of the model.
-        seed: Of the weights, and of the simulation or the first row to take.
-        repeats: Times that each is run.
-        batch_tokens: Token budget of a batch of ours, and the largest of theirs.
-        padded_rows: Rows that the old workflow is measured on, as one batch.
+        seed: Random seed of the weights, and of the simulation or the first row.
+        repeats: Runs of each.
+        batch_tokens: Token budget of a batch: ours, and the largest of theirs.
+        padded_rows: Rows on which the old workflow is measured, as one batch.
         deduplicated: Also measure ours, `sorted` and `tuned` on the distinct rows alone.
 
     Raises:
@@ -113,7 +113,7 @@ def _compared(prefix: str, rows: int, ours: list[dict[str, float]], seconds: dic
 
 
 def embed_ours(checkpoint: str, path: str, sink: str, batch_tokens: int) -> dict[str, float]:
-    """One run in this process: seconds after loading, of which those for compiling apart."""
+    """Runs `embed` once in this process; returns its seconds without loading, and those of compiling separately."""
     summary = run_embed(
         config.ModelConfig(checkpoint=checkpoint, dtype="float32"),
         config.DataConfig(path=path),
@@ -132,7 +132,7 @@ def embed_ours(checkpoint: str, path: str, sink: str, batch_tokens: int) -> dict
 
 
 def check_same_vectors(ours: str, theirs: str) -> None:
-    """Raises RuntimeError where two tables' vectors differ for an id: their speeds say nothing then."""
+    """Raises RuntimeError if the vectors of two tables differ for an id, since their speeds mean nothing then."""
     tables = []
     for path in (ours, theirs):
         dataset = open_dataset(path)

@@ -1,4 +1,4 @@
-"""What a benchmark found: as lines, as JSON, as a picture; and how times are taken."""
+"""Results of a benchmark as lines, JSON and picture, and functions that measure time."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.output import whole_file
 
 Figures = dict[str, int | float | str]
-"""What a benchmark found and on what, in the order in which it is printed."""
+"""Results of a benchmark and what they were measured on, in the order in which they are printed."""
 
 
 def describe(figures: Figures) -> str:
-    """The figures as lines for the terminal; numbers are those of `write_json`."""
+    """Formats the figures as lines for the terminal, with the same numbers as `write_json`."""
     width = max(map(len, figures))
     return "\n".join(f"{k:>{width}}  {v if isinstance(v, str) else f'{v:,}'}" for k, v in figures.items())
 
@@ -39,7 +40,7 @@ def write_json(figures: Figures, path: str) -> None:
 
 
 def write_picture(figures: Figures, path: str, title: str) -> None:
-    """Draws the rates, or else the seconds, that were compared, as bars; beside them the ratios as text.
+    """Draws the compared rates, or else seconds, as bars, with the ratios in the title.
 
     Raises:
         InputError: It cannot be written.
@@ -70,23 +71,23 @@ def write_picture(figures: Figures, path: str, title: str) -> None:
 
 
 def require(*modules: str) -> None:
-    """Raises InputError where a peer to compare with is not installed."""
+    """Raises InputError if a package to compare with is not installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{' and '.join(missing)} is not installed: run pip install -e '.[parity]' to compare with it")
 
 
 def at_least(**flags: tuple[int, int]) -> None:
-    """Raises InputError for a flag whose value is below its least one."""
+    """Raises InputError for a flag whose value is below its minimum."""
     for flag, (value, least) in flags.items():
         if value < least:
             raise InputError(f"--{flag} {value} is too small; pass at least {least}")
 
 
 def median_core_seconds(tasks: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Processor time of each task, summed over cores: the median over rounds in which each is run once.
+    """Returns the median processor time of each task, summed over cores.
 
-    Other work on the machine does not count, as it would in wall time, and a task gains nothing by using more cores.
+    Unlike wall time it does not include other work on the machine, and a task gains nothing from more cores.
     """
     return median_seconds(tasks, repeats, time.process_time)
 
@@ -94,47 +95,56 @@ def median_core_seconds(tasks: Mapping[str, Callable[[], object]], repeats: int)
 def median_seconds(
     tasks: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Time of each task by a clock: the median over rounds in which each is run once."""
+    """Returns the median time of each task."""
+    return {name: statistics.median(taken) for name, taken in run_in_turns(tasks, repeats, clock).items()}
+
+
+def run_in_turns(
+    tasks: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Runs all tasks once in each of `repeats` rounds; returns the times of each."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):
         for name, task in tasks.items():
             start = clock()
             task()
             seconds[name].append(clock() - start)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+    return seconds
 
 
 def in_a_process(function: str, **arguments: Any) -> Any:
-    """What `module:function` returns for these arguments in a fresh Python process; both are plain JSON values.
+    """Calls `module:function` in a new Python process; arguments and result are plain JSON values.
 
     Raises:
-        RuntimeError: It failed; its last line is told.
+        RuntimeError: It failed; the message ends with the last line of its stderr.
     """
     module, name = function.split(":")
     program = f"import json, sys; from {module} import {name} as f; print(json.dumps(f(**json.loads(sys.argv[1]))))"
     command = [sys.executable, "-c", program, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": paths}  # it finds this package from any current directory
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{function} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rest(memory: int) -> None:
-    """Lets the disk take what was written, and touches so many bytes in a process that ends.
+def settle(memory: int) -> None:
+    """Flushes files to disk and touches `memory` bytes in a short-lived process, before a measurement.
 
-    The first touch of a page is dear on a virtual machine whose host has to back it: seconds a GiB where later ones
-    take a tenth of one. What is measured next finds them touched.
+    On a virtual machine the first touch of a page is slow, since the host has to provide it: seconds per GiB, against
+    a tenth of a second later. The measured process then finds its pages provided.
     """
     os.sync()
     in_a_process("benchmarks.figures:touch", memory=memory)
 
 
 def touch(memory: int) -> None:
-    """Writes to each page of so many bytes."""
+    """Writes to each page of `memory` bytes."""
     np.empty(memory, np.uint8)[::4096] = 1
 
 
 def rounded(value: float) -> float | int:
-    """Four significant digits: more of them would be noise."""
+    """Rounds to four significant digits; more would be noise."""
     short = float(f"{value:.4g}")
     return int(short) if short >= 1000 else short

@@ -1,4 +1,4 @@
-"""One LoRA step: ours, and PyTorch with PEFT."""
+"""One LoRA training step: ours, and PyTorch with PEFT."""
 
 import tempfile
 import warnings
@@ -33,16 +33,16 @@ def finetune(
 ) -> Figures:
     """Compare a LoRA step with PyTorch and PEFT: same weights, batch, adapters (query and value), AdamW and clipping.
 
-    The task is masked 6-mers, whose loss is first checked to be the same. Both run in one process on all cores in
-    turns; rates are rows by the median of the wall time of a step, after two steps that do not count.
+    The objective is masked 6-mers, whose loss is first checked to agree. Both run in one process on all cores in
+    turns; rates are rows per second of the median wall time of a step, after two warm-up steps.
 
     Args:
         preset: Size of the model.
         batch_size: Rows of a step.
-        tokens: Of each row, none of them padding; 112 are a barcode of 658 bp.
-        rank: Of the adapters.
-        seed: Of weights and rows.
-        repeats: Steps of each that are timed.
+        tokens: Tokens of each row, without padding; 112 are a barcode of 658 bp.
+        rank: Rank of the adapters.
+        seed: Random seed of the weights and the rows.
+        repeats: Timed steps of each.
 
     Raises:
         InputError: A number is too small, a preset unknown, or PyTorch or PEFT not installed.
@@ -78,14 +78,14 @@ def finetune(
 
 
 def _rows(transformer: TransformerConfig, rows: int, tokens: int, seed: int) -> np.ndarray:
-    """Rows of random 6-mers after CLS; the first ids are special ones."""
+    """Returns rows of random 6-mers after CLS; the lowest ids are special tokens."""
     ids = np.random.default_rng(seed).integers(10, transformer.vocab_size - 10, (rows, tokens)).astype(np.int32)
     ids[:, 0] = _CLS
     return ids
 
 
 def check_same_loss(ours: NucleotideTransformer, theirs: Any, ids: np.ndarray) -> None:
-    """Raises RuntimeError where the loss of all tokens differs: the speeds say nothing then."""
+    """Raises RuntimeError if the losses over all tokens differ, since the speeds mean nothing then."""
     import torch
 
     given = jnp.asarray(ids)
@@ -125,7 +125,7 @@ def _their_step(model: Any, ids: np.ndarray, lora: config.LoRAConfig, train: con
     targets = list(lora.targets)
     wanted = LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), lora_dropout=lora.dropout, target_modules=targets)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is to go
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses a deprecated name of transformers
         adapted = get_peft_model(model, wanted).train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)

@@ -1,4 +1,4 @@
-"""Barcodes to names: ours and VSEARCH's, right and wrong beside fast and slow. Needs the program vsearch."""
+"""Identification of barcodes, ours and VSEARCH's: fraction right and seconds. Needs the program vsearch."""
 
 import shutil
 import statistics
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.figures import Figures, at_least, in_a_process, rounded
+from benchmarks.figures import Figures, at_least, in_a_process, rounded, run_in_turns
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS, read_lineages
 from bioscan_jax.barcodes.simulate import simulate
@@ -23,11 +23,11 @@ from bioscan_jax.matching.queries import open_queries
 
 _OURS = "benchmarks.identifying:identify_ours"
 _SETTINGS = {"vsearch_quick": (8, 64), "vsearch_deep": (64, 256)}
-"""Accepted and rejected targets after which VSEARCH stops looking."""
+"""Numbers of accepted and rejected targets after which VSEARCH stops searching."""
 _SHOWN = ("order", "family", "genus", "species")
 _SIMULATED_SPECIES, _SIMULATED_ROWS = 120, 8
 Names = list[list[str | None]]
-"""Of each of RANKS, one a row."""
+"""For each of RANKS, one name per row."""
 
 
 def identify(
@@ -46,23 +46,23 @@ def identify(
     """Compare identification by vectors and alignment with VSEARCH's, on the same labelled barcodes and cores.
 
     Each run is a process of its own from files to a file, in turns; seconds are wall time with start and imports,
-    medians of the runs (ours after the first finds its compiled programs). `reference_seconds` is the embedding of the
-    reference, which is done once. Rates of right names count barcodes that are not named as wrong and leave out those
-    whose name is unknown; there is no cutoff. VSEARCH is `--usearch_global`, its best hit's names; quick is
-    `--maxaccepts 8 --maxrejects 64`, deep `64 256`.
+    medians of the runs (ours finds its compiled programs in the cache after the first). `reference_seconds` is the
+    embedding of the reference, which is done once. The fractions of right names count unnamed barcodes as wrong and
+    leave out barcodes whose true name is unknown; there is no cutoff. VSEARCH is `--usearch_global` with the names of
+    its best hit; quick is `--maxaccepts 8 --maxrejects 64`, deep `64 256`.
 
     Args:
         reference: Parquet with labels; simulated barcodes if absent.
         queries: Parquet with labels.
-        checkpoint: The model; random weights show what vectors give for nothing.
-        layer: Hidden state to pool, 0 the embeddings.
+        checkpoint: The model; random weights show what untrained vectors achieve.
+        layer: Hidden state to pool; 0 is the embeddings.
         phases: Start offsets of the 6-mers to average.
         k: Nearest neighbours of a query that are aligned.
         processes: Processes of ours, threads of VSEARCH.
-        group: Column of the queries; its values are told apart.
-        check_recall: Queries to align with the whole reference too, outside the timing; 0 for none.
-        repeats: Times that each is run.
-        seed: Of the weights and the simulation.
+        group: Column of the queries; results are given for each of its values.
+        check_recall: Queries that are also aligned with the whole reference, outside the timing; 0 for none.
+        repeats: Runs of each.
+        seed: Random seed of the weights and the simulation.
 
     Raises:
         InputError: A number is too small, VSEARCH is not installed, or a file is missing or has no labels.
@@ -77,9 +77,9 @@ def identify(
         at = Path(directory)
         if reference is None or queries is None:
             reference, queries = _simulated(at, seed)
-            told = f"simulated, seed {seed}"
+            source = f"simulated, seed {seed}"
         else:
-            told = f"{queries} against {reference}"
+            source = f"{queries} against {reference}"
         library, asked = _read(reference, at / "reference.fasta"), _read(queries, at / "queries.fasta")
         uri, begun = str(at / "db"), time.perf_counter()
         embed(
@@ -90,7 +90,7 @@ def identify(
             config.MeshConfig(compilation_cache=None),
             progress=False,
         )
-        found: Figures = {"input": told, "checkpoint": checkpoint, "references": library.num_rows}
+        found: Figures = {"input": source, "checkpoint": checkpoint, "references": library.num_rows}
         found |= {"rows": asked.num_rows, "k": k, "processes": processes, "repeats": repeats}
         found |= {"reference_seconds": rounded(time.perf_counter() - begun)}
         ours = {"uri": uri, "queries": queries, "output": str(at / "ours.parquet"), "cache": str(at / "cache")}
@@ -102,12 +102,7 @@ def identify(
             "ours": lambda: in_a_process(_OURS, k=k, processes=processes, check_recall=0, seed=seed, **ours)
         }
         tasks |= {name: task(settings) for name, settings in _SETTINGS.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in tasks}
-        for _ in range(repeats):
-            for name, run in tasks.items():
-                begun = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - begun)
+        seconds = run_in_turns(tasks, repeats)
         for name, taken in seconds.items():
             found[f"{name}_seconds"] = rounded(statistics.median(taken))
         for name in _SETTINGS:
@@ -126,7 +121,7 @@ def identify(
 def identify_ours(
     uri: str, queries: str, output: str, cache: str, k: int, processes: int, check_recall: int, seed: int
 ) -> str | None:
-    """One run in this process; what `--check_recall` found."""
+    """Runs `identify` once in this process; returns the recall that `--check_recall` measured."""
     summary = run_identify(
         config.ReferenceConfig(uri=uri),
         config.QueryConfig(path=queries),
@@ -141,7 +136,7 @@ def identify_ours(
 
 
 def _simulated(at: Path, seed: int) -> tuple[str, str]:
-    """Every fifth species is missing from the reference; of the others one barcode in four is a query."""
+    """Simulates barcodes: every fifth species is missing from the reference, and a quarter of the others are queries."""
     table = simulate(species=_SIMULATED_SPECIES, per_species=_SIMULATED_ROWS, seed=seed)
     species, place = np.divmod(np.arange(table.num_rows), _SIMULATED_ROWS)
     unseen = species % 5 == 0
@@ -153,7 +148,7 @@ def _simulated(at: Path, seed: int) -> tuple[str, str]:
 
 
 def _read(path: str, fasta: Path) -> pa.Table:
-    """All rows of a file; their DNA goes to a FASTA file under the numbers of the rows."""
+    """Reads all rows of a file, and writes their DNA to a FASTA file under the row numbers."""
     source = open_queries(config.QueryConfig(path=path), fasta.parent)
     table = pa.concat_tables([source[block].table for block in range(len(source))])
     if not {"taxonomy", "species"} & set(table.column_names):
@@ -185,7 +180,7 @@ def _version(program: str) -> str:
 
 
 def _names_of_hits(path: Path, library: pa.Table, rows: int) -> Names:
-    """The names of each row's best hit; None where there is no hit."""
+    """Returns the names of each row's best hit; None where there is no hit."""
     target: list[int | None] = [None] * rows
     for line in path.read_text().splitlines():
         query, hit = map(int, line.split("\t"))
@@ -194,7 +189,7 @@ def _names_of_hits(path: Path, library: pa.Table, rows: int) -> Names:
 
 
 def _right(named: dict[str, Names], asked: pa.Table, group: str) -> Figures:
-    """Shares of right names, for each way, group and rank."""
+    """Computes the fraction of right names for each method, group and rank."""
     truth = [names.to_pylist() for names in read_lineages(asked)]
     kinds = np.array(
         asked[group].cast(pa.string()).fill_null("none").to_pylist() if group in asked.column_names else []
@@ -207,7 +202,7 @@ def _right(named: dict[str, Names], asked: pa.Table, group: str) -> Figures:
             i = RANKS.index(rank)
             known = [row for row in rows if truth[i][row] is not None]
             if known:
-                for way, names in named.items():
+                for method, names in named.items():
                     right = sum(names[i][row] == truth[i][row] for row in known)
-                    found[f"{way}_{kind}_{rank}_right"] = rounded(right / len(known))
+                    found[f"{method}_{kind}_{rank}_right"] = rounded(right / len(known))
     return found

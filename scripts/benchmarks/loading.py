@@ -1,4 +1,4 @@
-"""Reading a checkpoint: seconds and host memory, ours and transformers'."""
+"""Loading a checkpoint: seconds and host memory, ours and those of transformers."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 
 from benchmarks.checkpoints import write_random
-from benchmarks.figures import Figures, at_least, in_a_process, require, rest, rounded
+from benchmarks.figures import Figures, at_least, in_a_process, require, rounded, settle
 from bioscan_jax import config
 from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.devices.sharding import make_layout
@@ -26,19 +26,19 @@ _SHAPE = PRESETS["nt-v1-500m"]
 
 
 def load(gib: float = 0.5, form: Literal["safetensors", "bin"] = "bin", seed: int = 0, repeats: int = 3) -> Figures:
-    """Compare loading a float32 checkpoint shaped as the v1 models with transformers' from_pretrained.
+    """Compare loading a float32 checkpoint of the v1 architecture with transformers' from_pretrained.
 
-    Each load is a process of its own, in turns, the file in the page cache and as much memory as it needs touched by
-    a process before it, since on a virtual machine the first touch of a page may take longer than all else. The
-    file is where the hub's client puts it, named by its sha256; of `ours_local` it is a plain one, whose sha256 is
-    formed beside the loading, since provenance needs it. Seconds do not count imports; those of `ours_local` do count
-    the sha256. Peak memory is that of the whole process, and `grown` what it exceeds the memory before the load by.
+    Each load is a process of its own, in turns, with the file in the page cache and as much memory as it needs touched
+    by an earlier process, since on a virtual machine the first touch of a page may take longer than everything else.
+    The file lies where the hub's client stores it, named by its sha256; for `ours_local` it is a plain file, whose
+    sha256 is computed during loading, since provenance needs it. Seconds exclude imports; those of `ours_local` include
+    the sha256. Peak memory is that of the whole process, and `grown` the increase over the memory before the load.
 
     Args:
-        gib: Size of the file; whole layers of the 500M model.
-        form: Of the file.
-        seed: Of the weights.
-        repeats: Times that each is run.
+        gib: Size of the file, rounded to whole layers of the 500M model.
+        form: Format of the file.
+        seed: Random seed of the weights.
+        repeats: Runs of each.
 
     Raises:
         InputError: A number is too small, or PyTorch is not installed.
@@ -65,7 +65,7 @@ def load(gib: float = 0.5, form: Literal["safetensors", "bin"] = "bin", seed: in
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in loads}
         for _ in range(repeats):
             for name, (function, at) in loads.items():
-                rest(2 * size)
+                settle(2 * size)
                 runs[name].append(in_a_process(f"{_HERE}:{function}", directory=str(at)))
     found: Figures = {"file": file.name, "gib": rounded(size / 2**30), "layers": layers, "repeats": repeats}
     for key in ("seconds", "peak_gib", "grown_gib"):
@@ -83,7 +83,7 @@ def write(directory: str, layers: int, seed: int) -> None:
 
 
 def as_bin(directory: str) -> None:
-    """Turns model.safetensors into pytorch_model.bin, as the v1 models are published."""
+    """Converts model.safetensors to pytorch_model.bin, as the v1 models are published."""
     import torch
     from safetensors.torch import load_file
 
@@ -93,7 +93,7 @@ def as_bin(directory: str) -> None:
 
 
 def _as_in_the_hub_cache(checkpoint: Path) -> Path:
-    """Moves the weights to where a link to blobs/SHA256 leads, and returns their name."""
+    """Moves the weights to blobs/SHA256, and returns the link that points to them."""
     [file] = [file for file in checkpoint.iterdir() if file.suffix in (".bin", ".safetensors")]
     with open(file, "rb") as opened:
         blob = checkpoint.parent / "blobs" / hashlib.file_digest(opened, "sha256").hexdigest()
@@ -104,7 +104,7 @@ def _as_in_the_hub_cache(checkpoint: Path) -> Path:
 
 
 def load_ours(directory: str) -> dict[str, float]:
-    """One load in this process."""
+    """Loads the checkpoint once in this process."""
     layout = make_layout(config.MeshConfig(data=1))
     before, start = resident_bytes(), time.perf_counter()
     loaded = load_weights(config.ModelConfig(checkpoint=directory, dtype="float32"), layout, lm_head=True)
@@ -114,7 +114,7 @@ def load_ours(directory: str) -> dict[str, float]:
 
 
 def load_transformers(directory: str) -> dict[str, float]:
-    """One load in this process; each parameter is looked at, since safetensors maps the file."""
+    """Loads the checkpoint once in this process and reads each parameter, since safetensors only maps the file."""
     import torch
     from transformers import EsmForMaskedLM
     from transformers.utils import logging

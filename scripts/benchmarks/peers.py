@@ -1,10 +1,10 @@
-"""PyTorch and transformers on the same weights and rows: what people would use instead. Needs the extra `parity`."""
+"""PyTorch and transformers on the same weights and rows, as an alternative. Needs the extra `parity`."""
 
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,21 +20,17 @@ _TIMED_WIDTH = 128
 
 
 def torch_model(directory: str) -> "EsmForMaskedLM":
-    """A published checkpoint in float32, in evaluation mode; transformers has no class for v2, so that is made here.
+    """Loads a published checkpoint in float32, in evaluation mode.
 
     Args:
-        directory: With config.json and model.safetensors.
+        directory: Directory with config.json and model.safetensors.
 
     Raises:
         RuntimeError: A parameter has no value in the file.
     """
     from safetensors.torch import load_file
-    from transformers import EsmForMaskedLM
 
-    transformer = read_config(Path(directory))
-    model = EsmForMaskedLM(_esm_config(transformer)).eval()
-    if transformer.gated:
-        _gate(model, transformer)
+    model = esm_model(read_config(Path(directory)), attention="sdpa")
     state = load_file(f"{directory}/model.safetensors")
     missing = model.load_state_dict(state, strict=False).missing_keys
     lacking = [name for name in missing if "inv_freq" not in name and "decoder.bias" not in name]
@@ -43,10 +39,11 @@ def torch_model(directory: str) -> "EsmForMaskedLM":
     return model
 
 
-def _esm_config(transformer: TransformerConfig) -> Any:
-    from transformers import EsmConfig
+def esm_model(transformer: TransformerConfig, attention: Literal["sdpa", "eager"]) -> "EsmForMaskedLM":
+    """Creates an ESM model in evaluation mode, with untied embeddings; transformers has no class for v2's gates."""
+    from transformers import EsmConfig, EsmForMaskedLM
 
-    return EsmConfig(
+    esm = EsmConfig(
         vocab_size=transformer.vocab_size,
         mask_token_id=transformer.mask_token_id,
         pad_token_id=transformer.pad_token_id,
@@ -62,12 +59,16 @@ def _esm_config(transformer: TransformerConfig) -> Any:
         emb_layer_norm_before=False,
         token_dropout=transformer.token_dropout,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue] - taken by the base class
+        attn_implementation=attention,  # pyright: ignore[reportCallIssue] - taken by the base class
     )
+    model = EsmForMaskedLM(esm).eval()
+    if transformer.gated:
+        _gate(model, transformer)
+    return model
 
 
 def _gate(model: "EsmForMaskedLM", transformer: TransformerConfig) -> None:
-    """Puts v2's feed-forward in place of ESM's: SiLU of the first half times the second, no biases."""
+    """Replaces ESM's feed-forward by that of v2: SiLU of the first half times the second, no biases."""
     import torch
 
     width, inner = transformer.hidden_size, transformer.intermediate_size
@@ -102,18 +103,18 @@ def embed_rows(
     batch_rows: int,
     batch_tokens: int,
 ) -> dict[str, float]:
-    """Seconds from a Parquet file to a Lance table of vectors, without loading the model, and the token budget.
+    """Embeds a Parquet file into a Lance table; returns the seconds without loading the model, and the token budget.
 
     Args:
-        checkpoint: Directory.
-        path: Parquet with sequence_id and dna_sequence, cleaned.
-        sink: The table.
-        how: `padded` pads each row to the model's longest, batch after batch in the order of the file; `sorted` goes
-            by length, pads to the longest of a batch, and fills a budget of tokens; `tuned` does so with the one of
-            four budgets that is fastest here, found before the clock starts.
-        rows: So many, from the first on.
-        batch_rows: Of a padded batch.
-        batch_tokens: Of a sorted one; of a tuned one at most.
+        checkpoint: Directory of the checkpoint.
+        path: Parquet with sequence_id and cleaned dna_sequence.
+        sink: Path of the table.
+        how: `padded` pads each row to the model's longest, in the order of the file; `sorted` sorts by length, pads to
+            the longest row of a batch, and fills a token budget; `tuned` does so with the fastest of four budgets,
+            found before the clock starts.
+        rows: Number of rows, from the first on.
+        batch_rows: Rows of a padded batch.
+        batch_tokens: Tokens of a sorted batch; the most of a tuned one.
     """
     import lance
     import torch
@@ -138,7 +139,7 @@ def embed_rows(
         return ids
 
     def batches(lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """Rows and width of each batch."""
+        """Yields the rows and the width of each batch."""
         if how == "padded":
             for first in range(0, len(lengths), batch_rows):
                 yield np.arange(first, min(first + batch_rows, len(lengths))), longest

@@ -1,4 +1,4 @@
-"""All that surrounds the model: how fast it goes, and whether its cost grows with the rows done before."""
+"""The pipeline around the model: its rate, and whether its cost grows with the number of rows done."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from benchmarks.barcodes import barcodes, describe_input, write_repeated
-from benchmarks.figures import Figures, at_least, in_a_process, rest, rounded
+from benchmarks.figures import Figures, at_least, in_a_process, rounded, settle
 from bioscan_jax import config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.hub import Provenance
@@ -31,15 +31,15 @@ from bioscan_jax.table.storage import open_dataset, table_path
 
 _SIZED_LIKE = "nt-v1-2.5b"
 _ONCE = ("open", "load", "compile", "index")
-"""Stages of a run that do not depend on its rows, or hardly."""
+"""Stages of a run whose time hardly depends on its rows."""
 _HERE = "benchmarks.pipeline"
 _MEMORY = 2 << 30
-"""More than a run takes, in bytes."""
+"""Bytes, more than a run needs."""
 
 
 @dataclasses.dataclass
 class NoCompute(CompiledSteps):
-    """A model that costs nothing: its vectors are zeros, made on the devices."""
+    """A model that costs nothing: its vectors are zeros, created on the devices."""
 
     def __post_init__(self) -> None:
         """Takes no parameters."""
@@ -71,18 +71,18 @@ def pipeline(
 ) -> Figures:
     """Measure the pipeline around a model that costs nothing, its vectors 2,560 wide as those of the 2.5B models.
 
-    Reads, cleans, tokenises, batches, gathers and commits float32 vectors. Each run is a process of its own, begun when
-    the disk has taken what was written before and with memory touched before; its rate counts the wall time from the
-    first block read to the last one committed, compiling left out.
+    Reads, cleans, tokenises, batches, gathers and commits float32 vectors. Each run is a process of its own, started
+    after earlier writes are on disk and with memory touched before; its rate counts the wall time from the first block
+    read to the last one committed, without compiling.
 
     Args:
-        data: Barcodes to take; simulated ones of 658 bp if absent.
+        data: Barcodes to use; 658 bp are simulated if absent.
         rows: Rows of a run; the barcodes are repeated under new ids where there are fewer.
-        more_rows: Also run with so many, and compare rate and host memory; 0 does not.
-        resume_at: Also stop that longer run (of `rows` if there is none) within a block or two of this row and resume
-            it, and compare the time to the first commit; 0 does not.
-        seed: Of the simulation, or of the first row to take.
-        repeats: Times that each run is made; the medians are given.
+        more_rows: Rows of a second, longer run, to compare rate and host memory; 0 for none.
+        resume_at: Row near which that longer run (or the first, if there is none) is stopped within a block or two and
+            resumed, to compare the time to the first commit; 0 for none.
+        seed: Random seed of the simulation, or of the first row.
+        repeats: Runs of each, whose medians are reported.
         embed: Batching and de-duplication.
 
     Raises:
@@ -134,15 +134,15 @@ def _run(
 ) -> dict[str, Any]:
     data = settings | {"path": f"{directory}/{source}"}
     wanted = dataclasses.asdict(embed or config.EmbedConfig())
-    rest(_MEMORY)
+    settle(_MEMORY)
     return in_a_process(f"{_HERE}:run_once", data=data, sink=f"{directory}/{sink}", embed=wanted, stop_at=stop_at)
 
 
 def run_once(data: dict[str, Any], sink: str, embed: dict[str, Any], stop_at: int) -> dict[str, Any]:
-    """One run in this process; with `stop_at`, it is asked to stop so that about so many rows are safe."""
+    """Runs once in this process; with `stop_at`, it is interrupted once about that many rows are committed."""
     ended = threading.Event()
     if stop_at:
-        # The block that is being written, and the one after it, are committed before the run stops.
+        # The block being written and the next one are committed before the run stops
         safe = max(1, stop_at - 2 * config.DataConfig(**data).block_rows)
         threading.Thread(target=_stop_at, args=(sink, safe, ended), daemon=True).start()
     try:

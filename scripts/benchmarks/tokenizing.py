@@ -1,4 +1,4 @@
-"""Our tokenizer and EsmTokenizer."""
+"""Tokenizing: ours and EsmTokenizer."""
 
 import os
 import tempfile
@@ -20,19 +20,19 @@ from bioscan_jax.errors import InputError
 def tokenizer(data: config.DataConfig | None = None, rows: int = 2000, seed: int = 0, repeats: int = 7) -> Figures:
     """Compare our tokenizer with transformers.EsmTokenizer on the same rows, on one core.
 
-    Both get the cleaned sequences in the form they take, and EsmTokenizer all of them in one call. Rates are rows per
-    second of one core, from the median of its processor time.
+    Both get the cleaned sequences in their own input format, EsmTokenizer all of them in one call. Rates are rows per
+    second of one core, from the median processor time.
 
     Args:
-        data: Barcodes to take; simulated ones of 658 bp if absent.
-        rows: Rows to take, from a random one on.
-        seed: Of the simulation, or of the first row to take.
-        repeats: Times that each is run.
+        data: Barcodes to encode; 658 bp are simulated if absent.
+        rows: Number of rows, from a random one on.
+        seed: Random seed of the simulation, or of the first row.
+        repeats: Runs of each.
 
     Raises:
         InputError: A number is too small, or there is no sequence to encode.
     """
-    # Its tokenizer needs no PyTorch, and the advice to install it would stand among our figures.
+    # The tokenizer needs no PyTorch, and the advice to install it would be printed among the figures
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import EsmTokenizer
 
@@ -71,10 +71,10 @@ def tokenizer(data: config.DataConfig | None = None, rows: int = 2000, seed: int
 
 
 def check_same_ids(ours: TokenRows, theirs: Sequence[Sequence[int]]) -> None:
-    """Raises RuntimeError, naming the row, where two tokenizers disagree: their speeds say nothing then."""
+    """Raises RuntimeError with the row where two tokenizers disagree, since their speeds mean nothing then."""
     if len(ours) != len(theirs):
-        raise RuntimeError(f"{len(ours)} rows of ids where EsmTokenizer gives {len(theirs)}")
+        raise RuntimeError(f"{len(ours)} rows of ids, {len(theirs)} from EsmTokenizer")
     for row, expected in enumerate(theirs):
         found = ours.ids[ours.offsets[row] : ours.offsets[row + 1]]
         if not np.array_equal(found, expected):
-            raise RuntimeError(f"row {row} has other ids than EsmTokenizer gives it")
+            raise RuntimeError(f"row {row} has other ids than from EsmTokenizer")

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import BENCHMARKS, figures, tokenizer
 from benchmarks.embedding import check_same_vectors
 from benchmarks.tokenizing import check_same_ids
+from support.commands import call
 from support.places import ROOT
 
 from bioscan_jax import config
@@ -20,20 +21,18 @@ from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.errors import InputError
 
 
-def script(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
 def numbers(output: str) -> dict[str, float]:
-    """Name and number of each line that has one."""
+    """Returns name and number of each line with a number."""
     found = re.findall(r"^ *(\w+)  ([\d,.]+)$", output, re.MULTILINE)
     return {name: float(value.replace(",", "")) for name, value in found if value.count(".") < 2}
 
 
 def test_the_script_prints_what_it_writes(tmp_path: Path) -> None:
-    done = script("tokenizer", "--rows=120", "--repeats", "3", f"--json={tmp_path / 'figures.json'}")
+    command = [sys.executable, ROOT / "scripts" / "benchmark.py", "tokenizer", "--rows=120", "--repeats", "3"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--json=figures.json"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stderr) == (0, "")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert numbers(done.stdout) == {k: v for k, v in figures.items() if not isinstance(v, str)}
@@ -48,8 +47,8 @@ def test_the_script_prints_what_it_writes(tmp_path: Path) -> None:
     assert figures["clean_and_encode_rows_per_second"] > 0
 
 
-def test_help_lists_the_flags_of_the_script_and_of_the_benchmark() -> None:
-    done = script("tokenizer", "--help")
+def test_help_lists_the_flags_of_the_command_and_of_the_benchmark() -> None:
+    done = call("benchmark", "tokenizer", "--help")
     assert done.returncode == 0
     for flag in ("--json FILE", "--picture FILE", "--data", "--repeats"):
         assert flag in done.stdout
@@ -57,15 +56,17 @@ def test_help_lists_the_flags_of_the_script_and_of_the_benchmark() -> None:
 
 @pytest.mark.parametrize("names", [["tokeniser"], []])
 def test_an_unknown_name_exits_2(names: list[str]) -> None:
-    done = script(*names)
+    done = call("benchmark", *names)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: no benchmark {''.join(names)!r}; pass one of {', '.join(BENCHMARKS)} first\n"
+    assert f"no benchmark {''.join(names)!r}" in done.stderr
+    assert ", ".join(BENCHMARKS) in done.stderr
 
 
-def test_a_mistaken_flag_exits_2_with_a_line() -> None:
-    done = script("tokenizer", "--rows", "0")
+def test_a_wrong_flag_exits_2_with_one_line() -> None:
+    done = call("benchmark", "tokenizer", "--rows", "0")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --rows 0 is too small; pass at least 1\n"
+    assert done.stderr.startswith("error: --rows 0 is too small")
+    assert done.stderr.count("\n") == 1
 
 
 def barcodes(directory: Path, texts: list[str | None]) -> config.DataConfig:
@@ -74,7 +75,7 @@ def barcodes(directory: Path, texts: list[str | None]) -> config.DataConfig:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_follow_each_other_from_one_that_the_seed_draws(tmp_path: Path, seed: int) -> None:
+def test_rows_are_consecutive_from_a_seeded_first_row(tmp_path: Path, seed: int) -> None:
     data = barcodes(tmp_path, ["ACGTN" * 2 + "A" * row for row in range(30)])
     figures = tokenizer(data, rows=7, seed=seed, repeats=1)
     first = np.random.default_rng(seed).integers(24)
@@ -83,35 +84,35 @@ def test_rows_follow_each_other_from_one_that_the_seed_draws(tmp_path: Path, see
     assert figures["input"] == f"{data.path}, seed {seed}"
 
 
-def test_a_file_with_fewer_rows_is_taken_whole_without_its_rejects(tmp_path: Path) -> None:
+def test_a_short_file_is_used_whole_without_its_rejects(tmp_path: Path) -> None:
     data = barcodes(tmp_path, ["acgu-acg", None, "protein", "NNN", "ACGTACGTAC"])
     figures = tokenizer(data, rows=100, repeats=1)
     assert (figures["rows"], figures["mean_bases"]) == (2, 8.5)
 
 
-def test_nothing_to_encode_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^none of the 2 rows can be encoded; pass another --data\.path or --seed$"):
+def test_a_file_without_usable_rows_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none of the 2 rows .* --data\.path"):
         tokenizer(barcodes(tmp_path, ["NNN", "protein"]), repeats=1)
 
 
 @pytest.mark.parametrize("flag", ["rows", "repeats"])
-def test_too_few_are_told(flag: str) -> None:
-    with pytest.raises(InputError, match=f"^--{flag} 0 is too small; pass at least 1$"):
+def test_too_small_numbers_are_errors(flag: str) -> None:
+    with pytest.raises(InputError, match=f"--{flag} 0 is too small"):
         tokenizer(None, **{flag: 0})
 
 
-def test_ids_must_be_the_same() -> None:
+def test_different_ids_are_an_error() -> None:
     ours = TokenRows(np.array([3, 7, 3, 8, 9], np.int32), np.array([0, 2, 5]))
     check_same_ids(ours, [[3, 7], [3, 8, 9]])
     with pytest.raises(RuntimeError, match="^row 1 has other ids"):
         check_same_ids(ours, [[3, 7], [3, 8, 8]])
     with pytest.raises(RuntimeError, match="^row 0 has other ids"):
         check_same_ids(ours, [[3], [3, 8, 9]])
-    with pytest.raises(RuntimeError, match="^2 rows of ids where EsmTokenizer gives 1"):
+    with pytest.raises(RuntimeError, match="^2 rows of ids, 1 from EsmTokenizer"):
         check_same_ids(ours, [[3, 7]])
 
 
-def test_tasks_are_timed_in_turns_by_the_processor_time_they_take() -> None:
+def test_tasks_are_run_in_turns_and_timed_by_their_processor_time() -> None:
     order = []
 
     def spend(name: str, seconds: float) -> None:
@@ -131,7 +132,7 @@ def test_tasks_are_timed_in_turns_by_the_processor_time_they_take() -> None:
     assert seconds["asleep"] < 0.02
 
 
-def test_json_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_json_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent/x: cannot be written \(No such file or directory\); pass another"):
         figures.write_json({"rows": 1}, str(tmp_path / "absent" / "x"))
 
@@ -140,7 +141,7 @@ def test_json_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     ("found", "error"),
     [({"rows_per_second": 3.0, "other_rows_per_second": 2.0, "ratio": 1.5}, None), ({"rows": 3}, "nothing to draw")],
 )
-def test_the_picture_has_what_was_compared(tmp_path: Path, found: dict, error: str | None) -> None:
+def test_the_picture_shows_what_was_compared(tmp_path: Path, found: dict, error: str | None) -> None:
     if error:
         with pytest.raises(ValueError, match=error):
             figures.write_picture(found, str(tmp_path / "picture.png"), "title")
@@ -151,15 +152,17 @@ def test_the_picture_has_what_was_compared(tmp_path: Path, found: dict, error: s
         figures.write_picture(found, str(tmp_path / "absent" / "x"), "title")
 
 
-def test_what_fails_in_a_process_is_told() -> None:
+def test_a_process_finds_the_benchmarks_from_any_directory_and_reports_its_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert figures.in_a_process("benchmarks.figures:rounded", value=12345.6) == 12350
     with pytest.raises(RuntimeError, match="figures:rounded failed: ValueError: Unknown format code 'g'"):
         figures.in_a_process("benchmarks.figures:rounded", value="text")
 
 
-def test_peers_that_are_not_installed_are_told() -> None:
-    mend = r"^no_such_peer is not installed: run pip install -e '\.\[parity\]' to compare with it$"
-    with pytest.raises(InputError, match=mend):
+def test_peers_that_are_not_installed_are_errors() -> None:
+    with pytest.raises(InputError, match=r"no_such_peer is not installed: run pip install .*\[parity\]"):
         figures.require("json", "no_such_peer")
 
 
@@ -175,12 +178,12 @@ def test_peers_that_are_not_installed_are_told() -> None:
         ("pipeline", {"rows": 100, "resume_at": 100}, "--resume_at 100 is past the 100 rows; pass a smaller one"),
     ],
 )
-def test_mistaken_flags_are_told(name: str, flags: dict, message: str) -> None:
+def test_wrong_flags_are_errors(name: str, flags: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         BENCHMARKS[name](**flags)
 
 
-def test_the_pipeline_of_real_vectors_without_a_model(tmp_path: Path) -> None:
+def test_the_pipeline_without_a_model(tmp_path: Path) -> None:
     texts: list[str | None] = ["ACGTTGCA" * (3 + row % 17) for row in range(40)]
     found = BENCHMARKS["pipeline"](barcodes(tmp_path, texts), rows=100)
     assert (found["rows"], found["hidden_size"]) == (100, 2560)
@@ -235,16 +238,16 @@ def test_a_step_against_peft() -> None:
 def test_identification_against_vsearch() -> None:
     found = BENCHMARKS["identify"](k=20, repeats=1, check_recall=10)
     assert (found["seen_rows"], found["unseen_species_rows"]) == (192, 192)
-    for way in ("ours", "vsearch_quick", "vsearch_deep"):
-        assert found[f"{way}_seen_species_right"] > 0.95
-        assert found[f"{way}_unseen_species_species_right"] == 0.0
-        assert found[f"{way}_unseen_species_genus_right"] > 0.5
+    for method in ("ours", "vsearch_quick", "vsearch_deep"):
+        assert found[f"{method}_seen_species_right"] > 0.95
+        assert found[f"{method}_unseen_species_species_right"] == 0.0
+        assert found[f"{method}_unseen_species_genus_right"] > 0.5
     ratio = found["vsearch_quick_seconds"] / found["ours_seconds"]
     assert found["seconds_ratio_vsearch_quick_to_ours"] == pytest.approx(ratio, rel=2e-3)
     assert 0 < float(str(found["recall"]).split()[0]) <= 1
 
 
-def test_vectors_must_be_the_same(tmp_path: Path) -> None:
+def test_different_vectors_are_an_error(tmp_path: Path) -> None:
     import lance
 
     def write(name: str, names: list[str], values: list[float]) -> str:

@@ -1,59 +1,18 @@
-"""PyTorch's ESM as the reference: tiny random models of both families, built here, nothing downloaded."""
+"""PyTorch's ESM as the reference: small random models of both families, without downloads."""
 
+import json
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import EsmConfig, EsmForMaskedLM
+from benchmarks.peers import esm_model
+from transformers import EsmForMaskedLM
 
 from bioscan_jax.model.config import TransformerConfig
 
 
-class GatedUp(nn.Module):
-    """The v2 feed-forward: SiLU of the first half times the second."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-
-    def forward(self, x):
-        first, second = self.dense(x).chunk(2, dim=-1)
-        return nn.functional.silu(first) * second
-
-
-class GatedDown(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.dense = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x, residual):
-        return self.dense(x) + residual
-
-
 def torch_model(config: TransformerConfig, seed: int = 0) -> EsmForMaskedLM:
-    """An untied EsmForMaskedLM of `config`, in float32, every parameter random (norms and biases too)."""
-    esm = EsmConfig(
-        vocab_size=config.vocab_size,
-        mask_token_id=config.mask_token_id,
-        pad_token_id=config.pad_token_id,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        max_position_embeddings=config.max_position_embeddings,
-        layer_norm_eps=config.layer_norm_eps,
-        position_embedding_type=config.position_embedding_type,
-        emb_layer_norm_before=False,
-        token_dropout=config.token_dropout,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-    model = EsmForMaskedLM(esm).eval()
-    if config.gated:
-        for layer in model.esm.encoder.layer:
-            layer.intermediate, layer.output = GatedUp(esm), GatedDown(esm)
+    """Creates an untied EsmForMaskedLM of `config`, in float32, every parameter random (norms and biases too)."""
+    model = esm_model(config, attention="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -68,9 +27,7 @@ def torch_model(config: TransformerConfig, seed: int = 0) -> EsmForMaskedLM:
 
 
 def save_checkpoint(model: EsmForMaskedLM, config: TransformerConfig, directory: Path, form: str) -> Path:
-    """Writes a checkpoint directory as the hub has it: `form` is safetensors, bin or their sharded forms."""
-    import json
-
+    """Writes a checkpoint directory like those of the hub; `form` is safetensors, bin, or one of them after `sharded-`."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
