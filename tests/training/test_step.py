@@ -1,6 +1,7 @@
 """The optimizer step: what it changes, what it leaves, and that devices and parts do not matter."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -53,7 +54,12 @@ def batch_of(number, rows=12, width=24):
 
 
 def model_on(mesh, loss=None, train=TRAIN, lora=LORA, dtype=jnp.float32):
-    loss, taxonomic = loss or config.LossConfig(), train.objective == "taxonomy"
+    return cached_model(mesh, loss or config.LossConfig(), train, lora, dtype)
+
+
+@functools.cache
+def cached_model(mesh, loss, train, lora, dtype):
+    taxonomic = train.objective == "taxonomy"
     layout = make_layout(mesh)
     trunk = random_model(TINY, dtype, layout, seed=0, lm_head=not taxonomic)
     tree = TREE if taxonomic else None
@@ -61,10 +67,14 @@ def model_on(mesh, loss=None, train=TRAIN, lora=LORA, dtype=jnp.float32):
     return split_trainable(classifier, layout, loss, train, tree=tree, special_ids=(0, 1, 2, 3))
 
 
+step_of = functools.cache(make_train_step)
+"""One compiled step for each model, shared by the tests."""
+
+
 def train_on(model, steps, batches=batch_of, params=None):
     params = params or jax.tree.map(jnp.copy, named_arrays(model.trained))
     state = init_optimizer(model, STEPS, params)
-    step = make_train_step(model, STEPS)
+    step = step_of(model, STEPS)
     found = []
     for number in range(steps):
         placed = place(batches(number), model.layout, model.train.batch_tokens, pad=1)
@@ -123,10 +133,10 @@ def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
     batch = batch_of(0)
     classifier = model.merge(named_arrays(model.trained), model.frozen)
     plain = random_model(TINY, jnp.float32, model.layout, seed=0)
-    hidden = plain.hidden_state(jnp.asarray(batch.ids))
+    hidden = np.asarray(jax.jit(plain.hidden_state)(batch.ids))
     real = (batch.ids != 1)[:, :, None]
-    pooled = jnp.sum(jnp.where(real, hidden, 0), axis=1) / real.sum(axis=1)
-    losses = rank_losses(classifier.head(pooled), jnp.asarray(batch.labels))
+    pooled = np.where(real, hidden, 0).sum(axis=1) / real.sum(axis=1).astype(np.float32)
+    losses = jax.jit(lambda vectors, labels: rank_losses(classifier.head(vectors), labels))(pooled, batch.labels)
     np.testing.assert_allclose(metrics.rank_losses, losses, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(metrics.loss, total_loss(losses), rtol=1e-5)
     np.testing.assert_array_equal(metrics.known_rows, (batch.labels >= 0).sum(axis=0))
@@ -152,7 +162,7 @@ def test_metadata_is_a_share_of_the_loss_and_learns():
     params, metrics = train_on(model, 2)
     batch = batch_of(0)
     classifier = model.merge(named_arrays(model.trained), model.frozen)
-    others = rank_losses(classifier.encoder(jnp.asarray(batch.metadata)), jnp.asarray(batch.labels))
+    others = jax.jit(lambda given, labels: rank_losses(classifier.encoder(given), labels))(batch.metadata, batch.labels)
     total = 0.6 * (metrics[0].rank_losses * np.array(loss.rank_weights)).sum() + 0.4 * total_loss(others)
     np.testing.assert_allclose(metrics[0].loss, total, rtol=1e-5)
     moved = [name for name, value in named_arrays(model.trained).items() if np.abs(params[name] - value).max() > 0]
@@ -181,7 +191,7 @@ def test_the_learning_rate_warms_up_and_falls():
 def test_biases_and_norms_do_not_decay():
     params = {"x.kernel": jnp.ones(2), "x.bias": jnp.ones(2), "norm.scale": jnp.ones(2), "x.a": jnp.ones(2)}
     optimizer = make_optimizer(config.TrainConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     moved = {name for name, update in updates.items() if np.abs(update).max() > 0}
     assert moved == {"x.kernel", "x.a"}
     clipped, _ = optax.clip_by_global_norm(1.0).update({"g": jnp.full(4, 5.0)}, optax.EmptyState())
@@ -213,7 +223,7 @@ def test_the_2_5b_step_sums_nothing_but_gradients_of_adapters_and_heads():
 def test_frozen_parameters_are_not_differentiated():
     """The backward pass of a LoRA step costs what the forward one does: no product for a frozen kernel's gradient."""
     model = model_on(config.MeshConfig(data=1))
-    text = make_train_step(model, STEPS).lower(*abstract_arguments(model, STEPS, 1, 8, 24)).as_text()
+    text = step_of(model, STEPS).lower(*abstract_arguments(model, STEPS, 1, 8, 24)).as_text()
     outputs = re.findall(r"dot_general.*-> tensor<([^>]*)>", text)
     assert outputs
     assert not [o for o in outputs if o in ("32x32xf32", "32x2x64xf32", "64x32xf32", "2x64x32xf32")]
