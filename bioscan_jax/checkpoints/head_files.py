@@ -14,10 +14,9 @@ from bioscan_jax.checkpoints.readers import list_file, read_rows
 from bioscan_jax.checkpoints.writers import PendingTensor, write_safetensors
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.errors import InputError
-from bioscan_jax.model.heads import HeadKind, IndependentHead, MarginalHead, make_head
+from bioscan_jax.model.heads import HeadKind, IndependentHead, MarginalHead, TaxonTree, make_head
 from bioscan_jax.model.metadata import MetadataEncoder
 from bioscan_jax.model.pooling import Pooling
-from bioscan_jax.model.tree import TaxonTree
 
 HEADS_FILE = "heads.safetensors"
 LABELS_FILE = "label_space.json"

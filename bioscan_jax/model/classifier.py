@@ -9,13 +9,12 @@ from jaxtyping import Array, Float, Int
 from bioscan_jax import config
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.model.config import TransformerConfig
-from bioscan_jax.model.heads import IndependentHead, MarginalHead, make_head
+from bioscan_jax.model.heads import IndependentHead, MarginalHead, TaxonTree, make_head
 from bioscan_jax.model.layers import RowKeys
 from bioscan_jax.model.lora import add_adapters
 from bioscan_jax.model.metadata import MetadataEncoder
 from bioscan_jax.model.pooling import Pooling, pool
 from bioscan_jax.model.transformer import NucleotideTransformer
-from bioscan_jax.model.tree import TaxonTree
 
 Arrays = dict[str, Any]
 """Parameters by their dotted paths: arrays, or their shapes where nothing is computed."""

@@ -1,13 +1,15 @@
-"""Heads that give log-probabilities of the taxa at each of the seven ranks, and the predictions read from them.
+"""Taxonomic heads: log-probabilities of the taxa at each of the seven ranks, the taxon tree, and predictions.
 
-The class axis is padded to a multiple of 128, so that a checkpoint restores on any such number of devices; padding
-has log-probability -inf and gets no gradient. From `SPLIT_FROM` classes on the class axis is split over the devices
-(logical axis `taxa`): each keeps its share of the kernel and of the logits, and the small pooled vectors are gathered
-instead. Below that the kernel is whole on each device, the logits are split along the batch like all else, and nothing
-but the kernel's gradient is ever sent.
+The class axis is padded to a multiple of 128, so that a checkpoint can be restored on any number of devices that
+divides it; padding has log-probability -inf and no gradient. From `SHARD_MIN_CLASSES` classes the class axis is split
+over the devices (logical axis `taxa`): each holds its part of the kernel and of the logits, and the small pooled
+vectors are gathered instead. Below that each device holds the whole kernel, the logits are split along the batch, and
+only the kernel's gradient is communicated.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import jax
@@ -18,31 +20,113 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.devices.sharding import Axes, Layout
-from bioscan_jax.model.tree import TaxonTree
 
 HeadKind = Literal["independent", "marginal"]
 CLASS_MULTIPLE = 128
 """Class axes are padded to a multiple of this."""
-SPLIT_FROM = 32_768
-"""Classes whose kernel, at 2,560 features with its gradient and two moments, takes 1.3 GB."""
-_SPLIT: Axes = (None, "taxa")
-_WHOLE: Axes = (None, None)
+SHARD_MIN_CLASSES = 32_768
+"""From this many classes the class axis is split; the kernel, its gradient and two moments at 2,560 features take 1.3 GB."""
+_SHARDED: Axes = (None, "taxa")
+_REPLICATED: Axes = (None, None)
 
 
-class RankLogits(NamedTuple):
-    """What both heads give."""
+class _Level(NamedTuple):
+    """Mapping from groups of leaves at the rank below to groups and taxa at one rank."""
+
+    group_of: Int32[np.ndarray, " below"] | None
+    """Group of each group of the rank below; None if both are the same."""
+    groups: int
+    taxa: Int32[np.ndarray, " taxa"]
+    """Group of each taxon of the rank; groups without a taxon at this rank are absent."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaxonTree:
+    """The taxa of each rank, and the paths to the leaves (taxa without children).
+
+    All of it is numpy and constant when a program is compiled; nothing has the size of leaves x taxa.
+
+    Raises:
+        ValueError: There is no leaf, a leaf occurs twice, or a taxon is in no path or in two lineages.
+    """
+
+    sizes: tuple[int, ...]
+    """Number of taxa at each of the seven ranks."""
+    leaf_paths: Int32[np.ndarray, "leaves 7"]
+    """Taxon at each rank, -1 below the leaf and where a rank is unknown; row i is class i of `MarginalHead`."""
+
+    def __post_init__(self) -> None:
+        if not len(self.leaf_paths):
+            raise ValueError("a taxon tree needs at least one leaf")
+        assert self.levels
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TaxonTree):
+            return NotImplemented
+        return other is self or (self.sizes == other.sizes and np.array_equal(self.leaf_paths, other.leaf_paths))
+
+    def __hash__(self) -> int:
+        return hash((self.sizes, len(self.leaf_paths)))
+
+    @cached_property
+    def levels(self) -> tuple[_Level, ...]:
+        """One mapping per rank, species first; leaves with the same path down to a rank form one group there."""
+        paths, levels = self.leaf_paths, []
+        for rank in reversed(range(len(RANKS))):
+            distinct, group_of = np.unique(paths[:, : rank + 1], axis=0, return_inverse=True)
+            if len(distinct) == len(paths):
+                group_of = None
+            elif rank == len(RANKS) - 1:
+                raise ValueError("two leaves of the taxon tree have the same path")
+            else:
+                paths, group_of = distinct, group_of.reshape(-1).astype(np.int32)
+            named = np.flatnonzero(paths[:, rank] >= 0)
+            counts = np.bincount(paths[named, rank], minlength=self.sizes[rank])
+            wrong = np.flatnonzero((counts != 1) | (np.arange(len(counts)) >= self.sizes[rank]))
+            if len(wrong):
+                raise ValueError(
+                    f"{RANKS[rank]} {wrong[0]} is in {counts[wrong[0]]} lineages; each of the {self.sizes[rank]} "
+                    "taxa from 0 up is in one"
+                )
+            taxa = np.empty(len(named), np.int32)
+            taxa[paths[named, rank]] = named
+            levels.append(_Level(group_of, len(paths), taxa))
+        return tuple(levels)
+
+    @cached_property
+    def ancestors(self) -> tuple[Int32[np.ndarray, " taxa"], ...]:
+        """Node number (see `first_node`) of the nearest known taxon above each taxon of a rank; 0 if there is none."""
+        found = []
+        for rank, size in enumerate(self.sizes):
+            row = np.zeros(size, np.int64)
+            named = self.leaf_paths[:, rank] >= 0
+            row[self.leaf_paths[named, rank]] = np.flatnonzero(named)
+            above = np.zeros(size, np.int32)
+            for higher in range(rank):
+                taxon = self.leaf_paths[row, higher]
+                above = np.where(taxon >= 0, self.first_node(higher) + taxon, above).astype(np.int32)
+            found.append(above)
+        return tuple(found)
+
+    def first_node(self, rank: int) -> int:
+        """Returns the node number of taxon 0 of a rank; nodes number all taxa from 1, rank after rank."""
+        return 1 + sum(self.sizes[:rank])
+
+
+class RankLogProbs(NamedTuple):
+    """Log-probabilities of the taxa at each rank, from either head."""
 
     log_probs: tuple[Float[Array, "b _padded"], ...]
-    """One array a rank, float32; -inf in the padding and at ranks without taxa."""
+    """One float32 array per rank; -inf in the padding and at ranks without taxa."""
 
 
-def padded(classes: int, multiple: int = CLASS_MULTIPLE) -> int:
-    """Length of a class axis: at least one `multiple`."""
+def padded_size(classes: int, multiple: int = CLASS_MULTIPLE) -> int:
+    """Returns the length of a class axis: the next multiple of `multiple`, at least one."""
     return max(1, -(-classes // multiple)) * multiple
 
 
 class Dense(nnx.Module):
-    """`x @ kernel + bias` on vectors: float32 parameters, products and sums."""
+    """`x @ kernel + bias` on vectors, with float32 parameters, products and sums."""
 
     def __init__(self, inputs: int, outputs: int, *, axes: Axes, init: Callable, rngs: nnx.Rngs):
         self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32), logical_axes=axes)
@@ -60,21 +144,21 @@ class Dense(nnx.Module):
         return product + self.bias[...][None, :]
 
 
-class Classes(nnx.Module):
-    """A linear layer whose softmax is over `classes` classes, padded."""
+class SoftmaxLayer(nnx.Module):
+    """A linear layer and log-softmax over `classes` classes; the class axis is padded."""
 
     def __init__(self, inputs: int, classes: int, *, multiple: int, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(0.02)
         self.classes = classes
-        self.split = padded(classes, multiple) >= SPLIT_FROM
-        axes = _SPLIT if self.split else _WHOLE
-        self.linear = Dense(inputs, padded(classes, multiple), axes=axes, init=init, rngs=rngs)
+        self.sharded = padded_size(classes, multiple) >= SHARD_MIN_CLASSES
+        axes = _SHARDED if self.sharded else _REPLICATED
+        self.linear = Dense(inputs, padded_size(classes, multiple), axes=axes, init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d"], layout: Layout | None) -> Float32[Array, "b padded"]:
-        """Log-probabilities; -inf in the padding."""
-        if layout is not None and self.split:
+        """Returns log-probabilities; -inf in the padding."""
+        if layout is not None and self.sharded:
             x = jax.lax.with_sharding_constraint(x, layout.replicated())
-        logits = _placed(self.linear(x), layout, self.split)
+        logits = _constrain(self.linear(x), layout, self.sharded)
         if not self.classes:
             return jnp.full_like(logits, -jnp.inf)
         real = jnp.arange(logits.shape[1]) < self.classes
@@ -82,45 +166,45 @@ class Classes(nnx.Module):
 
 
 class IndependentHead(nnx.Module):
-    """One softmax a rank, each over that rank's taxa."""
+    """One softmax per rank, each over that rank's taxa."""
 
     def __init__(self, hidden_size: int, tree: TaxonTree, *, rngs: nnx.Rngs, multiple: int = CLASS_MULTIPLE):
         self.ranks = nnx.Dict(
             {
-                rank: Classes(hidden_size, size, multiple=multiple, rngs=rngs)
+                rank: SoftmaxLayer(hidden_size, size, multiple=multiple, rngs=rngs)
                 for rank, size in zip(RANKS, tree.sizes, strict=True)
             }
         )
 
-    def __call__(self, pooled: Float[Array, "b d"], layout: Layout | None = None) -> RankLogits:
-        """Log-probabilities of the taxa; each rank's sum to 1."""
-        return RankLogits(tuple(self.ranks[rank](pooled, layout) for rank in RANKS))
+    def __call__(self, pooled: Float[Array, "b d"], layout: Layout | None = None) -> RankLogProbs:
+        """Returns log-probabilities of the taxa; the probabilities of each rank sum to 1."""
+        return RankLogProbs(tuple(self.ranks[rank](pooled, layout) for rank in RANKS))
 
 
 class MarginalHead(nnx.Module):
-    """One softmax over the taxa without children; a taxon's probability is the sum of those below it.
+    """One softmax over the leaves; a taxon's probability is the sum over the leaves below it.
 
-    At a rank where some leaf has no taxon (an unknown rank, or the leaf is above it) the probabilities sum to less
+    At a rank where some leaf has no taxon (its rank is unknown, or the leaf is above it) the probabilities sum to less
     than 1.
     """
 
     def __init__(self, hidden_size: int, tree: TaxonTree, *, rngs: nnx.Rngs, multiple: int = CLASS_MULTIPLE):
         self.tree, self.multiple = tree, multiple
-        self.leaves = Classes(hidden_size, len(tree.leaf_paths), multiple=multiple, rngs=rngs)
+        self.leaves = SoftmaxLayer(hidden_size, len(tree.leaf_paths), multiple=multiple, rngs=rngs)
 
-    def __call__(self, pooled: Float[Array, "b d"], layout: Layout | None = None) -> RankLogits:
-        """Log-probabilities of the taxa."""
-        groups, found, split = self.leaves(pooled, layout), [], self.leaves.split
+    def __call__(self, pooled: Float[Array, "b d"], layout: Layout | None = None) -> RankLogProbs:
+        """Returns log-probabilities of the taxa."""
+        groups, found, sharded = self.leaves(pooled, layout), [], self.leaves.sharded
         for level in self.tree.levels:
             if level.group_of is not None:
-                width = padded(level.groups, self.multiple)
+                width = padded_size(level.groups, self.multiple)
                 groups = _segment_logsumexp(groups, level.group_of, level.groups, width)
-                groups = _placed(groups, layout, split)
-            width = padded(len(level.taxa), self.multiple)
+                groups = _constrain(groups, layout, sharded)
+            width = padded_size(len(level.taxa), self.multiple)
             index = np.pad(level.taxa, (0, width - len(level.taxa)), constant_values=groups.shape[1])
             taxa = jnp.take(groups, index, axis=1, mode="fill", fill_value=-jnp.inf)
-            found.append(_placed(taxa, layout, split))
-        return RankLogits(tuple(reversed(found)))
+            found.append(_constrain(taxa, layout, sharded))
+        return RankLogProbs(tuple(reversed(found)))
 
 
 def make_head(
@@ -129,46 +213,46 @@ def make_head(
     """Makes a head with random parameters.
 
     Args:
-        kind: Which of the two.
-        hidden_size: Features of the vectors it takes.
-        tree: The taxa; also decides what the classes of a saved head mean.
-        rngs: For the kernels.
-        multiple: Class axes are padded to a multiple of it, which the number of devices must divide.
+        kind: Type of head.
+        hidden_size: Width of the vectors it classifies.
+        tree: The taxa; their order is the order of the classes.
+        rngs: Random keys for the kernels.
+        multiple: Class axes are padded to a multiple of this; the number of devices must divide it.
     """
     head = {"independent": IndependentHead, "marginal": MarginalHead}[kind]
     return head(hidden_size, tree, rngs=rngs, multiple=multiple)
 
 
-def _placed(x: Float[Array, "b padded"], layout: Layout | None, split: bool) -> Float[Array, "b padded"]:
-    """Split along the classes, or along the batch."""
+def _constrain(x: Float[Array, "b padded"], layout: Layout | None, sharded: bool) -> Float[Array, "b padded"]:
+    """Constrains logits to be split along the classes if `sharded`, else along the batch."""
     if layout is None:
         return x
-    return jax.lax.with_sharding_constraint(x, layout.stored(_SPLIT) if split else layout.batched(2))
+    return jax.lax.with_sharding_constraint(x, layout.stored(_SHARDED) if sharded else layout.batched(2))
 
 
 def _segment_logsumexp(
     x: Float[Array, "b below"], group_of: Int32[np.ndarray, " real"], groups: int, width: int
 ) -> Float[Array, "b width"]:
-    """Log of the sum of the exponentials in each group, -inf in the padding up to `width`.
+    """Returns the log of the sum of exponentials in each group, -inf in the padding up to `width`.
 
-    What `x` has past `group_of` is padding and left out. The largest of each group is taken out first, so that a group
-    of tiny probabilities keeps its value and a finite gradient.
+    Columns of `x` past `group_of` are padding and ignored. The maximum of each group is subtracted first, so that a
+    group of tiny probabilities keeps its value and a finite gradient.
     """
     index = np.pad(group_of, (0, x.shape[1] - len(group_of)), constant_values=width)
-    nothing = jnp.full((x.shape[0], width), -jnp.inf, x.dtype)
-    largest = jax.lax.stop_gradient(nothing.at[:, index].max(jax.lax.stop_gradient(x), mode="drop"))
+    empty = jnp.full((x.shape[0], width), -jnp.inf, x.dtype)
+    largest = jax.lax.stop_gradient(empty.at[:, index].max(jax.lax.stop_gradient(x), mode="drop"))
     shifted = jnp.exp(x - jnp.take(largest, index, axis=1, mode="fill", fill_value=0.0))
-    # One where there is no group: log(0) has no finite gradient.
-    start = jnp.broadcast_to((np.arange(width) >= groups).astype(x.dtype), nothing.shape)
+    # 1 in columns without a group: log(0) has no finite gradient.
+    start = jnp.broadcast_to((np.arange(width) >= groups).astype(x.dtype), empty.shape)
     return jnp.log(start.at[:, index].add(shifted, mode="drop")) + largest
 
 
-def predict(ranks: RankLogits, tree: TaxonTree, kind: HeadKind) -> tuple[Int32[Array, "b 7"], Float32[Array, "b 7"]]:
+def predict(ranks: RankLogProbs, tree: TaxonTree, kind: HeadKind) -> tuple[Int32[Array, "b 7"], Float32[Array, "b 7"]]:
     """Chooses a taxon at each rank, with its probability.
 
-    `independent` takes each rank's most probable taxon by itself. `marginal` goes down the tree: at each rank the most
-    probable of the taxa whose nearest known ancestor is the taxon chosen last, so that what is chosen is always the
-    path to a leaf.
+    `independent` takes the most probable taxon of each rank. `marginal` descends the tree: at each rank it takes the
+    most probable taxon whose nearest known ancestor is the taxon chosen last, so that the choice is always the path to
+    a leaf.
 
     Returns:
         Indices of taxa, -1 where the path has a gap or has ended (or the rank has no taxa); and probabilities, 0 there.

@@ -1,4 +1,4 @@
-"""Where a sample was taken, as a second input: features, and an encoder with its own head."""
+"""Sample metadata (depth, latitude, longitude) as a second input: features, and an encoder with its own head."""
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +7,17 @@ from jaxtyping import Array, Float32
 
 from bioscan_jax.barcodes.metadata import METADATA_BOUNDS
 from bioscan_jax.devices.sharding import Layout
-from bioscan_jax.model.heads import CLASS_MULTIPLE, Dense, HeadKind, RankLogits, make_head
-from bioscan_jax.model.tree import TaxonTree
+from bioscan_jax.model.heads import CLASS_MULTIPLE, Dense, HeadKind, RankLogProbs, TaxonTree, make_head
 
 
 def metadata_features(metadata: Float32[Array, "b 3"]) -> Float32[Array, "b 6"]:
-    """Depth, latitude and longitude as features of order 1, without a seam at the date line or a pole.
+    """Scales depth, latitude and longitude to features of order 1 that are continuous at the date line and the poles.
 
-    Features: the position on the unit sphere (x, y, z), log(1 + depth) over that of 12,000 m with the sign of depth,
-    and one indicator each for a missing position and a missing depth. What is missing is 0.
+    Features: the position on the unit sphere (x, y, z), log(1 + depth) relative to that of 12,000 m with the sign of
+    depth, and one indicator each for a missing position and a missing depth. Missing values are 0.
 
     Args:
-        metadata: Metres, degrees, degrees; NaN is missing. A position lacks as a whole if either degree does.
+        metadata: Metres, degrees, degrees; NaN if missing. A position is missing if either degree is.
     """
     missing = jnp.isnan(metadata)
     depth, latitude, longitude = jnp.moveaxis(jnp.where(missing, 0.0, metadata), 1, 0)
@@ -38,7 +37,7 @@ def metadata_features(metadata: Float32[Array, "b 3"]) -> Float32[Array, "b 6"]:
 
 
 class MetadataEncoder(nnx.Module):
-    """Two hidden layers with GELU from where a sample was taken to the taxa's log-probabilities."""
+    """Two hidden layers with GELU and a head: sample metadata to log-probabilities of the taxa."""
 
     def __init__(
         self,
@@ -54,7 +53,7 @@ class MetadataEncoder(nnx.Module):
         self.second = Dense(hidden_size, hidden_size, axes=(None, None), init=init, rngs=rngs)
         self.head = make_head(kind, hidden_size, tree, rngs=rngs, multiple=multiple)
 
-    def __call__(self, metadata: Float32[Array, "b 3"], layout: Layout | None = None) -> RankLogits:
-        """Log-probabilities of the taxa from metres, degrees, degrees; NaN is missing."""
+    def __call__(self, metadata: Float32[Array, "b 3"], layout: Layout | None = None) -> RankLogProbs:
+        """Returns log-probabilities of the taxa from metres, degrees, degrees; NaN if missing."""
         x = jax.nn.gelu(self.first(metadata_features(metadata)), approximate=False)
         return self.head(jax.nn.gelu(self.second(x), approximate=False), layout)

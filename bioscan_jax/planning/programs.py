@@ -17,7 +17,7 @@ from bioscan_jax.embedding.encoder import make_embed_step
 from bioscan_jax.model.attention import AttentionChoice
 from bioscan_jax.model.classifier import abstract_classifier
 from bioscan_jax.model.config import TransformerConfig
-from bioscan_jax.model.tree import TaxonTree
+from bioscan_jax.model.heads import TaxonTree
 from bioscan_jax.training.step import abstract_arguments, make_train_step, microbatch_shape, split_trainable
 
 SPECIES_PER_TAXON = (24_000, 6_000, 2_000, 400, 80, 5, 1)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.model.heads import RankLogits
+from bioscan_jax.model.heads import RankLogProbs
 
 DEFAULT_RANK_WEIGHTS = (2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.6)
 """Weights from kingdom to species."""
@@ -20,7 +20,7 @@ def known_rows(labels: Int32[Array, "b 7"]) -> Float32[Array, "7"]:
 
 
 def rank_losses(
-    ranks: RankLogits, labels: Int32[Array, "b 7"], denominators: Float[Array, "7"] | None = None
+    ranks: RankLogProbs, labels: Int32[Array, "b 7"], denominators: Float[Array, "7"] | None = None
 ) -> Float32[Array, "7"]:
     """Returns the mean cross-entropy at each rank over rows with a known taxon; 0 without gradient if there are none.
 

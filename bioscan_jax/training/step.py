@@ -24,8 +24,7 @@ from bioscan_jax.devices.interrupt import StopRequest
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.model.classifier import Arrays, Classifier, is_new, named_arrays, with_arrays
 from bioscan_jax.model.config import TransformerConfig
-from bioscan_jax.model.heads import predict
-from bioscan_jax.model.tree import TaxonTree
+from bioscan_jax.model.heads import TaxonTree, predict
 from bioscan_jax.training.batches import ExampleBatch
 from bioscan_jax.training.losses import combine, known_rows, mask_tokens, masked_lm_loss, rank_losses, total_loss
 from bioscan_jax.training.metrics import (

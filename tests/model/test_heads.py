@@ -16,7 +16,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.model import heads
-from bioscan_jax.model.heads import MarginalHead, RankLogits, make_head, padded, predict
+from bioscan_jax.model.heads import MarginalHead, RankLogProbs, make_head, padded_size, predict
 from bioscan_jax.training.losses import rank_losses, total_loss
 
 WIDTH = 16
@@ -43,7 +43,7 @@ def leaf_log_probs(head, x):
 
 @pytest.mark.parametrize(("classes", "length"), [(0, 128), (1, 128), (128, 128), (129, 256), (100_000, 100_096)])
 def test_class_axes_divide_over_devices(classes, length):
-    assert padded(classes) == length
+    assert padded_size(classes) == length
 
 
 def test_independent_is_a_softmax_a_rank():
@@ -51,7 +51,7 @@ def test_independent_is_a_softmax_a_rank():
     for rank, size, got in zip(RANKS, TREE.sizes, head(x).log_probs, strict=True):
         linear = head.ranks[rank].linear
         logits = np.asarray(x, np.float64) @ np.asarray(linear.kernel[...], np.float64)[:, :size]
-        assert got.shape == (6, padded(size))
+        assert got.shape == (6, padded_size(size))
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got[:, :size], log_softmax(logits, axis=1), rtol=1e-5, atol=1e-5)
         assert np.all(np.isneginf(got[:, size:]))
@@ -190,7 +190,7 @@ def test_marginal_predictions_are_always_the_path_to_a_leaf(seed, gap, scale):
 def test_arbitrary_numbers_still_give_a_path():
     """Whatever the model gives, infinities and NaN included."""
     for value in (-np.inf, np.nan, 0.0):
-        ranks = RankLogits(tuple(jnp.full((2, padded(size)), value) for size in TREE.sizes))
+        ranks = RankLogProbs(tuple(jnp.full((2, padded_size(size)), value) for size in TREE.sizes))
         chosen, _ = predict(ranks, TREE, "marginal")
         assert tuple(np.asarray(chosen[0]).tolist()) in {tuple(path) for path in TREE.leaf_paths.tolist()}
 
@@ -251,12 +251,12 @@ def test_100_000_species_are_split_over_eight_devices(kind):
         for equation in jax.make_jaxpr(step)(state, x, labels).jaxpr.eqns[0].params["jaxpr"].jaxpr.eqns
         for value in equation.outvars
     )
-    assert largest == width * padded(species)
+    assert largest == width * padded_size(species)
     compiled = step.lower(state, x, labels).compile()
     memory = compiled.memory_analysis()
     here = {leaf.shape: leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state)}
-    assert here[width, padded(species)] == (width, padded(species) // 8)
-    assert (width, padded(species)) == max(here, key=math.prod)
+    assert here[width, padded_size(species)] == (width, padded_size(species) // 8)
+    assert (width, padded_size(species)) == max(here, key=math.prod)
     mine = 4 * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
     assert mine < 1.35 * 4 * width * species / 8  # the independent head keeps its 3,000 genera whole
     assert memory.argument_size_in_bytes == pytest.approx(mine, rel=0.01)
@@ -268,7 +268,7 @@ def test_100_000_species_are_split_over_eight_devices(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_devices_do_not_change_the_loss_or_the_gradient(kind, split, monkeypatch):
     if split:
-        monkeypatch.setattr(heads, "SPLIT_FROM", 0)
+        monkeypatch.setattr(heads, "SHARD_MIN_CLASSES", 0)
     results = []
     x, labels = vectors(8), random_labels(1, TREE, 8)
     for devices in (1, 2, 8):

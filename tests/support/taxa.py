@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bioscan_jax.model.tree import TaxonTree
+from bioscan_jax.model.heads import TaxonTree
 
 ROWS = 6
 

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from support.taxa import random_tree
 
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.model.heads import RankLogits, make_head
+from bioscan_jax.model.heads import RankLogProbs, make_head
 from bioscan_jax.training.losses import (
     DEFAULT_RANK_WEIGHTS,
     combine,
@@ -40,7 +40,7 @@ def logits_and_labels(seed=0, rows=9):
 
 @jax.jit
 def as_ranks(logits):
-    return RankLogits(tuple(jax.nn.log_softmax(jnp.asarray(x), axis=1) for x in logits))
+    return RankLogProbs(tuple(jax.nn.log_softmax(jnp.asarray(x), axis=1) for x in logits))
 
 
 def test_each_rank_is_a_mean_over_its_known_rows():

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.taxa import random_tree
 
-from bioscan_jax.model.tree import TaxonTree
+from bioscan_jax.model.heads import TaxonTree
 
 PATHS = [[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, -1, 1], [0, 1, -1, -1, -1, -1, -1]]
 SIZES = (1, 2, 1, 1, 1, 1, 2)
