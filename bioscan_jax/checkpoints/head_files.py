@@ -14,6 +14,7 @@ from bioscan_jax.checkpoints.readers import list_file, read_rows
 from bioscan_jax.checkpoints.writers import PendingTensor, write_safetensors
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.errors import InputError
+from bioscan_jax.model.classifier import dotted, named_arrays, with_arrays
 from bioscan_jax.model.heads import HeadKind, IndependentHead, MarginalHead, TaxonTree, make_head
 from bioscan_jax.model.metadata import MetadataEncoder
 from bioscan_jax.model.pooling import Pooling
@@ -64,8 +65,8 @@ def write_heads(directory: Path, heads: Heads) -> None:
     Raises:
         ValueError: The heads do not match their label space or kind.
     """
-    state = nnx.to_flat_state(nnx.state(_modules(heads.head, heads.encoder)))
-    arrays = {_dotted(path): np.asarray(variable.get_value()) for path, variable in state}
+    state = nnx.state(_modules(heads.head, heads.encoder))
+    arrays = {name: np.asarray(array) for name, array in named_arrays(state).items()}
     hidden_sizes = _hidden_sizes({name: array.shape for name, array in arrays.items()})
     expected = _shapes(nnx.state(_abstract(heads.kind, heads.space, *hidden_sizes)))
     if {name: array.shape for name, array in arrays.items()} != expected:
@@ -110,12 +111,9 @@ def read_heads(directory: Path, layout: Layout) -> Heads:
             raise InputError(
                 f"{path}: {name} has shape {shapes.get(name)}, the label space needs {expected.get(name)} (float32); export again"
             )
-    shardings = stored_shardings(state, layout)
-    rows = []
-    for parameter_path, variable in nnx.to_flat_state(state):
-        values = read_rows(stored[_dotted(parameter_path)])
-        rows.append((parameter_path, variable.replace(shard_array(values, shardings[parameter_path]))))
-    found = nnx.merge(graph, nnx.from_flat_state(rows))
+    shardings = {dotted(path): sharding for path, sharding in stored_shardings(state, layout).items()}
+    arrays = {name: shard_array(read_rows(stored[name]), sharding) for name, sharding in shardings.items()}
+    found = nnx.merge(graph, with_arrays(state, arrays))
     return Heads(
         kind=metadata["kind"],
         pooling=metadata["pooling"],
@@ -163,8 +161,4 @@ def _hidden_sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int | Non
 
 
 def _shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
-    return {_dotted(path): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
-
-
-def _dotted(path: tuple) -> str:
-    return ".".join(map(str, path))
+    return {name: array.shape for name, array in named_arrays(state).items()}

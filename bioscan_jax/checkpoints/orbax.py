@@ -14,6 +14,7 @@ from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.errors import InputError
+from bioscan_jax.model.classifier import named_arrays, with_arrays
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.transformer import NucleotideTransformer
 
@@ -114,9 +115,7 @@ def load_converted(
         line = " ".join(str(error).split())[:200]
         raise InputError(f"{directory}: the converted weights cannot be read ({line}); convert them again") from None
     values = parts["trunk"] | parts.get("lm_head", {})
-    return nnx.merge(
-        graph, nnx.from_flat_state([(p, v.replace(values[".".join(map(str, p))])) for p, v in nnx.to_flat_state(state)])
-    )
+    return nnx.merge(graph, with_arrays(state, values))
 
 
 def _limited_memory(trees: dict, itemsize: int) -> "ocp.Context":
@@ -132,6 +131,6 @@ def _limited_memory(trees: dict, itemsize: int) -> "ocp.Context":
 
 def _split(state: nnx.State) -> tuple[dict, dict]:
     """Arrays by dotted path: of the trunk, and of the language-model head."""
-    flat = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
-    trunk = {name: value for name, value in flat.items() if not name.startswith("lm_head.")}
-    return trunk, {name: value for name, value in flat.items() if name not in trunk}
+    arrays = named_arrays(state)
+    trunk = {name: array for name, array in arrays.items() if not name.startswith("lm_head.")}
+    return trunk, {name: array for name, array in arrays.items() if name not in trunk}

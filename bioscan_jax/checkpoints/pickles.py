@@ -1,11 +1,10 @@
-"""Reads the table of tensors in a torch pickle without running any of it.
+"""Lists the tensors in a torch pickle without executing it.
 
 A pickle is a program. `pickle.Unpickler` with a restricted `find_class` still lets that program set attributes
-on the functions it is allowed to name (BUILD), reach the extension registry past `find_class` (EXT1) and ask for
-gigabytes of memo (LONG_BINPUT). Here the instructions are decoded by `pickletools.genops`, which executes
-nothing, and the few that a saved state dict is made of are interpreted over plain data: no name in the file ever
-becomes a Python object. The set is that of torch's own `torch/_weights_only_unpickler.py`, less what a state
-dict has no use for.
+of the functions it may name (BUILD), reach the extension registry without `find_class` (EXT1) and allocate
+gigabytes of memo (LONG_BINPUT). Here `pickletools.genops` decodes the instructions without executing them, and the
+few that occur in a saved state dict are interpreted on plain data: no name in the file becomes a Python object. They
+are those of torch's own `torch/_weights_only_unpickler.py`, without what a state dict never contains.
 """
 
 import pickletools
@@ -36,7 +35,7 @@ _PARAMETER = "torch._utils._rebuild_parameter"
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of elements of one type; its bytes are the archive entry data/KEY."""
+    """A block of elements of one dtype, stored as the archive entry data/KEY."""
 
     dtype: np.dtype
     key: str
@@ -45,7 +44,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as torch saves it: a strided view, in elements, of a storage."""
+    """A tensor as saved by torch: a strided view of a storage, in elements."""
 
     storage: Storage
     start: int
@@ -63,24 +62,24 @@ def read_views(data: bytes, source: str) -> dict[str, View]:
 
     Args:
         data: The pickle, as stored in the archive's data.pkl.
-        source: The file it comes from, for messages.
+        source: Its file, for error messages.
 
     Returns:
-        The tensors by name, in the order they were saved. Sizes are not yet checked against the storages.
+        The tensors by name, in the order they were saved. Sizes are not checked against the storages.
 
     Raises:
-        InputError: The pickle names anything but tensors, is damaged, or is not one flat state dict.
+        InputError: The pickle contains anything but tensors, is damaged, or is not a flat state dict.
     """
     try:
         top = _interpret(data, source)
     except InputError:
         raise
-    except Exception as error:  # damaged bytes can surface as any exception of the decoder
+    except Exception as error:  # damaged bytes can raise any exception in the decoder
         raise InputError(
             f"{source}: its pickle is damaged ({type(error).__name__}); download the file again"
         ) from error
     if not isinstance(top, dict):
-        raise InputError(f"{source} holds one {_kind(top)}, not a dict of tensors; save model.state_dict()")
+        raise InputError(f"{source} holds a {_kind(top)}, not a dict of tensors; save model.state_dict()")
     if not top:
         raise InputError(f"{source} holds no tensors; save model.state_dict() of a whole model")
     for name, value in top.items():
@@ -88,7 +87,7 @@ def read_views(data: bytes, source: str) -> dict[str, View]:
             raise InputError(f"{source}: {name} is a number, not the name of a tensor; save model.state_dict()")
         if not isinstance(value, View):
             raise InputError(
-                f"{source}: {name!r} holds one {_kind(value)}, not a tensor; save the state dict alone, "
+                f"{source}: {name!r} holds a {_kind(value)}, not a tensor; save the state dict alone, "
                 "not a training checkpoint around it"
             )
     return top
@@ -141,7 +140,7 @@ def _interpret(data: bytes, source: str) -> object:
                 args, function = stack.pop(), stack.pop()
                 stack.append(_rebuild(function, args, source))
             case "BUILD":
-                # The _metadata (module versions) of a state dict, which nothing here reads.
+                # The _metadata (module versions) of a state dict, which is ignored.
                 stack.pop()
                 if not isinstance(stack[-1], dict):
                     raise _refusal(source, "BUILD")
@@ -154,7 +153,7 @@ def _interpret(data: bytes, source: str) -> object:
 
 def _refusal(source: str, what: str) -> InputError:
     return InputError(
-        f"{source}: its pickle uses {what} in a way no saved state dict does; nothing of it was run; "
+        f"{source}: its pickle uses {what} as no saved state dict does; none of it was executed; "
         "use the model's safetensors file"
     )
 
@@ -188,7 +187,7 @@ def _named(name: str, source: str) -> np.dtype | _Global:
     if name in (_ORDERED_DICT, _TENSOR, _PARAMETER):
         return _Global(name)
     raise InputError(
-        f"{source}: its pickle asks for {name!r}, which is not among what plain tensors need; nothing of it was run; "
+        f"{source}: its pickle imports {name!r}, which plain tensors do not need; none of it was executed; "
         "use the model's safetensors file"
     )
 

@@ -22,6 +22,7 @@ from bioscan_jax.checkpoints.model_card import write_facts
 from bioscan_jax.checkpoints.orbax import is_converted
 from bioscan_jax.checkpoints.readers import list_tensors, read_rows
 from bioscan_jax.checkpoints.writers import MAX_SHARD_BYTES, PendingTensor, write_weights
+from bioscan_jax.model.classifier import dotted
 from bioscan_jax.model.lora import merge_adapters
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.output import whole_directory
@@ -109,7 +110,7 @@ def _parameters(model: NucleotideTransformer) -> Iterator[PendingTensor]:
         one = nnx.merge(graph, nnx.from_flat_state(sliced + rest))
         merge_adapters(one)
         flat = nnx.to_flat_state(nnx.state(one))
-        return {".".join(map(str, path)): variable.get_value()[0] for path, variable in flat if path[0] == "layers"}
+        return {dotted(path): variable.get_value()[0] for path, variable in flat if path[0] == "layers"}
 
     latest: dict[int, dict[str, Array]] = {}
 
@@ -117,7 +118,7 @@ def _parameters(model: NucleotideTransformer) -> Iterator[PendingTensor]:
         if i is not None and i not in latest:
             latest.clear()
             latest[i] = merge_layer(state, np.int32(i))
-        value = parameters[path].get_value() if i is None else latest[i][".".join(map(str, path))]
+        value = parameters[path].get_value() if i is None else latest[i][dotted(path)]
         array = np.asarray(value)
         return array.reshape(array.shape[0], -1).T if transposed else array.reshape(shape)
 

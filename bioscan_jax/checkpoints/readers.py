@@ -1,7 +1,7 @@
-"""Reads tensors out of Hugging Face checkpoint files, a few rows at a time, with neither torch nor a pickle run.
+"""Reads tensors from Hugging Face checkpoint files (safetensors or PyTorch), a few rows at a time.
 
-Every tensor of either format comes down to the same record: where its bytes are in which file. Reading is plain
-file reads and not mmap, because mapped pages would count as resident memory.
+Neither torch nor the pickle machine is used. A tensor of either format is described by its file and byte range. Files
+are read rather than memory-mapped, as safetensors does, because mapped pages would count as resident memory.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ FORMATS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""File a checkpoint is entered by, most preferred first."""
+"""Main weights file of a checkpoint, most preferred first."""
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -51,7 +51,7 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: `offset` in bytes from the start of `file`, `strides` in elements."""
+    """Location of one tensor: `offset` in bytes from the start of `file`, `strides` in elements."""
 
     name: str
     file: Path
@@ -62,27 +62,27 @@ class StoredTensor:
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """Finds the files that hold a checkpoint's weights: one file, or every shard its index names.
+    """Returns the files that hold a checkpoint's weights: one file, or all shards named by its index.
 
     Raises:
         InputError: There are no weights, the index is unreadable, or one of its shards is missing.
     """
-    entry = _entry(directory)
+    entry = _main_file(directory)
     if entry.suffix != ".json":
         return (entry,)
     return tuple(directory / shard for shard in sorted(set(_weight_map(entry).values())))
 
 
 def list_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Lists the tensors of a checkpoint directory from the headers alone.
+    """Lists the tensors of a checkpoint directory from the file headers only.
 
-    Looks for the files of `FORMATS` in that order. Every tensor's extent is checked against its file.
+    Looks for the files of `FORMATS` in that order. The byte range of every tensor is checked against its file.
 
     Raises:
-        InputError: There are no weights; a file is damaged, truncated, or not what its name says; an index and
-            its shards disagree; or a pickle asks for anything but tensors (nothing of it is run).
+        InputError: There are no weights; a file is damaged, truncated, or not of the format of its name; an index and
+            its shards disagree; or a pickle contains anything but tensors (none of it is executed).
     """
-    entry = _entry(directory)
+    entry = _main_file(directory)
     if entry.suffix != ".json":
         return {tensor.name: tensor for tensor in list_file(entry)}
     weight_map = _weight_map(entry)
@@ -108,14 +108,14 @@ def list_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def read_rows(tensor: StoredTensor, rows: slice | None = None) -> np.ndarray:
-    """Reads a tensor, or a run of rows along its first dimension, in its stored type.
+    """Reads a tensor, or a range of rows along its first dimension, in its stored dtype.
 
-    A contiguous tensor takes the memory it returns; one saved with other strides (a transposed view) takes that
-    and, while it is being copied, the stretch of its storage between its first and last element.
+    A contiguous tensor needs only the memory it returns; one saved with other strides (a transposed view) also needs,
+    while it is copied, its storage from the first to the last element.
 
     Args:
         tensor: One of `list_tensors`.
-        rows: Start and stop as for a list; all rows if absent. A step is not supported.
+        rows: Start and stop as in list slicing; None for all rows. A step is not supported.
 
     Raises:
         InputError: The file ends early.
@@ -132,21 +132,21 @@ def read_rows(tensor: StoredTensor, rows: slice | None = None) -> np.ndarray:
         values = np.empty(shape, tensor.dtype)
         _read_into(values, tensor, offset)
         return values
-    stretch = np.empty(_span(shape, tensor.strides), tensor.dtype)
-    _read_into(stretch, tensor, offset)
+    span = np.empty(_span(shape, tensor.strides), tensor.dtype)
+    _read_into(span, tensor, offset)
     byte_strides = tuple(stride * tensor.dtype.itemsize for stride in tensor.strides)
-    return np.lib.stride_tricks.as_strided(stretch, shape, byte_strides, writeable=False).copy()
+    return np.lib.stride_tricks.as_strided(span, shape, byte_strides, writeable=False).copy()
 
 
 def sha256_of(paths: Iterable[Path], progress: Callable[[int], None] | None = None) -> str:
-    r"""Makes one digest of a checkpoint's weight files, whatever directory they are in.
+    r"""Returns one digest of a checkpoint's weight files, independent of their directory.
 
-    It is the sha256 of the lines "FILENAME SHA256\n", one a file, in order of name. A link into a Hugging Face
-    cache whose blob is named by 64 hex digits is not read: there the name is the sha256 the hub gave for it.
+    It is the sha256 of the lines "FILENAME SHA256\n", one per file, in order of name. A link to a blob in a Hugging
+    Face cache that is named by 64 hex digits is not read: that name is the sha256 given by the hub.
 
     Args:
         paths: The files, as from `weight_files`.
-        progress: Called with the bytes done since its last call.
+        progress: Called with the bytes read since its last call.
     """
     lines = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
@@ -156,7 +156,7 @@ def sha256_of(paths: Iterable[Path], progress: Callable[[int], None] | None = No
 
 def _file_sha256(path: Path, progress: Callable[[int], None]) -> str:
     if path.is_symlink():
-        # One step only: a blob may itself be a link into a store whose names are not sha256 sums.
+        # Follows one link only: a blob may itself be a link to a file whose name is not its sha256.
         blob = Path(os.readlink(path))
         if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
             progress(path.stat().st_size)
@@ -169,7 +169,7 @@ def _file_sha256(path: Path, progress: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
-def _entry(directory: Path) -> Path:
+def _main_file(directory: Path) -> Path:
     if not directory.is_dir():
         raise InputError(f"no checkpoint directory {directory}; check --model.checkpoint")
     for name in FORMATS:
@@ -199,10 +199,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def list_file(file: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors or PyTorch file.
+    """Lists the tensors of one safetensors or PyTorch file.
 
     Raises:
-        InputError: It is damaged, or neither.
+        InputError: It is damaged, or of another format.
     """
     try:
         with open(file, "rb") as opened:
@@ -234,7 +234,9 @@ def _list_safetensors(file: Path) -> list[StoredTensor]:
     tensors = []
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise InputError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
+            raise InputError(
+                f"{file}: tensor {name!r} has dtype {entry['dtype']}, which is not supported; save it as F32"
+            )
         shape = tuple(entry["shape"])
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
@@ -310,7 +312,7 @@ def _check_bounds(tensor: StoredTensor, end: int, size: int) -> StoredTensor:
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Counts the elements from a view's first to its last, both included."""
+    """Returns the number of elements from the first to the last of a view, both included."""
     if 0 in shape:
         return 0
     return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))

@@ -1,1 +1,1 @@
-"""The Nucleotide Transformer: configuration, weights, forward pass."""
+"""The Nucleotide Transformer and what is trained on it: configuration, layers, adapters, taxonomic heads."""

@@ -1,4 +1,4 @@
-"""A trunk with what is trained on it: adapters inside, taxonomic heads on its vectors, an encoder of metadata."""
+"""The model that is fine-tuned: a transformer with adapters, taxonomic heads on its vectors, and a metadata encoder."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ from bioscan_jax.model.pooling import Pooling, pool
 from bioscan_jax.model.transformer import NucleotideTransformer
 
 Arrays = dict[str, Any]
-"""Parameters by their dotted paths: arrays, or their shapes where nothing is computed."""
+"""Parameters by dotted path: arrays, or their shapes in an abstract model."""
 
 
 class Classifier(nnx.Module):
-    """Token ids to vectors, and vectors to taxa."""
+    """A transformer (`trunk`) with optional taxonomic head and metadata encoder."""
 
     def __init__(
         self,
@@ -37,20 +37,20 @@ class Classifier(nnx.Module):
     def vectors(
         self, ids: Int[Array, "b s"], layout: Layout, *, keys: RowKeys | None = None, remat: bool = False
     ) -> tuple[Float[Array, "b d"], Float[Array, "b s d"]]:
-        """The pooled last hidden states in float32, and the states.
+        """Returns the pooled last hidden states in float32, and the last hidden states.
 
         Args:
             ids: Token ids.
-            layout: Where arrays live.
-            keys: Of the adapters' dropout; None for none.
-            remat: Compute layers again in the backward pass.
+            layout: Placement of arrays on the devices.
+            keys: Random keys of the adapters' dropout; None for no dropout.
+            remat: Recompute layers in the backward pass.
         """
         hidden = self.trunk.hidden_state(ids, layout=layout, keys=keys, remat=remat)
         return pool(layout.on_batch(hidden), ids, self.pooling, self.trunk.config.pad_token_id), hidden
 
 
 def is_new(path: tuple, variable: Any) -> bool:
-    """Whether a parameter of a classifier is not the checkpoint's: an adapter's, a head's or the encoder's."""
+    """Returns whether a parameter is not from the checkpoint: it belongs to an adapter, a head or the encoder."""
     return isinstance(variable, nnx.LoRAParam) or path[0] in ("head", "encoder")
 
 
@@ -61,7 +61,7 @@ def abstract_classifier(
     lora: config.LoRAConfig | None,
     tree: TaxonTree | None,
 ) -> Classifier:
-    """A classifier with shapes in place of arrays; allocates nothing."""
+    """Builds a classifier with shapes in place of arrays; allocates nothing."""
     return nnx.eval_shape(lambda: _build(transformer, dtype, loss, lora, tree, 0))
 
 
@@ -74,18 +74,18 @@ def make_classifier(
     *,
     seed: int,
 ) -> Classifier:
-    """Puts seeded adapters, heads and encoder on a trunk, each made where it lives.
+    """Adds seeded adapters, heads and encoder to a trunk; new parameters are made on their devices.
 
     Args:
-        trunk: On the mesh; its arrays are kept as they are.
-        loss: Which heads there are.
+        trunk: On the mesh; its arrays are used without a copy.
+        loss: Selects the heads.
         lora: Adapters; None for none.
         tree: The taxa; None for an objective without labels.
-        layout: Where arrays live.
+        layout: Placement of arrays on the devices.
         seed: Of the new parameters.
 
     Raises:
-        InputError: A target of the adapters is unknown, or has one already.
+        InputError: A target of the adapters is unknown, or already has an adapter.
     """
     dtype = trunk.word_embeddings.dtype
     abstract = abstract_classifier(trunk.config, dtype, loss, lora, tree)
@@ -93,35 +93,35 @@ def make_classifier(
     shardings = stored_shardings(new, layout)
 
     def init() -> Arrays:
-        made = nnx.state(_build(trunk.config, dtype, loss, lora, tree, seed), is_new)
-        return named_arrays(made)
+        return named_arrays(nnx.state(_build(trunk.config, dtype, loss, lora, tree, seed), is_new))
 
-    placed = {_dotted(path): sharding for path, sharding in shardings.items()}
-    made = jax.jit(init, out_shardings=placed)() if placed else {}
-    kept = {f"trunk.{_dotted(path)}": value for path, value in nnx.to_flat_state(nnx.state(trunk))}
+    by_name = {dotted(path): sharding for path, sharding in shardings.items()}
+    added = jax.jit(init, out_shardings=by_name)() if by_name else {}
+    pretrained = {f"trunk.{dotted(path)}": value for path, value in nnx.to_flat_state(nnx.state(trunk))}
     rows = []
     for path, variable in nnx.to_flat_state(nnx.state(abstract)):
         if is_new(path, variable):
-            rows.append((path, variable.replace(made[_dotted(path)])))
+            rows.append((path, variable.replace(added[dotted(path)])))
         else:
-            rows.append((path, kept[_dotted(tuple(part for part in path if part != "base"))]))
-    made_of = nnx.merge(graph, nnx.from_flat_state(rows))
-    made_of.trunk.float32_products, made_of.trunk.attention = trunk.float32_products, trunk.attention
-    return made_of
+            rows.append((path, pretrained[dotted(tuple(part for part in path if part != "base"))]))
+    classifier = nnx.merge(graph, nnx.from_flat_state(rows))
+    classifier.trunk.float32_products, classifier.trunk.attention = trunk.float32_products, trunk.attention
+    return classifier
 
 
 def named_arrays(state: nnx.State) -> Arrays:
-    """The arrays of a state by their dotted paths."""
-    return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    """Returns the arrays of a state by dotted path."""
+    return {dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
 def with_arrays(template: nnx.State, arrays: Arrays) -> nnx.State:
-    """A state like `template` that holds these arrays."""
-    rows = [(path, variable.replace(arrays[_dotted(path)])) for path, variable in nnx.to_flat_state(template)]
+    """Returns a state like `template` that holds these arrays."""
+    rows = [(path, variable.replace(arrays[dotted(path)])) for path, variable in nnx.to_flat_state(template)]
     return nnx.from_flat_state(rows)
 
 
-def _dotted(path: tuple) -> str:
+def dotted(path: tuple) -> str:
+    """Returns a parameter's path as text, such as `head.leaves.linear.kernel`."""
     return ".".join(map(str, path))
 
 

@@ -1,4 +1,4 @@
-"""The architecture, as a Hugging Face `config.json` states it, and the published sizes."""
+"""The architecture of a Nucleotide Transformer as in its Hugging Face `config.json`, and the published sizes."""
 
 import dataclasses
 import json
@@ -11,7 +11,15 @@ from bioscan_jax.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Hyper-parameters of one Nucleotide Transformer, named as in `config.json`."""
+    """Hyper-parameters of one Nucleotide Transformer, named as in `config.json`.
+
+    Example:
+        >>> PRESETS["nt-v2-50m"].hidden_size, PRESETS["nt-v2-50m"].max_tokens
+        (512, 2048)
+        >>> import dataclasses
+        >>> dataclasses.replace(PRESETS["tiny-v1"], num_hidden_layers=3).resolve_layer(-1)
+        3
+    """
 
     vocab_size: int
     hidden_size: int
@@ -22,7 +30,7 @@ class TransformerConfig:
     position_embedding_type: Literal["absolute", "rotary"]
     token_dropout: bool
     add_bias_fnn: bool | None = None
-    """Absent in v1 (plain GELU feed-forward with biases); in v2 it says whether the gated one has biases."""
+    """None in v1 (GELU feed-forward with biases); in v2, whether the gated feed-forward has biases."""
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 1
     mask_token_id: int = 2
@@ -48,30 +56,30 @@ class TransformerConfig:
 
     @property
     def feed_forward_bias(self) -> bool:
-        """Whether the feed-forward products add biases."""
+        """Whether the feed-forward layers have biases."""
         return self.add_bias_fnn is not False
 
     @property
     def max_tokens(self) -> int:
-        """Longest row of tokens, CLS included: RoBERTa counts positions from pad_token_id + 1."""
+        """Maximum row length in tokens, CLS included; positions count from pad_token_id + 1, as in RoBERTa."""
         return self.max_position_embeddings - self.pad_token_id - 1
 
     @property
     def layer_matmul_parameters(self) -> int:
-        """Parameters of one layer that take part in a matrix product with every token."""
+        """Parameters of one layer that are multiplied with every token."""
         up = 2 if self.gated else 1
         return 4 * self.hidden_size**2 + (up + 1) * self.hidden_size * self.intermediate_size
 
     def forward_flops(self, tokens: int, width: int, layers: int | None = None) -> int:
-        """Matrix-product FLOPs of a forward pass over `tokens` tokens in rows of `width`."""
+        """Returns the matrix-product FLOPs of a forward pass over `tokens` tokens in rows of `width`."""
         depth = self.num_hidden_layers if layers is None else layers
         return tokens * depth * (2 * self.layer_matmul_parameters + 4 * width * self.hidden_size)
 
     def resolve_layer(self, layer: int) -> int:
-        """Number of layers to run for hidden state `layer`, counted from the end if negative.
+        """Returns the number of layers to run for hidden state `layer`, which counts from the end if negative.
 
         Raises:
-            InputError: There is no such layer.
+            InputError: `layer` is out of range.
         """
         depth = self.num_hidden_layers + 1 + layer if layer < 0 else layer
         if not 0 <= depth <= self.num_hidden_layers:
@@ -82,13 +90,13 @@ class TransformerConfig:
         return depth
 
     def to_json(self) -> str:
-        """The `config.json` that `read_config` reads back and transformers understands."""
+        """Returns a `config.json` that `read_config` and transformers read."""
         known = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         extra = {"architectures": ["EsmForMaskedLM"], "model_type": "esm"} | _SUPPORTED_VALUES
         return json.dumps(dict(sorted((known | extra).items())), indent=2) + "\n"
 
 
-# Keys whose one supported value changes nothing in the forward pass; any other value is refused.
+# Keys with one supported value, which does not affect the forward pass; other values raise.
 _SUPPORTED_VALUES: dict[str, Any] = {
     "attention_probs_dropout_prob": 0.0,
     "emb_layer_norm_before": False,
@@ -107,7 +115,7 @@ _ALSO_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "rope_theta": (10000, 10000.0),
     "vocab_list": (None,),
 }
-# Keys that say nothing about the arrays.
+# Keys that do not affect the arrays.
 _IRRELEVANT = frozenset(
     {
         *("_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label"),
@@ -118,11 +126,11 @@ _IRRELEVANT = frozenset(
 
 
 def parse_config(raw: dict[str, Any], where: str) -> TransformerConfig:
-    """Reads a `config.json` dictionary strictly.
+    """Parses a `config.json` dictionary strictly.
 
     Args:
         raw: The parsed JSON.
-        where: What error messages call it.
+        where: Name of the file in error messages.
 
     Raises:
         InputError: A key is unknown, missing, or has a value this library does not implement.
@@ -153,7 +161,11 @@ def parse_config(raw: dict[str, Any], where: str) -> TransformerConfig:
 
 
 def read_config(directory: Path) -> TransformerConfig:
-    """Reads `config.json` of a checkpoint directory; `parse_config` says what it refuses."""
+    """Reads `config.json` of a checkpoint directory strictly.
+
+    Raises:
+        InputError: The file is missing or not JSON, or as for `parse_config`.
+    """
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -162,7 +174,7 @@ def read_config(directory: Path) -> TransformerConfig:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); download it again") from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object")
+        raise InputError(f"{path}: not a JSON object; download it again")
     return parse_config(raw, str(path))
 
 

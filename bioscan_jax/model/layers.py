@@ -1,7 +1,7 @@
-"""One pre-LayerNorm encoder layer of the Nucleotide Transformer.
+"""The pre-LayerNorm encoder layer of the Nucleotide Transformer.
 
-Parameters are kept in the dtype they are made with; matrix products take them in that dtype and accumulate in
-float32; LayerNorm, softmax and rotary positions are float32.
+Matrix products use the dtype of the parameters and accumulate in float32; LayerNorm, softmax and rotary positions are
+computed in float32.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from bioscan_jax.model.attention import AttentionFunction, dense_attention
 from bioscan_jax.model.config import TransformerConfig
 
 RowKeys: TypeAlias = Key[Array, " b"]
-"""One random key a row of the batch: what is drawn for a row depends on nothing else in its batch."""
+"""One random key per row of the batch, so that a row's dropout does not depend on the other rows."""
 
 
 class Linear(nnx.Module):
     """`x @ kernel + bias`, accumulated and returned in float32.
 
     The output may have several dimensions (the two halves of a gated feed-forward), so that each can be split over
-    devices by itself.
+    devices separately.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "b s d"], keys: RowKeys | None = None) -> Float[Array, "b s ..."]:
-        """Applies the layer in the kernel's dtype; `keys` are for adapters around it."""
+        """Applies the layer in the kernel's dtype; `keys` is unused here, adapters around it use it for dropout."""
         kernel = self.kernel[...]
         x = x.astype(kernel.dtype)
         y = jax.lax.dot_general(x, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -73,7 +73,7 @@ class LayerNorm(nnx.Module):
 
 
 def rotary_tables(tokens: int, head_dim: int) -> tuple[Float[Array, "s half"], Float[Array, "s half"]]:
-    """Cosine and sine of rotary positions, base 10000, CLS at position 0 (Su et al. 2021, arXiv:2104.09864)."""
+    """Returns cosine and sine of rotary positions, base 10000, CLS at position 0 (Su et al. 2021, arXiv:2104.09864)."""
     frequency = 1.0 / (10000.0 ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
     angle = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequency[None, :]
     return jnp.cos(angle), jnp.sin(angle)
@@ -82,7 +82,7 @@ def rotary_tables(tokens: int, head_dim: int) -> tuple[Float[Array, "s half"], F
 def rotate(
     x: Float[Array, "b s h hd"], tables: tuple[Float[Array, "s half"], Float[Array, "s half"]]
 ) -> Float[Array, "b s h hd"]:
-    """Rotates feature i of the first half of each head with feature i of the second half."""
+    """Rotates feature i of the first half of each head together with feature i of the second half."""
     cos, sin = (t[None, :, None, :] for t in tables)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -110,15 +110,15 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b s d"]:
         """Attends in the dtype of the parameters; logits and softmax in float32."""
         b, s, d = x.shape
-        of = _split(keys, 4)
+        *qkv_keys, output_keys = _split_optional(keys, 4)
         q, k, v = (
-            projection(x, one).reshape(b, s, self.heads, self.head_dim)
-            for projection, one in zip((self.query, self.key, self.value), of[:3], strict=True)
+            projection(x, row_keys).reshape(b, s, self.heads, self.head_dim)
+            for projection, row_keys in zip((self.query, self.key, self.value), qkv_keys, strict=True)
         )
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         attended = attend(q, k.astype(self.dtype), v.astype(self.dtype), mask)
-        return self.output(attended.reshape(b, s, d), of[3])
+        return self.output(attended.reshape(b, s, d), output_keys)
 
 
 class FeedForward(nnx.Module):
@@ -133,11 +133,11 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], keys: RowKeys | None = None) -> Float[Array, "b s d"]:
         """Expands, activates in float32, projects back."""
-        of = _split(keys, 2)
-        up = self.up(x, of[0])
+        up_keys, down_keys = _split_optional(keys, 2)
+        up = self.up(x, up_keys)
         if self.gated:
-            return self.down(jax.nn.silu(up[:, :, 0]) * up[:, :, 1], of[1])
-        return self.down(jax.nn.gelu(up, approximate=False), of[1])
+            return self.down(jax.nn.silu(up[:, :, 0]) * up[:, :, 1], down_keys)
+        return self.down(jax.nn.gelu(up, approximate=False), down_keys)
 
 
 class Layer(nnx.Module):
@@ -157,17 +157,18 @@ class Layer(nnx.Module):
         keys: RowKeys | None = None,
         attend: AttentionFunction = dense_attention,
     ) -> Float[Array, "b s d"]:
-        """The residual stream keeps the dtype of `x`; each sum is formed in float32; `keys` are for adapters."""
-        of = _split(keys, 2)
-        attended = self.attention(self.attention_norm(x), mask, rotary, of[0], attend)
+        """Applies the layer; sums in float32, returns the dtype of `x`; `keys` are for the adapters' dropout."""
+        attention_keys, feed_forward_keys = _split_optional(keys, 2)
+        attended = self.attention(self.attention_norm(x), mask, rotary, attention_keys, attend)
         x = (x.astype(jnp.float32) + attended).astype(x.dtype)
-        return (x.astype(jnp.float32) + self.feed_forward(self.feed_forward_norm(x), of[1])).astype(x.dtype)
+        fed = self.feed_forward(self.feed_forward_norm(x), feed_forward_keys)
+        return (x.astype(jnp.float32) + fed).astype(x.dtype)
 
 
-def _split(keys: RowKeys | None, parts: int) -> Sequence[RowKeys | None]:
-    return [None] * parts if keys is None else list(split_rows(keys, parts))
+def _split_optional(keys: RowKeys | None, parts: int) -> Sequence[RowKeys | None]:
+    return [None] * parts if keys is None else list(split_row_keys(keys, parts))
 
 
-def split_rows(keys: RowKeys, parts: int) -> Key[Array, "parts b"]:
-    """Splits each row's key."""
+def split_row_keys(keys: RowKeys, parts: int) -> Key[Array, "parts b"]:
+    """Splits each row's key into `parts` keys."""
     return jax.vmap(lambda key: jax.random.split(key, parts), out_axes=1)(keys)

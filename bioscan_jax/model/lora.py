@@ -1,4 +1,4 @@
-"""Low-rank adapters around the linear layers of a frozen trunk (Hu et al. 2021, arXiv:2106.09685)."""
+"""LoRA: low-rank adapters around the linear layers of a frozen transformer (Hu et al. 2021, arXiv:2106.09685)."""
 
 import math
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ TARGETS: dict[str, tuple[str, str]] = {
     "feed_forward_in": ("feed_forward", "up"),
     "feed_forward_out": ("feed_forward", "down"),
 }
-"""Names of the layers that can be adapted, and where they are in `model.layers`."""
+"""Names of the layers that can have an adapter, and their attributes in `model.layers`."""
 
 ALL_LINEAR = "all_linear"
 
 
 class LoRALinear(nnx.Module):
-    """`base(x) + (dropout(x) @ a @ b) * alpha / rank`, stacked like its base; a and b are float32."""
+    """`base(x) + (dropout(x) @ a @ b) * alpha / rank`, stacked over layers like its base; a and b are float32."""
 
     def __init__(self, base: Linear, *, rank: int, alpha: float, dropout: float, rngs: nnx.Rngs):
         layers, inputs, *outputs = base.kernel[...].shape
@@ -40,7 +40,7 @@ class LoRALinear(nnx.Module):
         self.scaling, self.dropout = alpha / rank, dropout
 
     def __call__(self, x: Float[Array, "b s d"], keys: RowKeys | None = None) -> Float[Array, "b s ..."]:
-        """Adds the adapter in float32; without keys nothing is dropped."""
+        """Applies the base layer and adds the adapter in float32; no dropout without `keys`."""
         y = self.base(x)
         x = x.astype(jnp.float32)
         if keys is not None and self.dropout > 0.0:
@@ -51,14 +51,14 @@ class LoRALinear(nnx.Module):
 
 
 def resolve_targets(names: Sequence[str]) -> tuple[str, ...]:
-    """Target names in the order of `TARGETS`, with `all_linear` spelled out.
+    """Returns target names in the order of `TARGETS`, with `all_linear` expanded.
 
     Raises:
-        InputError: A name is unknown, or there is none.
+        InputError: A name is unknown, or `names` is empty.
     """
     for name in names:
         if name not in TARGETS and name != ALL_LINEAR:
-            raise InputError(f"--lora.targets {name!r} is unknown; known are {', '.join(TARGETS)} and {ALL_LINEAR}")
+            raise InputError(f"--lora.targets {name!r} is unknown; pass some of {', '.join(TARGETS)} or {ALL_LINEAR}")
     chosen = tuple(name for name in TARGETS if name in names or ALL_LINEAR in names)
     if not chosen:
         raise InputError("--lora.targets names no layer; pass at least one")
@@ -66,23 +66,23 @@ def resolve_targets(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def add_adapters(model: NucleotideTransformer, lora: config.LoRAConfig, rngs: nnx.Rngs) -> None:
-    """Puts adapters around the targets of `model`, in place; b is zero, so the outputs do not change yet.
+    """Puts adapters around the targets of `model`, in place; b is zero, so the outputs do not change.
 
     Raises:
-        InputError: A target is unknown, or has an adapter already.
+        InputError: A target is unknown, or already has an adapter.
     """
     for name in resolve_targets(lora.targets):
         parent, attribute = TARGETS[name]
         module = getattr(model.layers, parent)
         base = getattr(module, attribute)
         if not isinstance(base, Linear):
-            raise InputError(f"--lora.targets {name!r} has an adapter already")
+            raise InputError(f"--lora.targets {name!r} already has an adapter; load the model without --model.adapter")
         adapted = LoRALinear(base, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, rngs=rngs)
         setattr(module, attribute, adapted)
 
 
 def merge_adapters(model: NucleotideTransformer) -> None:
-    """Adds each adapter into its base kernel, in float32 and rounded to the base's dtype, and removes it, in place."""
+    """Adds each adapter to its base kernel, in float32 rounded to the base's dtype, and removes it, in place."""
     for parent, attribute in TARGETS.values():
         module = getattr(model.layers, parent)
         layer = getattr(module, attribute)

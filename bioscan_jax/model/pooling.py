@@ -1,4 +1,4 @@
-"""Token states to one vector per row, in float32 on the device."""
+"""Pools token states to one vector per row, in float32 on the device."""
 
 from typing import Literal
 
@@ -11,13 +11,18 @@ Pooling = Literal["mean", "mean_no_cls", "cls", "max"]
 def pool(hidden: Float[Array, "b s d"], ids: Int[Array, "b s"], pooling: Pooling, pad: int) -> Float[Array, "b d"]:
     """Pools each row's states over its real tokens.
 
-    `mean` counts CLS, as the model card of the Nucleotide Transformer does; `mean_no_cls` leaves it out, except in a
-    row that has nothing else.
+    `mean` includes CLS, as in the model card of the Nucleotide Transformer; `mean_no_cls` excludes it, except in a row
+    without other tokens.
+
+    Example:
+        >>> ids = jnp.array([[3, 7, 8, 1]])  # CLS, two tokens, padding
+        >>> pool(jnp.array([[[0.0], [2.0], [4.0], [9.0]]]), ids, "mean_no_cls", pad=1)
+        Array([[3.]], dtype=float32)
 
     Args:
         hidden: States of one layer; summed in float32.
         ids: Token ids, CLS first, padded on the right; each row has at least CLS.
-        pooling: What to take.
+        pooling: The pooled statistic.
         pad: Id of the pad token.
     """
     hidden = hidden.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The Nucleotide Transformer: token ids to hidden states, and the masked-language-model head."""
+"""The Nucleotide Transformer: from token ids to hidden states, and the masked-language-model head."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 from bioscan_jax.devices.sharding import Layout
 from bioscan_jax.model.attention import AttentionChoice, attention_function, attention_setting, choose_attention
 from bioscan_jax.model.config import TransformerConfig
-from bioscan_jax.model.layers import Layer, LayerNorm, Linear, RowKeys, rotary_tables, split_rows
+from bioscan_jax.model.layers import Layer, LayerNorm, Linear, RowKeys, rotary_tables, split_row_keys
 
 TRAINED_MASK_FRACTION = 0.15 * 0.8
-"""Share of tokens that were masked in training; `token_dropout` rescales by it (ESM, Rives et al. 2021)."""
+"""Fraction of tokens masked in pre-training; `token_dropout` rescales by it (ESM, Rives et al. 2021)."""
 
 
 class LanguageModelHead(nnx.Module):
@@ -29,21 +29,31 @@ class LanguageModelHead(nnx.Module):
         self.decoder = Linear(d, v, axes=("hidden", "vocab"), bias=True, config=config, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
-        """Float32 logits."""
+        """Returns float32 logits."""
         return self.decoder(self.norm(jax.nn.gelu(self.dense(hidden), approximate=False)))
 
 
 class NucleotideTransformer(nnx.Module):
-    """A v1 or v2 Nucleotide Transformer whose layers' parameters are stacked along a leading axis."""
+    """A v1 or v2 Nucleotide Transformer; the parameters of its layers are stacked along a leading axis.
+
+    Example:
+        >>> from bioscan_jax.model.config import PRESETS
+        >>> model = NucleotideTransformer(PRESETS["tiny-v2"], rngs=nnx.Rngs(0))
+        >>> ids = jnp.array([[3, 10, 11, 12], [3, 20, 1, 1]])  # CLS, 6-mers, padding (1)
+        >>> model.hidden_state(ids).shape
+        (2, 4, 64)
+        >>> model.hidden_states(ids).shape  # embeddings and two layers
+        (3, 2, 4, 64)
+    """
 
     def __init__(
         self, config: TransformerConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, lm_head: bool = False
     ):
-        """Makes random parameters of `dtype`; `lm_head` adds the masked-language-model head."""
+        """Initialises random parameters of `dtype`; `lm_head` adds the masked-language-model head."""
         init = jax.nn.initializers.normal(config.initializer_range)
         d = config.hidden_size
         self.config = config
-        # Float32 products also on TPU and GPU, whose "default" is fewer bits (on a TPU, one bfloat16 pass).
+        # Full float32 products also on TPU and GPU, where "default" has fewer bits (on a TPU, one bfloat16 pass).
         self.float32_products: Literal["highest", "default"] = "highest"
         self.attention: AttentionChoice = "auto"
         self.word_embeddings = nnx.Param(
@@ -68,9 +78,9 @@ class NucleotideTransformer(nnx.Module):
         self.lm_head = LanguageModelHead(config, dtype=dtype, rngs=rngs) if lm_head else None
 
     def embed_tokens(self, ids: Int[Array, "b s"], layout: Layout | None = None) -> Float[Array, "b s d"]:
-        """Token plus position embeddings; hidden state 0.
+        """Returns token plus position embeddings (hidden state 0).
 
-        With `token_dropout`, mask tokens are zero and every token is scaled by (1 - 0.12) / (1 - masked fraction),
+        With `token_dropout`, mask tokens are zero and all tokens are scaled by (1 - 0.12) / (1 - masked fraction),
         also at inference.
         """
         config = self.config
@@ -83,9 +93,9 @@ class NucleotideTransformer(nnx.Module):
         x = x.astype(jnp.float32)
         if config.token_dropout:
             masked = ids == config.mask_token_id
-            share = jnp.sum(masked, axis=1, dtype=jnp.float32) / jnp.sum(real, axis=1, dtype=jnp.float32)
+            fraction = jnp.sum(masked, axis=1, dtype=jnp.float32) / jnp.sum(real, axis=1, dtype=jnp.float32)
             x = jnp.where(masked[:, :, None], 0.0, x)
-            x = x * (1.0 - TRAINED_MASK_FRACTION) / (1.0 - share)[:, None, None]
+            x = x * (1.0 - TRAINED_MASK_FRACTION) / (1.0 - fraction)[:, None, None]
         if positions is not None:
             index = jnp.cumsum(real, axis=1) * real + config.pad_token_id
             x = x + jnp.take(positions[...], index, axis=0).astype(jnp.float32)
@@ -101,16 +111,16 @@ class NucleotideTransformer(nnx.Module):
         remat: bool = False,
         rows: int | None = None,
     ) -> Float[Array, "b s d"]:
-        """The states after one layer.
+        """Returns the states after one layer.
 
         Args:
             ids: Token ids, padded on the right with the pad token; each row has at least one token.
             layer: 0 for the embeddings, k for the residual stream after k layers, -1 (or the number of layers) for
                 the last states, after the final LayerNorm.
-            layout: Where parameters and activations live; None for a single device.
-            keys: Of the adapters' dropout; None for none.
-            remat: Keep only each layer's input for the backward pass and compute the rest again.
-            rows: A layer takes so many at a time, of which the batch is a multiple; None for all at once.
+            layout: Placement of parameters and activations; None for a single device.
+            keys: Random keys of the adapters' dropout; None for no dropout.
+            remat: Keep only each layer's input for the backward pass and recompute the rest.
+            rows: Rows that a layer processes at a time, a divisor of the batch size; None for all.
 
         Raises:
             InputError: `layer` is out of range.
@@ -120,7 +130,7 @@ class NucleotideTransformer(nnx.Module):
         return self.normalise(x, layout) if depth == self.config.num_hidden_layers else x
 
     def hidden_states(self, ids: Int[Array, "b s"]) -> Float[Array, "layers_plus_1 b s d"]:
-        """All hidden states as transformers returns them; the last is after the final LayerNorm."""
+        """Returns all hidden states, as transformers does; the last is after the final LayerNorm."""
         first = self.embed_tokens(ids)
         x, middle = self._run(ids, self.config.num_hidden_layers, None, lambda x: x)
         assert middle is not None
@@ -128,10 +138,10 @@ class NucleotideTransformer(nnx.Module):
         return jnp.concatenate([first[None], middle[:-1], last[None]])
 
     def logits(self, hidden: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
-        """Masked-language-model logits of last hidden states.
+        """Returns masked-language-model logits of last hidden states.
 
         Raises:
-            ValueError: The model was made without its head.
+            ValueError: The model has no language-model head.
         """
         if self.lm_head is None:
             raise ValueError("this model has no language-model head; make or load it with lm_head=True")
@@ -140,11 +150,11 @@ class NucleotideTransformer(nnx.Module):
 
     @property
     def matmul_precision(self) -> str:
-        """Of the products: bfloat16 parameters have only one."""
+        """JAX precision of the matrix products; it has no effect on bfloat16 parameters."""
         return self.float32_products if self.word_embeddings.dtype == jnp.float32 else "default"
 
     def normalise(self, x: Float[Array, "b s d"], layout: Layout | None = None) -> Float[Array, "b s d"]:
-        """The final LayerNorm, in float32."""
+        """Applies the final LayerNorm, in float32."""
         norm = self.final_norm
         if layout is not None:
             graph, state = nnx.split(norm)
@@ -173,26 +183,24 @@ class NucleotideTransformer(nnx.Module):
         if depth < self.config.num_hidden_layers:
             stack = jax.tree.map(lambda p: p[:depth], stack)
 
-        of_layers = None if keys is None else split_rows(keys, depth)
+        layer_keys = None if keys is None else split_row_keys(keys, depth)
 
         def step(x: Array, layer: tuple[nnx.State, RowKeys | None]) -> tuple[Array, Array | None]:
-            state, layer_keys = layer
+            state, row_keys = layer
             state = jax.tree.map(_as_bfloat16, state)
             if layout is not None:
                 x, state = layout.on_batch(x), layout.gather(state)
-            whole = nnx.merge(graph, state)
-            x = _by_rows(
-                rows or len(x), lambda x, mask, keys: whole(x, mask, rotary, keys, attend), x, mask, layer_keys
-            )
+            module = nnx.merge(graph, state)
+            x = _by_rows(rows or len(x), lambda x, mask, keys: module(x, mask, rotary, keys, attend), x, mask, row_keys)
             return x, keep(x)
 
         with jax.default_matmul_precision(self.matmul_precision):
-            body = jax.checkpoint(step) if remat else jax.checkpoint(step, policy=_kept, prevent_cse=False)
-            return jax.lax.scan(body, self.embed_tokens(ids, layout), (stack, of_layers))
+            body = jax.checkpoint(step) if remat else jax.checkpoint(step, policy=_is_saved, prevent_cse=False)
+            return jax.lax.scan(body, self.embed_tokens(ids, layout), (stack, layer_keys))
 
 
 def _by_rows(rows: int, function: Callable[..., Array], x: Array, *others: Array | None) -> Array:
-    """A function of the rows of a batch, so many of them at a time."""
+    """Applies a function to a batch, `rows` rows at a time."""
     if rows == len(x):
         return function(x, *others)
     parts = jax.tree.map(lambda array: array.reshape(-1, rows, *array.shape[1:]), (x, *others))
@@ -200,10 +208,10 @@ def _by_rows(rows: int, function: Callable[..., Array], x: Array, *others: Array
 
 
 def _as_bfloat16(array: Array) -> Array:
-    """Undoes `vectors.kept_narrow`, for one layer."""
+    """Restores bfloat16 parameters that `embedding.encoder` stores as uint16, for one layer."""
     return jax.lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == jnp.uint16 else array
 
 
-def _kept(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    """Whether the backward pass keeps a value: all but gathered weights, of which the layers' would be a second copy."""
+def _is_saved(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """Returns whether a value is saved for the backward pass: all but gathered weights, which would be a second copy."""
     return primitive.name != "sharding_constraint"

@@ -167,7 +167,7 @@ def test_safetensors_dtype_without_a_numpy_type(tmp_path: Path):
     file = tmp_path / "model.safetensors"
     header = b'{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}'
     file.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
-    assert refusal(tmp_path) == f"{file}: tensor 'a' has dtype F8_E4M3, which is not supported"
+    assert refusal(tmp_path) == f"{file}: tensor 'a' has dtype F8_E4M3, which is not supported; save it as F32"
 
 
 @pytest.mark.parametrize("shape", ["[0,4611686018427387904]", f"[{','.join(['1'] * 33)}]"])
@@ -374,8 +374,8 @@ def test_a_strided_read_stays_within_its_stretch(tmp_path: Path):
 PAST_ITS_DATA = "{file}: tensor 'a' reaches past its data; download the file again"
 SHORT = "{file}: the data of tensor 'a' is missing or too short; download it again"
 NOT_A_TENSOR = (
-    "{file}: its pickle uses REDUCE of torch._utils._rebuild_tensor_v2 in a way no saved state dict does; "
-    "nothing of it was run; use the model's safetensors file"
+    "{file}: its pickle uses REDUCE of torch._utils._rebuild_tensor_v2 as no saved state dict does; "
+    "none of it was executed; use the model's safetensors file"
 )
 NOT_A_STORAGE = NOT_A_TENSOR.replace("REDUCE of torch._utils._rebuild_tensor_v2", "a persistent id")
 
@@ -458,18 +458,17 @@ def test_a_tensor_named_twice(tmp_path: Path):
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (b"\x80\x02" + tensor() + b".", "{file} holds one tensor, not a dict of tensors; save model.state_dict()"),
-        (b"\x80\x02](" + tensor() + b"e.", "{file} holds one list, not a dict of tensors; save model.state_dict()"),
+        (b"\x80\x02" + tensor() + b".", "{file} holds a tensor, not a dict of tensors; save model.state_dict()"),
+        (b"\x80\x02](" + tensor() + b"e.", "{file} holds a list, not a dict of tensors; save model.state_dict()"),
         (b"\x80\x02}.", "{file} holds no tensors; save model.state_dict() of a whole model"),
         (
             state_dict(state_dict=b"}(" + literal("a") + tensor() + b"u", epoch=literal(3)),
-            "{file}: 'state_dict' holds one dict, not a tensor; save the state dict alone, "
+            "{file}: 'state_dict' holds a dict, not a tensor; save the state dict alone, "
             "not a training checkpoint around it",
         ),
         (
             state_dict(a=tensor(), epoch=literal(3)),
-            "{file}: 'epoch' holds one int, not a tensor; save the state dict alone, "
-            "not a training checkpoint around it",
+            "{file}: 'epoch' holds a int, not a tensor; save the state dict alone, not a training checkpoint around it",
         ),
         (
             b"\x80\x02}K\x01" + tensor() + b"s.",
@@ -526,8 +525,8 @@ class Payload:
 def attacks(command: str) -> dict[str, tuple[bytes, str]]:
     """Programs that run `command` in pickle.Unpickler, and what of them is refused."""
     text, system = literal(command), name_of("os.system")
-    asked = "asks for {!r}, which is not among what plain tensors need"
-    used = "uses {} in a way no saved state dict does"
+    asked = "imports {!r}, which plain tensors do not need"
+    used = "uses {} as no saved state dict does"
     run = f"__import__('os').system({command!r})"
     ordered = name_of("collections.OrderedDict") + b")R"
     return {
@@ -587,7 +586,7 @@ def test_an_attack_that_works_on_pickle_runs_nothing_here(tmp_path: Path, attack
     sentinel.unlink()
     file = write_archive(tmp_path / "pytorch_model.bin", program)
     assert refusal(tmp_path) == (
-        f"{file}: its pickle {refused}; nothing of it was run; use the model's safetensors file"
+        f"{file}: its pickle {refused}; none of it was executed; use the model's safetensors file"
     )
     assert not sentinel.exists()
 
@@ -617,7 +616,7 @@ def test_names_that_tensors_do_not_need(tmp_path: Path, name: str, how: str):
     program = name_of(name) if how == "GLOBAL" else literal(module) + literal(attribute) + b"\x93"
     file = write_archive(tmp_path / "pytorch_model.bin", b"\x80\x04" + program + b")R.")
     assert refusal(tmp_path) == (
-        f"{file}: its pickle asks for {name!r}, which is not among what plain tensors need; nothing of it was run; "
+        f"{file}: its pickle imports {name!r}, which plain tensors do not need; none of it was executed; "
         "use the model's safetensors file"
     )
 
@@ -631,7 +630,7 @@ def test_an_allowed_name_in_an_instruction_torch_does_not_write(tmp_path: Path):
     ]:
         file = write_archive(tmp_path / "pytorch_model.bin", program)
         assert refusal(tmp_path) == (
-            f"{file}: its pickle uses {opcode} in a way no saved state dict does; nothing of it was run; "
+            f"{file}: its pickle uses {opcode} as no saved state dict does; none of it was executed; "
             "use the model's safetensors file"
         )
 
@@ -847,15 +846,15 @@ def test_torch_files_that_are_not_plain_state_dicts(tmp_path: Path):
     optimizer = torch.optim.Adam(layer.parameters())
     layer(torch.ones(2)).sum().backward()
     optimizer.step()
-    asked = "{file}: its pickle asks for {name!r}, which is not among what plain tensors need; nothing of it was run; "
+    asked = "{file}: its pickle imports {name!r}, which plain tensors do not need; none of it was executed; "
     for content, message in [
-        ({"epoch": 1, "model": layer.state_dict(), "optimizer": optimizer.state_dict()}, "'epoch' holds one int"),
-        ({"state_dict": layer.state_dict(), "lr": [0.1]}, "'state_dict' holds one dict"),
+        ({"epoch": 1, "model": layer.state_dict(), "optimizer": optimizer.state_dict()}, "'epoch' holds a int"),
+        ({"state_dict": layer.state_dict(), "lr": [0.1]}, "'state_dict' holds a dict"),
         (layer, asked.format(file=file, name="torch.nn.modules.linear.Linear")),
         ({"w": weight}, asked.format(file=file, name="torch.ComplexFloatStorage")),
         ({"w": torch.ones(2, 2).to_sparse()}, asked.format(file=file, name="torch._utils._rebuild_sparse_tensor")),
         ({"w": torch.ones(2, dtype=torch.uint16)}, asked.format(file=file, name="torch._utils._rebuild_tensor_v3")),
-        ({"w": weight.conj().imag}, "uses REDUCE of torch._utils._rebuild_tensor_v2 in a way"),
+        ({"w": weight.conj().imag}, "uses REDUCE of torch._utils._rebuild_tensor_v2 as no"),
     ]:
         torch.save(content, file)
         assert message in refusal(tmp_path)

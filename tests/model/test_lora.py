@@ -128,7 +128,7 @@ def test_adapters_are_stacked_with_the_layers(model):
 def test_targets():
     assert resolve_targets(("value", "query")) == ("query", "value")
     assert resolve_targets(("all_linear",)) == tuple(TARGETS)
-    with pytest.raises(InputError, match=r"--lora.targets 'dense' is unknown; known are query, key"):
+    with pytest.raises(InputError, match=r"--lora.targets 'dense' is unknown; pass some of query, key"):
         resolve_targets(("dense",))
     with pytest.raises(InputError, match="names no layer"):
         resolve_targets(())
@@ -136,7 +136,7 @@ def test_targets():
 
 def test_a_second_adapter_is_refused(model):
     add_adapters(model, EVERY, nnx.Rngs(0))
-    with pytest.raises(InputError, match="'query' has an adapter already"):
+    with pytest.raises(InputError, match="'query' already has an adapter"):
         add_adapters(model, EVERY, nnx.Rngs(0))
 
 
