@@ -1,1 +1,1 @@
-"""Rows in a fixed order, read, cut into views and batched."""
+"""Input rows: finding and reading files, encoding blocks of rows as tokens, batching them."""

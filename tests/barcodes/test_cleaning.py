@@ -36,7 +36,7 @@ def large(values) -> pa.LargeStringArray:
 
 
 def clean_one(value: str | None) -> tuple[str, str | None, CleaningCounts]:
-    """The rules once more, character by character."""
+    """The rules, applied to one character at a time."""
     if value is None:
         return "", "null", CleaningCounts()
     iupac = "ACGTUN" + AMBIGUITY
@@ -59,7 +59,7 @@ def clean_one(value: str | None) -> tuple[str, str | None, CleaningCounts]:
 
 @given(st.lists(dirty, max_size=12))
 @unhurried
-def test_cleaning_is_the_rules_applied_to_each_row(values: list[str | None]):
+def test_cleaning_follows_the_rules_for_each_row(values: list[str | None]):
     cleaned = clean(pa.array(values, pa.string()))
     cleaned.sequences.validate(full=True)
     expected = [clean_one(value) for value in values]
@@ -70,7 +70,7 @@ def test_cleaning_is_the_rules_applied_to_each_row(values: list[str | None]):
 
 @given(st.lists(dirty, max_size=12))
 @unhurried
-def test_cleaning_twice_changes_nothing_more(values: list[str | None]):
+def test_cleaning_twice_equals_cleaning_once(values: list[str | None]):
     once = clean(pa.array(values, pa.string()))
     twice = clean(once.sequences)
     assert twice.sequences.equals(once.sequences)
@@ -101,7 +101,7 @@ def test_the_arrow_layout_does_not_matter(values: list[str | None], data: st.Dat
 
 @given(st.lists(dirty, min_size=1, max_size=12))
 @unhurried
-def test_blocks_do_not_show(values: list[str | None]):
+def test_the_block_size_does_not_change_the_result(values: list[str | None]):
     whole = clean(pa.array(values, pa.string()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cleaning, "_BLOCK_BYTES", 7)
@@ -142,7 +142,7 @@ def test_counts_are_of_usable_rows_and_add_up():
     assert first + first == CleaningCounts(lower_case=6, u_to_t=2, ambiguous_to_n=2, gaps_removed=2)
 
 
-def test_invalid_utf8_and_bytes_under_a_null_do_no_harm():
+def test_invalid_utf8_and_bytes_under_a_null_are_handled():
     offsets = pa.py_buffer(np.array([0, 3, 6, 8], np.int32))
     rows = pa.Array.from_buffers(pa.string(), 3, [pa.py_buffer(b"\x05"), offsets, pa.py_buffer(b"A\xff\xfeGGGCC")])
     cleaned = clean(rows)
@@ -190,7 +190,7 @@ def test_drop_prefix(values: list[str], bases: int):
     assert drop_prefix(large(values), bases).to_pylist() == [value[bases:] for value in values]
 
 
-def test_both_take_slices():
+def test_reverse_complement_and_drop_prefix_accept_slices():
     rows = large(["AAA", "ACG", "TTN", "CCC"])[1:3]
     assert reverse_complement(rows).to_pylist() == ["CGT", "NAA"]
     assert drop_prefix(rows, 1).to_pylist() == ["CG", "TN"]

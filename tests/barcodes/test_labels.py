@@ -50,7 +50,7 @@ def in_names(space: LabelSpace, path: np.ndarray) -> Lineage:
 
 
 def by_hand(rows: list[Lineage]) -> tuple[dict[Lineage, Lineage], list[Conflict]]:
-    """The path of each row and the conflicts by the rules of LabelSpace, one row at a time."""
+    """The path of each row and the conflicts, by the rules of LabelSpace applied row by row."""
     path: dict[tuple[int, str], Lineage] = {}
     conflicts = []
     for rank in range(7):
@@ -74,7 +74,7 @@ def by_hand(rows: list[Lineage]) -> tuple[dict[Lineage, Lineage], list[Conflict]
 
 @given(lineages)
 @unhurried
-def test_both_forms_are_read_alike_and_a_blank_never_shifts(rows: list[Lineage]):
+def test_both_forms_read_the_same_and_blanks_keep_their_rank(rows: list[Lineage]):
     assert as_rows(read_lineages(as_table(rows))) == rows
     assert as_rows(read_lineages(as_text(rows))) == rows
 
@@ -94,7 +94,7 @@ def test_columns_may_be_chunked_sliced_dictionaries_and_views(kind: pa.DataType)
     assert as_rows(read_lineages(as_table(rows).slice(0, 0))) == []
 
 
-def test_rank_columns_win_over_the_lineage_column_where_all_seven_are_there():
+def test_rank_columns_win_over_the_lineage_column_if_all_seven_are_present():
     both = as_table([("Animalia", *[None] * 6)]).append_column("taxonomy", [["Plantae;;;;;;"]])
     assert as_rows(read_lineages(both)) == [("Animalia", *[None] * 6)]
     assert as_rows(read_lineages(both.drop_columns(["genus"]))) == [("Plantae", *[None] * 6)]
@@ -220,7 +220,7 @@ def test_numbered_groups_above_the_species_are_kept(name: str):
     assert as_rows(read_lineages(as_table([(*[name] * 6, None)]))) == [(*[name] * 6, None)]
 
 
-def test_every_filler_says_what_it_catches():
+def test_every_filler_matches_its_examples():
     assert all(caught.strip() and re.compile(pattern) for pattern, caught in {**FILLERS, **SPECIES_FILLERS}.items())
 
 
@@ -263,7 +263,7 @@ def test_missing_or_mistyped_columns_are_named():
 
 @given(lineages, lineages)
 @unhurried
-def test_every_row_is_the_path_the_rules_give_it(rows: list[Lineage], others: list[Lineage]):
+def test_every_row_gets_the_path_of_the_rules(rows: list[Lineage], others: list[Lineage]):
     rows = rows + TWO_KINGDOMS
     space = LabelSpace.build([as_table(rows)])
     wanted, conflicts = by_hand(rows)
@@ -274,7 +274,7 @@ def test_every_row_is_the_path_the_rules_give_it(rows: list[Lineage], others: li
         assert space.names[rank] == tuple(sorted({path[rank] for path in wanted.values()} - {None}))
         counts = Counter(path[rank] for path in paths)
         assert space.counts[rank].tolist() == [counts[name] for name in space.names[rank]]
-    # Rows that the space was not built from are paths of it too.
+    # Rows that were not used to build the space also become paths in it.
     unseen = [(*row[:5], "Unseen", None) for row in others] + others
     whole = {path[: rank + 1].tobytes() for path in space.leaf_paths() for rank in range(7)}
     for path in space.encode(read_lineages(as_table(unseen))):
@@ -353,7 +353,7 @@ def test_a_tied_conflict_goes_to_the_first_name():
     assert space.names[0] == ("Ka", "Xa", "Xb")
 
 
-def test_gaps_stay_gaps_and_the_tree_fills_what_another_row_knows():
+def test_gaps_stay_gaps_and_the_tree_fills_in_what_other_rows_know():
     rows = [
         ("Ka", None, None, "Oa", None, None, "Ga a"),
         ("Ka", None, None, "Oa", None, "Gb", "Gb b"),
@@ -373,7 +373,7 @@ def test_gaps_stay_gaps_and_the_tree_fills_what_another_row_knows():
     assert [in_names(space, path) for path in space.leaf_paths()] == [rows[3], rows[0], rows[1]]
 
 
-def test_the_hash_tells_names_and_tree_apart_but_not_counts():
+def test_the_hash_depends_on_names_and_tree_but_not_on_counts():
     rows = [("Ka", "Pa", *[None] * 5), ("Kb", "Pb", *[None] * 5)]
     space = LabelSpace.build([as_table(rows)])
     assert LabelSpace.build([as_table(rows * 2)]).sha256 == space.sha256
@@ -382,7 +382,7 @@ def test_the_hash_tells_names_and_tree_apart_but_not_counts():
     assert LabelSpace.build([as_table([*rows, ("Kc", *[None] * 6)])]).sha256 != space.sha256
 
 
-def test_simulated_barcodes_give_their_own_tree():
+def test_simulated_barcodes_give_back_their_tree():
     table = simulate(species=40, per_species=3, length=60, seed=1)
     space = LabelSpace.build(table.to_batches(max_chunksize=7))
     assert len(space.names[6]) == len(space.leaf_paths()) == 40
@@ -394,7 +394,7 @@ def test_simulated_barcodes_give_their_own_tree():
     )
 
 
-def test_many_lineages_in_many_blocks_are_merged_on_the_way(monkeypatch: pytest.MonkeyPatch):
+def test_many_lineages_in_many_blocks_are_merged_while_counting(monkeypatch: pytest.MonkeyPatch):
     table = simulate(species=40, per_species=3, length=60, seed=1)
     whole = LabelSpace.build([table])
     monkeypatch.setattr("bioscan_jax.barcodes.labels._PENDING_LINEAGES", 10)

@@ -17,13 +17,13 @@ name = st.text(st.characters(exclude_characters=";", exclude_categories=("Cs",))
 
 @given(st.lists(st.none() | name, min_size=7, max_size=7))
 @unhurried
-def test_format_then_parse_gives_the_names_back(names: list[str | None]):
+def test_format_then_parse_returns_the_names(names: list[str | None]):
     assert parse_lineage(format_lineage(names)) == tuple(names)
 
 
 @given(st.lists(st.text(" \tab", max_size=4), min_size=7, max_size=7))
 @unhurried
-def test_parse_then_format_changes_white_space_only(fields: list[str]):
+def test_parse_then_format_changes_only_white_space(fields: list[str]):
     assert format_lineage(parse_lineage(";".join(fields))) == ";".join(field.strip() for field in fields)
 
 

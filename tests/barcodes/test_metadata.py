@@ -83,8 +83,8 @@ def test_the_date_line_and_the_poles_have_no_seam():
 
 
 @pytest.mark.parametrize("kind", ["independent", "marginal"])
-def test_nothing_missing_reaches_a_gradient(kind):
-    """Every pattern of missing values, alone and together."""
+def test_missing_values_get_no_gradient(kind):
+    """Tests every combination of missing values."""
     graph, state = nnx.split(MetadataEncoder(kind, TREE, rngs=nnx.Rngs(0), hidden_size=8))
     labels = jnp.asarray(random_labels(0, TREE, 8))
     rows = jnp.array(list(itertools.product([100.0, NAN], [45.0, NAN], [-120.0, NAN])), jnp.float32)
@@ -101,8 +101,8 @@ def test_nothing_missing_reaches_a_gradient(kind):
         assert np.any(np.asarray(by_state["first"]["kernel"].get_value()) != 0)
 
 
-def test_what_is_missing_is_not_zero():
-    """A sample at depth 0 on the equator differs from one of which nothing is known."""
+def test_a_missing_value_differs_from_zero():
+    """A sample at depth 0 on the equator differs from one without metadata."""
     encoder = MetadataEncoder("independent", TREE, rngs=nnx.Rngs(0), hidden_size=8)
     ranks = encoder(jnp.array([[0.0, 0.0, 0.0], [NAN, NAN, NAN]]))
     species = np.asarray(ranks.log_probs[6])[:, : TREE.sizes[6]]

@@ -136,7 +136,7 @@ def test_written_file_is_the_table_with_its_parameters(tmp_path: Path):
     assert {name: metadata[name] for name in PARAMETERS} == PARAMETERS
 
 
-def test_a_file_of_the_same_parameters_is_left_alone(tmp_path: Path):
+def test_a_file_of_the_same_parameters_is_kept(tmp_path: Path):
     path = write_simulated(tmp_path / "barcodes.parquet", **PARAMETERS)
     before = path.stat()
     assert write_simulated(str(path), **PARAMETERS) == path

@@ -74,7 +74,7 @@ def test_a_slice_equals_its_rows(values: list[str], data: st.DataObject):
 
 @given(st.lists(sequence, max_size=8), st.integers(1, 40))
 @unhurried
-def test_blocks_do_not_show(values: list[str], block_bytes: int):
+def test_the_block_size_does_not_change_the_result(values: list[str], block_bytes: int):
     whole = encode(large(values), V2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cleaning, "_BLOCK_BYTES", block_bytes)
@@ -89,7 +89,7 @@ def test_golden_ids():
         assert as_lists(encode(large(golden["sequences"]), vocabulary)) == golden[family]["ids"]
 
 
-def test_golden_file_is_what_its_maker_makes(tmp_path: Path):
+def test_the_golden_file_can_be_regenerated(tmp_path: Path):
     make(tmp_path)
     assert (tmp_path / "tokenizer.json").read_text() == (GOLDEN / "tokenizer.json").read_text()
 

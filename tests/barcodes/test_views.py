@@ -60,13 +60,13 @@ def test_windows_tile_the_tokens_evenly(texts, max_tokens, phases):
             assert max(sizes) - min(sizes) <= 1
 
 
-def test_truncate_keeps_the_beginning_and_says_so():
+def test_truncate_keeps_the_beginning_and_reports_it():
     seen = views(["ACGTAC" * 9, "ACGTAC"], max_tokens=5)
     assert seen.tokens.lengths.tolist() == [5, 2]
     assert seen.overlong.tolist() == [True, False]
 
 
-def test_error_leaves_every_view_of_an_overlong_sequence_out():
+def test_error_drops_every_view_of_an_overlong_sequence():
     seen = views(["ACGTAC" * 9, "ACGTACG"], max_tokens=5, overlong="error", strand="both", phases=2)
     assert seen.overlong.tolist() == [True, False]
     assert seen.owner.tolist() == [1, 1, 1, 1]

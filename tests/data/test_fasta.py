@@ -76,7 +76,7 @@ records = st.lists(st.tuples(header, st.none() | header, st.text("ACGTNacgtn-", 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(records=records, width=st.integers(1, 12), cuts=st.integers(1, 3), packed=st.booleans())
-def test_what_was_written_is_read(tmp_path, records, width, cuts, packed):
+def test_written_records_are_read_back(tmp_path, records, width, cuts, packed):
     work = tmp_path / "in"
     work.mkdir(exist_ok=True)
     for old in work.iterdir():

@@ -100,7 +100,7 @@ def test_relative_home_and_file_url_are_local(tmp_path, monkeypatch):
         assert find_files(path).filesystem is None
 
 
-def test_unknown_suffix_is_judged_by_its_first_bytes(tmp_path):
+def test_unknown_suffix_is_recognised_by_its_first_bytes(tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "data.pq")
     write(tmp_path, "reads.txt", data=b">a\nACGT\n")
     write(tmp_path, "reads.dat", data=b"@a\nACGT\n+\nIIII\n")

@@ -128,7 +128,7 @@ def test_any_block_in_any_order(tmp_path, parts, block_rows, piece_rows, cache_b
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("piece_rows", [100, 16_384])
-def test_threads_that_walk_forward_decode_each_group_once(tmp_path, monkeypatch, decoded, threads, piece_rows):
+def test_threads_that_read_forward_decode_each_group_once(tmp_path, monkeypatch, decoded, threads, piece_rows):
     monkeypatch.setattr(source_module, "_PIECE_ROWS", piece_rows)
     table = barcodes(6000)
     source = opened(write(tmp_path / "a.parquet", table, row_group_size=1000), block_rows=700)
@@ -505,7 +505,7 @@ def test_id_column_of_another_name(tmp_path):
         (["x.PARQUET", "x.parquet"], ["x.PARQUET", "x.parquet"]),
     ],
 )
-def test_made_ids(tmp_path, monkeypatch, names, labels):
+def test_generated_ids(tmp_path, monkeypatch, names, labels):
     monkeypatch.setattr(source_module, "_PIECE_ROWS", 2)
     for name in names:
         write(tmp_path / name, barcodes(5).drop_columns("sequence_id"), row_group_size=3)
@@ -613,7 +613,7 @@ def test_hash_depends_on_the_text_alone(texts, large, skip):
     assert len(set(alone)) == len(set(texts))
 
 
-def test_hash_tells_zero_bytes_and_order_apart():
+def test_hash_depends_on_zero_bytes_and_order():
     texts = ["a", "a\0", "\0a", "\0", "\0\0", "ab", "ba"]
     assert len(set(_hash_text(pa.chunked_array([texts])).tolist())) == len(texts)
 
@@ -636,7 +636,7 @@ def test_threads_may_share_a_source_in_any_order(tmp_path):
     assert wrong == []
 
 
-def test_a_mistyped_id_column_is_not_taken_for_none(tmp_path):
+def test_a_mistyped_id_column_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", pa.table({"dna_sequence": ["ACGT"], "processid": ["A"]}))
     message = error_of(path, id_column="procesid")
     assert_words(message, f"{path} has no column 'procesid'", "dna_sequence, processid", "--data.id_column")

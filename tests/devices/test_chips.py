@@ -21,7 +21,7 @@ from bioscan_jax.errors import InputError
         ("v6e-8", 8, 1, "v6e:2x4"),
     ],
 )
-def test_slices_people_rent(name, devices, hosts, topology):
+def test_slices_for_rent(name, devices, hosts, topology):
     tpu = find_slice(name)
     assert (tpu.devices, tpu.hosts, tpu.topology[0]) == (devices, hosts, topology)
     assert tpu.host.hosts == 1

@@ -198,7 +198,7 @@ def test_two_killed_processes_are_resumed_by_two(embed: Start, whole: dict[str, 
     check_whole(tmp_path / "t", whole)
 
 
-def test_sigterm_to_one_stops_both_and_one_process_goes_on(
+def test_sigterm_to_one_stops_both_and_one_process_continues(
     embed: Start, whole: dict[str, pa.Table], tmp_path: Path
 ) -> None:
     resume = tmp_path / "resume"
@@ -220,7 +220,7 @@ def test_sigterm_to_one_stops_both_and_one_process_goes_on(
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_from_one(embed: Start, whole: dict[str, pa.Table], tmp_path: Path) -> None:
+def test_two_processes_continue_the_table_of_one(embed: Start, whole: dict[str, pa.Table], tmp_path: Path) -> None:
     resume = tmp_path / "resume"
     [one] = embed(tmp_path / "t", 1, resume=resume)
     one.wait_until(lambda: reached(resume))
@@ -244,7 +244,7 @@ def check_failure_reached(process: int, failed: tuple[int, str], other: tuple[in
     return line
 
 
-def test_a_mistake_that_process_0_finds_ends_both(embed: Start, tmp_path: Path) -> None:
+def test_an_error_in_process_0_ends_both(embed: Start, tmp_path: Path) -> None:
     # Made by another plan: only the process that opens the table notices.
     lance.write_dataset(pa.table({"a": [1]}), str(tmp_path / "t" / "sequences.lance"))
     first, second = wait(embed(tmp_path / "t", 2))

@@ -99,12 +99,12 @@ def test_metadata_and_no_labels(tmp_path):
     ("columns", "wanted", "line"),
     [
         ({"taxonomy": [";;;;;;"] * 40}, {}, "none of the .* rows has a known name at any rank"),
-        ({"taxonomy": [LINEAGES[0]] * 40}, {}, "all labelled rows are Animalia;.*nothing to tell apart"),
+        ({"taxonomy": [LINEAGES[0]] * 40}, {}, "all labelled rows are Animalia;.*add rows"),
         ({"taxonomy": pa.array([1] * 40)}, {}, "column 'taxonomy' has the Arrow type int64"),
         ({"dna_sequence": ["ACGTACGTAA"] * 40, "split": ["train", "test"] * 20}, {"split_column": "split"}, "same seq"),
         ({"split": ["train", "tset"] * 20}, {"split_column": "split"}, r"b\.parquet row 1 has the split 'tset'"),
         ({}, {"split_column": "side"}, "has no column 'side'"),
-        ({"split": ["test"] * 40}, {"split_column": "split"}, "there are no rows to take labels from"),
+        ({"split": ["test"] * 40}, {"split_column": "split"}, "no labelled rows"),
         ({}, {"validation": 0.7, "test": 0.3}, "must be at least 0 and together less than 1"),
     ],
 )
