@@ -1,8 +1,8 @@
-"""The headline model at full size, once: python tests/headline.py DIRECTORY (about 17 GB of disk, 12 GB of memory).
+"""Runs the 2.5B model at full size: python tests/headline.py DIRECTORY (about 17 GB of disk, 12 GB of memory).
 
-Writes an NT-2.5B-shaped checkpoint of random float32 weights in two PyTorch shards (10 GB; needs the parity extra), then
-with the real scripts, each in a process of its own: embeds 16 barcodes with it in bfloat16, converts it, and embeds them
-with the converted one. Prints seconds and the largest resident memory of each, and whether the vectors are the same.
+Writes a checkpoint of the NT-2.5B architecture with random float32 weights in two PyTorch shards (10 GB; needs the parity
+extra). Then runs the scripts, each in a process of its own: embeds 16 barcodes in bfloat16, converts the checkpoint, and
+embeds them with the converted one. Prints seconds and peak resident memory of each, and whether the vectors are equal.
 """
 
 import argparse
@@ -16,24 +16,24 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from support.places import SCRIPTS
 
 from bioscan_jax.barcodes.simulate import write_simulated
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.keys import abstract_model, published_names
 from bioscan_jax.model.config import PRESETS
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 PRESET = "nt-v1-2.5b"
 
 
 def say(line: str) -> None:
-    """Prints a line at once."""
+    """Prints a line without buffering."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Published names and shapes, [out, in]."""
+    """Returns the published parameter names and their shapes, [out, in]."""
     config = PRESETS[PRESET]
     ours = {
         path: v.get_value().shape
@@ -50,7 +50,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def make(directory: Path) -> None:
-    """Two shards of about 5 GB, written one after the other."""
+    """Writes two shards of about 5 GB, one after the other."""
     import torch
 
     directory.mkdir(parents=True)
@@ -77,7 +77,7 @@ def make(directory: Path) -> None:
 
 
 def run(what: str, script: str, **flags: object) -> None:
-    """Runs a script; prints its seconds and its largest resident memory."""
+    """Runs a script; prints its seconds and peak resident memory."""
     command = [sys.executable, str(SCRIPTS / script), *(f"--{name}={value}" for name, value in flags.items())]
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -86,22 +86,22 @@ def run(what: str, script: str, **flags: object) -> None:
     if status:
         raise SystemExit(f"{what}: {' '.join(command)} ended with {status}: {output}")
     seconds = next((line for line in output.splitlines() if "seconds" in line), "").strip()
-    say(f"{what}: {time.monotonic() - begun:.1f} s, {usage.ru_maxrss / 2**20:.2f} GiB resident at most; {seconds}")
+    say(f"{what}: {time.monotonic() - begun:.1f} s, {usage.ru_maxrss / 2**20:.2f} GiB peak resident memory; {seconds}")
 
 
 def main() -> None:
-    """Makes what is not there yet, and measures."""
+    """Creates the files that are missing, and measures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     published, converted = directory / "published", directory / "converted"
     if not published.exists():
-        process = os.fork()  # what it needs is gone when it ends
+        process = os.fork()  # so that its memory is freed
         if process == 0:
             make(published)
             os._exit(0)
         if os.waitpid(process, 0)[1]:
-            raise SystemExit("the checkpoint could not be made")
+            raise SystemExit("the checkpoint could not be written")
     say(f"published: {sum(f.stat().st_size for f in published.iterdir()) / 1e9:.2f} GB")
     barcodes = directory / "barcodes.parquet"
     write_simulated(str(barcodes), species=4, per_species=4, length=658, seed=0)
@@ -126,7 +126,7 @@ def main() -> None:
         lance.dataset(str(directory / name / "sequences.lance")).to_table() for name in ("from_bin", "from_orbax")
     ]
     same = tables[0]["vector"].combine_chunks().equals(tables[1]["vector"].combine_chunks())
-    say(f"16 vectors of {tables[0]['vector'].type.list_size} from each; the same bits: {same}")
+    say(f"16 vectors of {tables[0]['vector'].type.list_size} from each; equal to the bit: {same}")
 
 
 if __name__ == "__main__":

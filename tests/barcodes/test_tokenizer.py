@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden_tokenizer import make
+from support.golden import make_tokenizer
 from support.places import GOLDEN
 
 from bioscan_jax.barcodes import cleaning
@@ -90,7 +90,7 @@ def test_golden_ids():
 
 
 def test_the_golden_file_can_be_regenerated(tmp_path: Path):
-    make(tmp_path)
+    make_tokenizer(tmp_path)
     assert (tmp_path / "tokenizer.json").read_text() == (GOLDEN / "tokenizer.json").read_text()
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.carried import make_table, read, same_bits
 from support.commands import call
 from support.killed import run_killed
+from support.tables import make_table, read, same_bits
 
 from bioscan_jax.bundles import location
 from bioscan_jax.bundles.budget import parse_bytes

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.carried import make_table, read, same_bits
+from support.tables import make_table, read, same_bits
 
 from bioscan_jax.bundles.bundle import export
 from bioscan_jax.bundles.location import locate

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from make_golden import golden_config
 from safetensors.numpy import load_file, save_file
+from support.golden import golden_config
 from support.places import GOLDEN
 
 from bioscan_jax import config

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from flax import nnx
-from make_golden import golden_config
 from safetensors.numpy import load_file, save_file
-from support.adapted import (
+from support.golden import golden_config
+from support.golden_models import (
     BASE,
     EVERY,
     GOLDEN,
@@ -476,7 +476,7 @@ def test_the_script_takes_an_adapter_of_its_model_alone(tmp_path):
 @pytest.fixture
 def reference(family, tmp_path):
     """PyTorch's model, its checkpoint's directory and our model of it."""
-    from support.reference import save_checkpoint, torch_model
+    from support.torch_models import save_checkpoint, torch_model
 
     transformer = golden_config(family)
     theirs = torch_model(transformer, seed=2)

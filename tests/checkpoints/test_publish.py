@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from make_golden import golden_config
 from safetensors.numpy import load_file, save_file
-from support.adapted import BASE, GOLDEN, ONE, adapt, arrays, golden_model, random_heads, relative, token_rows
+from support.golden import golden_config
+from support.golden_models import BASE, GOLDEN, ONE, adapt, arrays, golden_model, random_heads, relative, token_rows
 
 from bioscan_jax import InputError, ModelConfig, config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
@@ -201,7 +201,7 @@ def torch_logits(model, ids):
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 100_000])
 def test_transformers_reads_v1(with_base, max_shard_bytes, tmp_path):
-    from support.reference import save_checkpoint, torch_model
+    from support.torch_models import save_checkpoint, torch_model
     from transformers import AutoTokenizer, EsmForMaskedLM
 
     transformer = golden_config("v1")
@@ -225,7 +225,7 @@ def test_transformers_reads_v1(with_base, max_shard_bytes, tmp_path):
 @pytest.mark.parity
 def test_v2_has_the_keys_and_numbers_of_pytorch_s(tmp_path):
     import torch
-    from support.reference import save_checkpoint, torch_model
+    from support.torch_models import save_checkpoint, torch_model
 
     transformer = dataclasses.replace(golden_config("v2"), num_hidden_layers=2)
     theirs = torch_model(transformer, seed=4)

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from kill_campaign import Table, environment, files, lines, run, start, unnamed_files
 from safetensors.numpy import load_file, save_file
 from support.commands import call
+from support.embed_runs import Table, environment, files, lines, run, start, unnamed_files
 from support.places import GOLDEN, ROOT, SCRIPTS
 
 from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, embed

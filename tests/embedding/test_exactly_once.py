@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lance
 import pytest
-from kill_campaign import BLOCK_ROWS, TABLES, Uninterrupted, campaign, files, lines, rows_there, run, start
+from support.embed_runs import BLOCK_ROWS, TABLES, Uninterrupted, campaign, files, lines, rows_there, run, start
 from support.paused import paused, reached
 from support.places import TESTS
 

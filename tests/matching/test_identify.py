@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.commands import call
-from support.identified import World, make_world
 from support.places import ROOT, SCRIPTS
+from support.reference_table import World, make_world
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS

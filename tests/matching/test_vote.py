@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.identified import World, make_world
+from support.reference_table import World, make_world
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace

@@ -159,7 +159,7 @@ def test_gradients_and_sgd_agree_with_peft(family, kind, tmp_path):
     """The weighted loss of seven ranks, float32: each gradient within 1e-4 of PyTorch's, and 20 steps of SGD later."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from support.reference import save_checkpoint, torch_model
+    from support.torch_models import save_checkpoint, torch_model
 
     transformer, tree, layout = PRESETS[f"tiny-{family}"], random_tree(3), make_layout(ONE)
     reference = torch_model(transformer, seed=2)

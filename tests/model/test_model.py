@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
-from make_golden import LOGIT_STEP, golden_config
+from support.golden import LOGIT_STEP, golden_config
 from support.places import GOLDEN
 
 from bioscan_jax import config

@@ -60,8 +60,8 @@ def relative(ours, theirs, real=None):
     ],
 )
 def test_float32_agrees(family, form, eps, ids, tmp_path):
-    from make_golden import reference_outputs
-    from support.reference import save_checkpoint, torch_model
+    from support.golden import reference_outputs
+    from support.torch_models import save_checkpoint, torch_model
 
     transformer = dataclasses.replace(PRESETS[f"tiny-{family}"], layer_norm_eps=eps)
     reference = torch_model(transformer, seed=3)
@@ -81,8 +81,8 @@ def test_float32_agrees(family, form, eps, ids, tmp_path):
 
 
 def test_bfloat16_stays_within_its_bound(family, ids, tmp_path):
-    from make_golden import reference_outputs
-    from support.reference import save_checkpoint, torch_model
+    from support.golden import reference_outputs
+    from support.torch_models import save_checkpoint, torch_model
 
     transformer = PRESETS[f"tiny-{family}"]
     reference = torch_model(transformer, seed=4)

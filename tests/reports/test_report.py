@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from support.browser import browsing
-from support.carried import make_table
 from support.places import SCRIPTS
+from support.tables import make_table
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError

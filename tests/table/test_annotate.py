@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from support.carried import make_table, read, same_bits
 from support.killed import run_killed
 from support.places import GOLDEN, SCRIPTS
+from support.tables import make_table, read, same_bits
 
 from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
 from bioscan_jax.errors import InputError

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.carried import make_table, read
 from support.commands import call
+from support.tables import make_table, read
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.query import explain, format_table, query, stream, write

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from flax import nnx
-from make_golden import golden_config
+from support.golden import golden_config
 from support.places import GOLDEN
 
 from bioscan_jax import config

@@ -1,0 +1,237 @@
+"""Runs of scripts/embed.py in processes of their own, killed at random moments and compared with a whole run."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from support.places import SCRIPTS
+
+from bioscan_jax.barcodes.simulate import simulate
+
+BLOCK_ROWS = 128
+TABLES = ("sequences", "sequences_rejects")
+
+
+def write_input(directory: Path, rows: int, seed: int = 0) -> Path:
+    """Three Parquet files with all kinds of rejects, whole blocks of them too, repeats, lower case, gaps."""
+    table = simulate(species=-(-rows // 10), per_species=10, length=400, seed=seed).slice(0, rows)
+    sequences = table["dna_sequence"].to_pylist()
+    for row in range(rows):
+        if row % 17 == 5 or 5 <= row // BLOCK_ROWS <= 6 or row // BLOCK_ROWS == (rows - 1) // BLOCK_ROWS:
+            sequences[row] = [None, "", "MKVLAAGIVGPRE", "NNNNNNNNNNNN", " "][row % 5]
+        elif row % 11 == 3:
+            sequences[row] = sequences[row - row % 11 + 1]
+        elif row % 13 == 4:  # a repeat from up to six blocks ago, of which the job remembers three
+            sequences[row] = sequences[max(1, row - 7 * (row % 109))]
+        elif row % 7 == 2:
+            sequences[row] = f"{sequences[row][:50]}-{sequences[row][50:90].lower()}RU{sequences[row][92:]}"
+    table = table.set_column(table.column_names.index("dna_sequence"), "dna_sequence", [sequences])
+    genus = table["genus"].dictionary_encode()
+    table = table.set_column(table.column_names.index("genus"), "genus", genus)
+    directory.mkdir(parents=True)
+    cuts = [0, rows // 3, rows // 3 + 1, rows]
+    for number, (first, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        pq.write_table(table.slice(first, end - first), directory / f"part-{number}.parquet", row_group_size=300)
+    return directory
+
+
+def command(data: Path, uri: Path, cache: Path, *more: str) -> list[str]:
+    flags = {
+        "model.checkpoint": "random:tiny-v2",
+        "data.path": data,
+        "data.block_rows": BLOCK_ROWS,
+        "embed.max_shapes": 2,
+        "embed.cache_rows": 3 * BLOCK_ROWS,
+        "mesh.compilation_cache": cache,
+        "sink.uri": uri,
+    }
+    return [sys.executable, str(SCRIPTS / "embed.py"), *(f"--{name}={value}" for name, value in flags.items()), *more]
+
+
+def environment() -> dict[str, str]:
+    """One CPU device, whatever the tests themselves pretend to have."""
+    return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUMPY_RANK_PROMOTION")}
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=environment())
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment(), timeout=240
+    )
+
+
+def lines(stderr: str) -> list[str]:
+    """What is written beside the progress bars."""
+    texts = [line.split("\r")[-1].strip() for line in stderr.split("\n")]
+    return [text for text in texts if text and not text.startswith(("embed:", "load weights:"))]
+
+
+def files(uri: Path) -> set[str]:
+    return {os.path.join(where, name) for where, _, names in os.walk(uri) for name in names}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table and its rejects as they are on the disk."""
+
+    vectors: pa.Table
+    rejects: pa.Table
+
+    @classmethod
+    def read(cls, uri: Path) -> "Table":
+        return cls(*(lance.dataset(str(uri / f"{name}.lance")).to_table().combine_chunks() for name in TABLES))
+
+    def differences(self, other: "Table") -> list[str]:
+        """What is not the same to the last bit, metadata included."""
+        found = []
+        for name, one, two in (("vectors", self.vectors, other.vectors), ("rejects", self.rejects, other.rejects)):
+            if not one.schema.equals(two.schema, check_metadata=True):
+                found.append(f"{name}: schema")
+            elif one.num_rows != two.num_rows:
+                found.append(f"{name}: {one.num_rows} rows instead of {two.num_rows}")
+            else:
+                found += [f"{name}: {column}" for column in one.column_names if not one[column].equals(two[column])]
+        bits = [table.vectors["vector"].combine_chunks().flatten().to_numpy().tobytes() for table in (self, other)]
+        return found + ["vectors: bits"] * (bits[0] != bits[1])
+
+
+def unnamed_files(uri: Path) -> list[str]:
+    """Files of a finished table that its current version does not need, and other things a run should not leave."""
+    needed = {str(uri / ".sequences.lock"), str(uri / "sequences.run.json")}
+    for name in TABLES:
+        path = uri / f"{name}.lance"
+        dataset = lance.dataset(str(path))
+        for fragment in dataset.get_fragments():
+            needed |= {str(path / "data" / file.path) for file in fragment.data_files()}
+            deletions = fragment.deletion_file()
+            needed |= set() if deletions is None else {str(path / deletions)}
+        indexes = [segment.uuid for index in dataset.describe_indices() for segment in index.segments]
+        for index in indexes:
+            needed |= {str(file) for file in (path / "_indices" / str(index)).iterdir()}
+        versions, transactions = list((path / "_versions").glob("*.manifest")), list((path / "_transactions").iterdir())
+        needed |= {str(path / "_versions" / "latest_version_hint.json")}
+        needed |= {str(file) for kind in (versions, transactions) if len(kind) == 1 for file in kind}
+    return sorted(files(uri) - needed)
+
+
+def rows_there(uri: Path) -> int:
+    """Rows in the table and its rejects; more than are safe if the kill fell between the two."""
+    counts = []
+    for name in TABLES:
+        try:
+            counts.append(lance.dataset(str(uri / f"{name}.lance")).count_rows())
+        except ValueError:
+            counts.append(0)
+    return sum(counts)
+
+
+def kill_once(arguments: list[str], uri: Path, chance: random.Random, seconds: float) -> str | None:
+    """Starts the job and sends it SIGKILL at a random moment.
+
+    Args:
+        arguments: The command.
+        uri: Where it writes.
+        chance: Draws the moment.
+        seconds: What an uninterrupted run takes.
+
+    Returns:
+        When it was killed, or None if it had ended by itself.
+    """
+    before, process = files(uri), start(arguments)
+    kind = chance.choice(["time", "time", "time", "file", "file", "file", "file", "index"])
+    wait, delay = chance.uniform(0.1, seconds), chance.choice([0.0, chance.uniform(0, 0.03)])
+    number, begun = chance.randint(1, 40), time.monotonic()
+    while process.poll() is None:
+        new = files(uri) - before if kind != "time" else set()
+        if kind == "time" and time.monotonic() - begun > wait:
+            break
+        if kind == "file" and len(new) >= number:
+            time.sleep(delay)
+            break
+        if kind == "index" and any("_indices" in file for file in new):
+            time.sleep(delay)
+            break
+        time.sleep(0.001)
+    ended = time.monotonic() - begun
+    process.kill()
+    _, stderr = process.communicate()
+    if process.returncode == 0:
+        return None
+    if process.returncode != -9:
+        raise AssertionError(f"the job ended by itself with code {process.returncode}: {stderr[-2000:]}")
+    reached = stderr.replace("\r", "\n").strip().rsplit("\n", 1)[-1].strip().split("|")[0] or "before the first bar"
+    why = {"time": "by the clock", "file": f"at new file {number}", "index": "while indexing"}[kind]
+    return f"{ended:5.1f} s, {why}, {reached}"
+
+
+@dataclass(frozen=True)
+class Uninterrupted:
+    """What every other run is compared with."""
+
+    data: Path
+    cache: Path
+    rows: int
+    seconds: float
+    table: Table
+
+    @classmethod
+    def make(cls, directory: Path, rows: int, seed: int = 0) -> "Uninterrupted":
+        """Writes input and embeds it in one go."""
+        data, cache, uri = write_input(directory / "input", rows, seed), directory / "cache", directory / "whole"
+        begun = time.monotonic()
+        process = run(command(data, uri, cache))
+        if process.returncode:
+            raise AssertionError(process.stderr)
+        made = cls(data, cache, rows, time.monotonic() - begun, Table.read(uri))
+        if wrong := made.compare(uri):
+            raise AssertionError(wrong)
+        return made
+
+    def command(self, uri: Path, *more: str) -> list[str]:
+        return command(self.data, uri, self.cache, *more)
+
+    def compare(self, uri: Path) -> list[str]:
+        """What is wrong with a finished table."""
+        found = Table.read(uri)
+        numbers = [table["source_row"].to_numpy() for table in (found.vectors, found.rejects)]
+        whole = np.array_equal(np.sort(np.concatenate(numbers)), np.arange(self.rows))
+        ordered = all((part[1:] > part[:-1]).all() for part in numbers)
+        wrong = found.differences(self.table) + [f"left behind: {file}" for file in unnamed_files(uri)]
+        return wrong + ["rows are missing or repeated"] * (not whole) + ["rows are out of order"] * (not ordered)
+
+
+def campaign(whole: Uninterrupted, directory: Path, kills: int, seed: int, say: Callable = print) -> list[str]:
+    """Kills jobs until `kills` have died, finishes what is left, compares every finished table.
+
+    Returns:
+        What is wrong with the tables.
+    """
+    chance, wrong = random.Random(seed), []
+    killed = tables = 0
+    while killed < kills:
+        uri, unfinished = directory / f"table-{tables}", True
+        arguments = command(whole.data, uri, directory / "cache")  # a kill may spoil what is in it
+        while unfinished and killed < kills:
+            when = kill_once(arguments, uri, chance, whole.seconds)
+            unfinished = when is not None
+            killed += unfinished
+            say(f"kill {killed:3d}: {when}, {rows_there(uri)} rows there" if unfinished else "ended before its kill")
+        last = run(arguments) if unfinished else None
+        found = [last.stderr] if last is not None and last.returncode else whole.compare(uri)
+        say(f"table {tables}: {'; '.join(found) or 'identical to the uninterrupted one'}")
+        wrong += [f"table {tables}: {text}" for text in found]
+        tables += 1
+    return wrong
