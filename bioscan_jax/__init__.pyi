@@ -31,6 +31,7 @@ from .matching.identify import IdentifySummary, identify
 from .matching.search import Table, open_table
 from .model.config import PRESETS, TransformerConfig
 from .model.transformer import NucleotideTransformer
+from .planning.plan import Plan, plan
 from .training.export import export
 from .training.run import TrainingSummary, finetune
 
@@ -54,6 +55,7 @@ __all__ = [
     "ModelConfig",
     "NucleotideTransformer",
     "PRESETS",
+    "Plan",
     "QueryConfig",
     "ReferenceConfig",
     "RunSummary",
@@ -76,4 +78,5 @@ __all__ = [
     "load_weights",
     "make_layout",
     "open_table",
+    "plan",
 ]

@@ -1,1 +1,1 @@
-"""What a step needs and costs on TPUs that are not here, from the real compiler."""
+"""Plans runs for TPUs without having one: memory, cost and fit of a step, from the TPU compiler itself."""

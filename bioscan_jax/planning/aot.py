@@ -1,4 +1,4 @@
-"""Compiles a step for TPUs that are not here: libtpu's compiler, in a process of its own."""
+"""Traces a step and compiles it for TPUs without having one, with libtpu's compiler in a separate process."""
 
 import dataclasses
 import importlib.util
@@ -29,36 +29,36 @@ _SECONDS_AT_MOST = 1200
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # JAX looks for a TPU otherwise, and takes libtpu's lock
     "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v3-8",  # any known one; what is compiled for is named by the topology
+    "TPU_ACCELERATOR_TYPE": "v3-8",  # any known one; the topology names the actual target
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # these programs cannot be loaded again without a TPU
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # these programs cannot be loaded without a TPU
 }
-"""Of a process that compiles, set before it imports JAX."""
+"""Environment of the compiling process, set before it imports JAX."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """What is known of a step before it is compiled."""
+    """Counts of a step that need no compiler."""
 
     shape: BatchShape
     matmul_flops: int
-    """Of all devices that work on the batch."""
+    """FLOPs of the matrix products, summed over all devices that share the batch."""
     matmul_passes: int
-    """The same, each product times the bfloat16 passes that it needs."""
+    """The same, each product multiplied by the bfloat16 passes that it needs."""
     argument_bytes: int
-    """On one device: parameters, the optimizer's state and the batch."""
+    """Bytes on one device: parameters, the optimizer's state and the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler says of a step; bytes are those of one device."""
+    """The compiler's report on a step; bytes are per device."""
 
     arguments: int
     outputs: int
     aliased: int
-    """Outputs that take the place of arguments."""
+    """Outputs stored in the memory of donated arguments."""
     temporaries: int
     code: int
     collectives: tuple[hlo.Collective, ...]
@@ -68,13 +68,13 @@ class Compiled:
 
     @property
     def hbm_bytes(self) -> int:
-        """All that must be in memory at once."""
+        """Memory that the step needs at once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclass(frozen=True, kw_only=True)
 class TooLarge:
-    """The compiler gave up: the temporaries alone are more than there is."""
+    """The compiler gave up: the temporaries alone exceed the memory."""
 
     temporaries: int
 
@@ -89,24 +89,24 @@ class _Request:
 
 
 def has_compiler() -> bool:
-    """Whether libtpu is installed."""
+    """Returns whether libtpu is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def trace_and_compile(
     program: Program, tpu: Slice, mesh: config.MeshConfig, traced: Sequence[BatchShape], compiled: BatchShape | None
 ) -> tuple[list[Traced], Compiled | TooLarge | None]:
-    """Traces a step for some batch shapes and compiles it for one, in a process that ends with it.
+    """Traces a step for several batch shapes and compiles it for one, in a separate process.
 
     Args:
         program: The step.
-        tpu: Devices that work on one batch.
-        mesh: How they are laid out; all of them are used, whatever `mesh.data` says.
-        traced: Shapes of the batch.
-        compiled: None for none; otherwise `has_compiler` must be true.
+        tpu: Devices that share one batch.
+        mesh: How they are laid out; all of them are used, whatever `mesh.data` is.
+        traced: Batch shapes to trace.
+        compiled: Batch shape to compile for, which needs `has_compiler`; None for none.
 
     Raises:
-        InputError: The step cannot be laid out so, or the compiler failed.
+        InputError: The devices do not suit the step, or the compiler failed.
     """
     request = _Request(program=program, tpu=tpu, mesh=mesh, traced=tuple(traced), compiled=compiled)
     devices = f"--xla_force_host_platform_device_count={tpu.devices}"
@@ -122,13 +122,14 @@ def trace_and_compile(
         )
     except subprocess.TimeoutExpired:
         raise InputError(
-            f"the compiler was not ready after {_SECONDS_AT_MOST} s for {compiled}; pass a smaller --batch or --tokens"
+            f"the compiler did not finish within {_SECONDS_AT_MOST} s for {compiled}; pass a smaller --batch or --tokens"
         ) from None
     if ran.returncode:
-        said = [line for line in ran.stderr.decode(errors="replace").splitlines() if line.strip()]
+        messages = [line for line in ran.stderr.decode(errors="replace").splitlines() if line.strip()]
         raise InputError(
             f"the compiler failed for {compiled} on {tpu.topology[0]} with exit code {ran.returncode}: "
-            f"{said[-1] if said else 'it said nothing'}; libtpu of other versions than jax[tpu]==0.10.2's may crash"
+            f"{messages[-1] if messages else 'without a message'}; versions of libtpu other than that of "
+            "jax[tpu]==0.10.2 may crash"
         )
     answer = pickle.loads(ran.stdout)
     if isinstance(answer, InputError):
@@ -137,28 +138,31 @@ def trace_and_compile(
 
 
 def serve() -> None:
-    """Answers one request: pickled from stdin, pickled to stdout, which libtpu does not get to write to."""
+    """Answers one pickled request from stdin, pickled to stdout; libtpu's own output goes to stderr instead."""
     with os.fdopen(os.dup(1), "wb") as stdout:
         os.dup2(2, 1)
         request: _Request = pickle.load(sys.stdin.buffer)
         answer: object
         try:
-            layout = make_layout(dataclasses.replace(request.mesh, data=-1))
-            # Here are CPU devices, which have no kernels of a TPU's; the products of any attention are those of dense.
-            anywhere = dataclasses.replace(request.program, attention="dense")
-            traced = [trace(anywhere, layout, shape) for shape in request.traced]
-            compiled = None
-            if request.compiled is not None:
-                there = on_topology(layout, request.tpu)
-                compiled = compile_step(request.program, there, request.compiled)
-            answer = traced, compiled
+            answer = _answer(request)
         except InputError as error:
             answer = error
         pickle.dump(answer, stdout)
 
 
+def _answer(request: _Request) -> tuple[list[Traced], Compiled | TooLarge | None]:
+    """Traces and compiles in this process, which must have as many devices as the request."""
+    layout = make_layout(dataclasses.replace(request.mesh, data=-1))
+    # The devices here are CPUs, which have no TPU kernels; dense attention has the same matrix products.
+    dense = dataclasses.replace(request.program, attention="dense")
+    traced = [trace(dense, layout, shape) for shape in request.traced]
+    if request.compiled is None:
+        return traced, None
+    return traced, compile_step(request.program, on_topology(layout, request.tpu), request.compiled)
+
+
 def trace(program: Program, layout: Layout, shape: BatchShape) -> Traced:
-    """Counts what a step does; its devices may be of any kind."""
+    """Counts the FLOPs and argument bytes of a step, on devices of any kind."""
     step, arguments = program.build(layout, shape)
     found = dots(step.trace(*arguments).jaxpr)
     return Traced(
@@ -170,7 +174,7 @@ def trace(program: Program, layout: Layout, shape: BatchShape) -> Traced:
 
 
 def on_topology(layout: Layout, tpu: Slice) -> Layout:
-    """The same layout on the devices of a slice; libtpu must be installed, its variables set before JAX started."""
+    """Moves a layout to the devices of a slice; needs libtpu, and `ENVIRONMENT` set before JAX was imported."""
     from jax.experimental import topologies
 
     name, options = tpu.topology
@@ -181,7 +185,7 @@ def on_topology(layout: Layout, tpu: Slice) -> Layout:
 
 
 def compile_step(program: Program, layout: Layout, shape: BatchShape) -> Compiled | TooLarge:
-    """Compiles a step on the devices of a topology."""
+    """Compiles a step for the devices of a topology."""
     step, arguments = program.build(layout, shape)
     lowered = step.trace(*arguments).lower()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""FLOPs of the matrix products of a traced function, counted: loops times their length, every device's share summed."""
+"""Counts the FLOPs of a traced function's matrix products, with loops unrolled and all devices summed."""
 
 import math
 from collections.abc import Iterator
@@ -13,28 +13,28 @@ _PASSES = {jax.lax.Precision.DEFAULT: 1, jax.lax.Precision.HIGH: 3, jax.lax.Prec
 
 @dataclass(frozen=True)
 class Dot:
-    """One `dot_general` of a program."""
+    """One matrix product (`dot_general`) of a program."""
 
     flops: int
-    """2 x multiply-adds, of all its executions."""
+    """2 x multiply-adds, over all its executions."""
     left: str
     right: str
     out: str
-    """Names of the dtypes."""
+    """Dtype names of the operands and the result."""
     batched: bool
-    """Pairs of matrices, as in attention; a product with a weight is not."""
+    """Whether pairs of matrices are multiplied, as in attention; false for a product with a weight."""
     passes: int
-    """bfloat16 passes a TPU's matrix unit needs for it: 6 for float32 operands at the highest precision, 3 at high."""
+    """bfloat16 passes of a TPU's matrix unit: 6 for float32 operands at the highest precision, 3 at high, else 1."""
 
 
 def dots(jaxpr: Jaxpr | ClosedJaxpr) -> list[Dot]:
-    """All matrix products of a traced function; XLA's own count takes a loop's body once.
+    """Lists all matrix products of a traced function; XLA's own cost analysis counts a loop's body only once.
 
     Args:
-        jaxpr: Of `jax.jit(...).trace(...)`, or `jax.make_jaxpr`.
+        jaxpr: From `jax.jit(...).trace(...)` or `jax.make_jaxpr`.
 
     Raises:
-        ValueError: A product is in a loop whose length is not known before it runs.
+        ValueError: A product is in a loop whose length is unknown before it runs.
     """
     return list(_dots(jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr))
 
@@ -47,7 +47,7 @@ def _dots(jaxpr: Jaxpr) -> Iterator[Dot]:
             continue
         inner = [list(_dots(part)) for part in _parts(eqn.params)]
         if name == "while" and any(inner):
-            raise ValueError("a matrix product is in a while loop, whose length is not known before it runs")
+            raise ValueError("a matrix product is in a while loop, whose length is unknown before it runs")
         if name == "cond":
             inner = [max(inner, key=lambda branch: sum(dot.flops for dot in branch))]
         elif name == "scan":
@@ -62,7 +62,7 @@ def _dots(jaxpr: Jaxpr) -> Iterator[Dot]:
 
 
 def _parts(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """The jaxprs among an equation's parameters."""
+    """Yields the jaxprs among an equation's parameters."""
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, ClosedJaxpr):

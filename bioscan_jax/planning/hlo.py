@@ -1,4 +1,4 @@
-"""What a compiled program's text says: which data moves between devices, and what is in a loop."""
+"""Reads the HLO text of a compiled program: which data moves between devices, and how often loops run."""
 
 import math
 import re
@@ -16,12 +16,12 @@ _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 
 @dataclass(frozen=True)
 class Collective:
-    """One exchange between devices, however many instructions it is spread over."""
+    """One exchange between devices, even if it spans several instructions."""
 
     kind: str
     dtype: str
     bytes: int
-    """Of its result on one device, each time."""
+    """Bytes of its result on one device, per execution."""
     in_loop: bool
 
 
@@ -34,9 +34,9 @@ class _Instruction:
 
 
 def collectives(text: str) -> list[Collective]:
-    """The exchanges of a program, in the order of its text.
+    """Lists the exchanges of a program, in the order of its text.
 
-    Asynchronous ones are written several times, in the parts they overlap with; they are one by their channel.
+    An asynchronous one occurs several times, in each computation that overlaps with it; its channel identifies it.
     """
     computations = _computations(text)
     looped = _inside_loops(computations)
@@ -57,7 +57,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def trip_counts(text: str) -> list[int | None]:
-    """Rounds of each while loop; None where the text does not say.
+    """Returns the iterations of each while loop; None where the text does not state them.
 
     A loop made by `lax.scan` counts from 0 up to the one constant in its condition.
     """
@@ -113,7 +113,7 @@ def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]])
 
 
 def _elements(kind: str) -> list[str]:
-    """The types in a tuple's type, or the one there is."""
+    """Splits a tuple's type into its element types; another type is returned as the only element."""
     if not kind.startswith("("):
         return [kind]
     parts, depth, start = [], 0, 1

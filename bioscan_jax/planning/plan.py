@@ -1,7 +1,7 @@
-"""Plans one step of embed or finetune for a slice of TPUs: what it needs and costs at least, before anybody pays for it.
+"""Plans one step of embed or finetune for a slice of TPUs: its memory and its least cost, without a TPU.
 
-Memory, collectives and loops are read from the program that libtpu's compiler makes of the step. Times are lower
-bounds from the chip's peak rates: no run is as fast.
+Memory, collectives and loops are read from the program that libtpu's compiler makes of the step. Times are lower bounds
+from the chip's peak rates; real runs take longer.
 """
 
 import dataclasses
@@ -27,10 +27,11 @@ from bioscan_jax.training.step import microbatch_shape
 Params = Literal["replicated", "fsdp"]
 Step = Literal["embed", "finetune"]
 SPECIES = 10_000
-"""Number of species of the heads, if not given."""
+"""Species that the heads distinguish, if not given."""
 ATTEMPTS = 7
-"""Most compilations to find the largest batch."""
+"""Most compilations in the search for the largest batch."""
 _GROWTH = 16
+"""Largest step up in that search, as a factor."""
 _GIB = 2**30
 _HUB = "InstaDeepAI/nucleotide-transformer-"
 _PUBLISHED = {
@@ -43,12 +44,21 @@ _PUBLISHED = {
     "v2-250m-multi-species": "nt-v2-250m",
     "v2-500m-multi-species": "nt-v2-500m",
 }
-"""Sizes of the checkpoints on the hub: nothing is downloaded to plan."""
+"""Sizes of the published checkpoints: planning downloads nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A step on a slice of TPUs."""
+    """Memory and least cost of one step on a slice of TPUs; prints as a table.
+
+    Example:
+        >>> found = bj.plan("v3-8", bj.ModelConfig(checkpoint="random:tiny-v1"), batch=64, tokens=128)
+        >>> print(found)
+              step  embed, random:tiny-v1, bfloat16
+             slice  v3-8: 8 x TPU v3, 1 host(s)
+             batch  64 x 128 tokens, parameters replicated
+        ...
+    """
 
     topology: str
     tpu: Slice
@@ -56,32 +66,32 @@ class Plan:
     program: Program
     mesh: config.MeshConfig
     shape: BatchShape
-    """Rows of the whole slice at once."""
+    """Rows that the whole slice processes at once, and their tokens."""
     traced: Traced
-    """Of the part of the slice that works on one batch."""
+    """Counts for the devices that share one batch."""
     compiled: Compiled | TooLarge | None
-    """None where there is no compiler."""
+    """None without the compiler."""
     sequences: float
-    """That a batch is worth."""
+    """Sequences per batch; one sequence may be several rows (strands, phases)."""
     workload: Workload | None
     hours: float | None
-    """That the workload's sampled rows take at least."""
+    """Least time for the sampled rows of the workload."""
     not_padding: float | None
-    """Share of the FLOPs that the workload would cost without padding."""
+    """Share of the workload's FLOPs that are not spent on padding."""
     largest: tuple[int, int | None] | None
-    """Rows at once of the slice that fit, and the least tried that do not; None where that was not looked for."""
+    """Most rows at once that fit, and the fewest tried that do not; None if not searched for."""
     notes: tuple[str, ...]
 
     @property
     def hbm_gib(self) -> float | None:
-        """Memory needed on a device; where the compiler gave up, without all but arguments and temporaries."""
+        """Memory needed per device; where the compiler gave up, arguments and temporaries only."""
         if isinstance(self.compiled, TooLarge):
             return (self.traced.argument_bytes + self.compiled.temporaries) / _GIB
         return None if self.compiled is None else self.compiled.hbm_bytes / _GIB
 
     @property
     def fits(self) -> bool | None:
-        """Whether it does; not known without a compiler, unless the arguments alone are too much."""
+        """Whether the step fits; None (unknown) without the compiler, unless the arguments alone are too large."""
         available = self.tpu.chip.hbm_gib
         if self.compiled is None:
             return False if self.traced.argument_bytes / _GIB > available else None
@@ -90,21 +100,21 @@ class Plan:
 
     @property
     def hosts(self) -> int:
-        """Hosts that work on batches of their own."""
+        """Number of hosts that process batches of their own."""
         return self.tpu.hosts if self.program.by_host else 1
 
     @property
     def roofline_seconds(self) -> float:
-        """Least time of a batch."""
+        """Least time per batch."""
         return max(roofline(self.traced, self.tpu.chip, self.tpu.devices // self.hosts))
 
     @property
     def vectors_per_hour(self) -> float:
-        """At most: sequences embedded, or trained on once."""
+        """Most sequences embedded, or trained on once, per hour."""
         return 3600.0 * self.sequences / self.roofline_seconds
 
     def to_json(self) -> str:
-        """One object; what only the compiler knows is null without one."""
+        """Returns the plan as one JSON object; values that need the compiler are null without it."""
         done = self.compiled if isinstance(self.compiled, Compiled) else None
         found: dict[str, Any] = {
             "topology": self.topology,
@@ -139,7 +149,7 @@ class Plan:
         return json.dumps(found, indent=2)
 
     def __str__(self) -> str:
-        """The same as a table."""
+        """Returns the plan as a table for the terminal."""
         matrix, memory = roofline(self.traced, self.tpu.chip, self.tpu.devices // self.hosts)
         peak = f"{self.tpu.chip.bf16_tflops:g} TFLOP/s"
         lines = {
@@ -147,19 +157,19 @@ class Plan:
             "slice": f"{self.topology}: {self.tpu.devices} x {self.tpu.chip.device_kind}, {self.tpu.hosts} host(s)",
             "batch": f"{self.shape.rows:,} x {self.shape.tokens:,} tokens, parameters {self.mesh.params}",
             "memory": self._memory(),
-            "FLOPs": f"{self.traced.matmul_flops * self.hosts / 1e12:,.1f} T in matrix products, counted in the jaxpr",
+            "FLOPs": f"{self.traced.matmul_flops * self.hosts / 1e12:,.1f} T in matrix products, counted in the traced program",
         }
         if isinstance(self.compiled, Compiled):
             rounds = ", ".join("unknown" if count is None else f"{count}" for count in self.compiled.trip_counts)
             lines["moved"] = _moved(self.compiled)
-            lines["loops"] = f"{len(self.compiled.trip_counts)} (rounds: {rounds or 'none'})"
+            lines["loops"] = f"{len(self.compiled.trip_counts)} (iterations: {rounds or 'none'})"
             lines["compiled"] = f"in {self.compiled.seconds:.1f} s by libtpu {self.compiled.libtpu}"
         lines["bound"] = (
-            f"{self.roofline_seconds:.4g} s a batch: the longer of {matrix:.4g} s of products at {peak} and "
+            f"at least {self.roofline_seconds:.4g} s per batch: the longer of {matrix:.4g} s of matrix products at {peak} and "
             f"{memory:.4g} s to read the arguments once at {self.tpu.chip.hbm_gb_per_second:g} GB/s; not a measurement"
         )
         lines["vectors"] = (
-            f"{self.vectors_per_hour:,.0f} an hour at 100% of that bound, {self.vectors_per_hour / 2:,.0f} at 50%"
+            f"at most {self.vectors_per_hour:,.0f} per hour; {self.vectors_per_hour / 2:,.0f} at half that speed"
         )
         if self.workload is not None:
             lines["data"] = self._data()
@@ -176,8 +186,8 @@ class Plan:
     def _memory(self) -> str:
         available, arguments = self.tpu.chip.hbm_gib, self.traced.argument_bytes / _GIB
         if self.hbm_gib is None:
-            verdict = "that is too much" if self.fits is False else "the rest is not known without the compiler"
-            return f"arguments {arguments:.2f} of {available} GiB a device; {verdict}"
+            verdict = "too much" if self.fits is False else "the rest is unknown without the compiler"
+            return f"arguments {arguments:.2f} of {available} GiB per device; {verdict}"
         if isinstance(self.compiled, Compiled):
             c = self.compiled
             code, outputs = c.code / _GIB, (c.outputs - c.aliased) / _GIB
@@ -185,8 +195,8 @@ class Plan:
             parts += f", code {code:.2f}"
             free = available - self.hbm_gib
             verdict = f"fits, {free:.2f} GiB free" if self.fits else f"does NOT fit, {-free:.2f} GiB too much"
-            return f"{self.hbm_gib:.2f} of {available} GiB a device ({parts}): {verdict}"
-        return f"at least {self.hbm_gib:.2f} of {available} GiB a device: does NOT fit, the compiler gave up"
+            return f"{self.hbm_gib:.2f} of {available} GiB per device ({parts}): {verdict}"
+        return f"at least {self.hbm_gib:.2f} of {available} GiB per device: does NOT fit, the compiler gave up"
 
     def _data(self) -> str:
         assert self.workload is not None
@@ -196,17 +206,17 @@ class Plan:
         shapes = ", ".join(f"{s.rows} x {s.tokens} ({n})" for s, n in sorted(work.batches.items(), key=_by_tokens))
         return (
             f"first {work.rows:,} rows: {work.vectors:,} vectors of {len(work.lengths):,} rows of "
-            f"{work.lengths.mean():.0f} tokens; {100 * self.not_padding:.1f}% of the FLOPs are not padding; at most "
-            f"{self._data_vectors_per_hour:,.0f} vectors an hour (bound); batches {shapes}"
+            f"{work.lengths.mean():.0f} tokens on average; {100 * (1 - self.not_padding):.1f}% of the FLOPs are padding; at most "
+            f"{self._data_vectors_per_hour:,.0f} vectors per hour; batches (rows x tokens) {shapes}"
         )
 
     def _largest(self) -> str:
         assert self.largest is not None
         fits, over = self.largest
         if not fits:
-            return "no batch fits, not even one row a device"
-        beyond = f"{over:,} do not" if over is not None else "more was not tried"
-        return f"{fits:,} rows of {self.shape.tokens:,} tokens at once fit, {beyond}"
+            return "no batch fits, not even one row per device"
+        beyond = f"{over:,} do not" if over is not None else "more were not tried"
+        return f"{fits:,} rows of {self.shape.tokens:,} tokens fit at once, {beyond}"
 
 
 def plan(
@@ -251,12 +261,9 @@ def plan(
         InputError: The settings do not fit each other, or the compiler failed.
 
     Example:
-        >>> from bioscan_jax import ModelConfig
-        >>> found = plan("v5e-8", ModelConfig(checkpoint="random:tiny-v2"), batch=64, tokens=128)
-        >>> found.shape.rows, found.tpu.devices, found.fits is False
-        (64, 8, False)
-        >>> f"{found.traced.matmul_flops:,} floating-point operations"
-        '2,684,354,560 floating-point operations'
+        >>> found = bj.plan("v5e-8", bj.ModelConfig(checkpoint="random:tiny-v2"), batch=64, tokens=128)
+        >>> found.tpu.devices, found.shape.rows, f"{found.traced.matmul_flops:,}"
+        (8, 64, '2,684,354,560')
     """
     given = {"embed": embed, "lora": lora, "loss": loss, "train": train, "species": species}
     if step not in get_args(Step):
@@ -310,10 +317,10 @@ def plan(
 
 
 def write_json(plan: Plan, path: str) -> None:
-    """Writes `Plan.to_json` to a file.
+    """Writes a plan to a JSON file.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     try:
         with whole_file(path) as partial:
@@ -323,15 +330,15 @@ def write_json(plan: Plan, path: str) -> None:
 
 
 def model_size(model: config.ModelConfig) -> TransformerConfig:
-    """The sizes of a checkpoint, without its weights.
+    """Returns the sizes of a checkpoint without reading its weights.
 
     Raises:
-        InputError: They are not known.
+        InputError: The sizes are unknown, or an adapter is given.
     """
     name = model.checkpoint
     preset = name.removeprefix(RANDOM) if name.startswith(RANDOM) else _PUBLISHED.get(name.removeprefix(_HUB))
     if model.adapter is not None:
-        raise InputError("--model.adapter is not planned for; leave it out, it adds little to the model's own products")
+        raise InputError("--model.adapter cannot be planned; leave it out, it adds little to the cost of the model")
     if preset in PRESETS:
         return PRESETS[preset]
     directory = Path(name).expanduser()
@@ -339,45 +346,45 @@ def model_size(model: config.ModelConfig) -> TransformerConfig:
         return read_config(directory)
     known = ", ".join(f"{RANDOM}{preset}" for preset in PRESETS)
     raise InputError(
-        f"--model.checkpoint {name!r} is not a directory here and its size is not known; pass a directory with "
+        f"--model.checkpoint {name!r} is not a directory here and its size is unknown; pass a directory with "
         f"config.json, or one of {known}"
     )
 
 
 def roofline(traced: Traced, chip: Chip, devices: int) -> tuple[float, float]:
-    """Least seconds of a batch: by the peak of the matrix units, and by reading every argument once from memory.
+    """Returns the least seconds per batch: for the matrix products at peak rate, and for reading each argument once.
 
-    The longer of the two is the bound. It leaves out everything else: activations, vector units, collectives, the host.
+    The longer of the two is the bound. It ignores everything else: activations, vector units, collectives, the host.
     """
     products = traced.matmul_passes / (devices * chip.bf16_tflops * 1e12)
     return products, traced.argument_bytes / (chip.hbm_gb_per_second * 1e9)
 
 
 def step_down(rows: int) -> int:
-    """The next smaller number of rows a device that batches have: up to a TPU's eight sublanes any, then multiples."""
+    """Rounds rows per device down to a number that batches have: any up to a TPU's eight sublanes, then multiples."""
     return rows if rows <= WIDTH_STEP else rows - rows % WIDTH_STEP
 
 
 def step_up(rows: int) -> int:
-    """The number of rows a device that follows."""
+    """Returns the next larger number of rows per device."""
     return rows + 1 if rows < WIDTH_STEP else rows + WIDTH_STEP
 
 
 def largest_rows(
     bytes_of: Callable[[int], int], rows: int, used: int, *, fixed: int, available: int
 ) -> tuple[int, int | None]:
-    """Finds how many rows a device can take; their memory grows about linearly.
+    """Finds how many rows fit on a device, whose memory use grows about linearly with them.
 
     Args:
-        bytes_of: Compiles the program for some rows a device: bytes it needs.
-        rows: For which that is known.
-        used: Bytes needed for them.
-        fixed: Bytes needed whatever the rows: a first guess.
-        available: Bytes there are.
+        bytes_of: Compiles the program for a number of rows per device and returns the bytes it needs.
+        rows: A number of rows for which the bytes are known.
+        used: Bytes needed for these rows.
+        fixed: Bytes needed without any row: a first guess.
+        available: Bytes of memory on the device.
 
     Returns:
-        Rows that fit, 0 if none do, and the least number tried that does not. If there is none, or if it is not the
-        one that follows, `ATTEMPTS` programs were not enough to know better.
+        The most rows that fit, 0 if none do, and the fewest tried that do not. If that is None or not the next larger
+        number, `ATTEMPTS` compilations were not enough to narrow it down.
     """
     known = [(0, fixed), (rows, used)]
     fits, over = (rows, None) if used <= available else (0, rows)
@@ -444,7 +451,7 @@ def _plan(
 
 
 def _largest(plan: Plan, tpu: Slice, devices: int, hosts: int) -> tuple[int, int | None]:
-    """Compiles for other numbers of rows, each worked at once."""
+    """Searches the largest batch by compiling for other numbers of rows, without accumulation."""
     tokens = plan.shape.tokens
 
     def bytes_of(rows: int) -> int:
@@ -474,12 +481,12 @@ def _unaccumulated(program: Program, tokens: int) -> Program:
 
 
 def _notes(plan: Plan, tpu: Slice, devices: int) -> list[str]:
-    """What to know, and what to change where it does not fit."""
+    """Lists remarks on the plan, and what to change if the step does not fit."""
     notes, mesh = [], plan.mesh
     if mesh.data not in (-1, devices):
         notes.append(f"mesh.data {mesh.data} is for another slice: planned with {devices}; run with --mesh.data -1")
     if plan.program.by_host and plan.tpu.hosts > 1:
-        notes.append(f"each host embeds batches of its own: compiled for the {tpu.devices} devices of one")
+        notes.append(f"each host embeds batches of its own: compiled for the {tpu.devices} devices of one host")
     if plan.compiled is None:
         notes.append(f"arithmetic only, nothing was compiled: libtpu is not installed; {INSTALL}")
     if plan.fits is False:
@@ -488,28 +495,28 @@ def _notes(plan: Plan, tpu: Slice, devices: int) -> list[str]:
 
 
 def _fixes(plan: Plan, tpu: Slice, devices: int) -> list[str]:
-    mend, program = [], plan.program
+    fixes, program = [], plan.program
     if plan.largest is not None and plan.largest[0]:
         rows = plan.largest[0]
         budget = rows // (devices * plan.hosts) * plan.shape.tokens
         group = "train" if isinstance(program, FinetuneProgram) else "embed"
-        mend.append(f"smaller batch: --{group}.batch_tokens {budget} ({rows:,} rows at once)")
+        fixes.append(f"smaller batch: --{group}.batch_tokens {budget} ({rows:,} rows at once)")
     if isinstance(program, FinetuneProgram) and program.train.remat == "none":
-        mend.append("compute layers again in the backward pass: --train.remat layer")
+        fixes.append("recompute layers in the backward pass: --train.remat layer")
     if plan.mesh.params == "replicated" and devices > 1:
         mesh = dataclasses.replace(plan.mesh, params="fsdp")
         shape = BatchShape(plan.shape.rows // plan.hosts, plan.shape.tokens)
         traced, _ = trace_and_compile(program, tpu, mesh, [shape], None)
         less, now = traced[0].argument_bytes / _GIB, plan.traced.argument_bytes / _GIB
-        mend.append(f"split the parameters: --mesh.params fsdp keeps {less:.2f} GiB of them a device, not {now:.2f}")
+        fixes.append(f"split the parameters: --mesh.params fsdp keeps {less:.2f} GiB per device instead of {now:.2f}")
     if program.dtype == "float32":
-        mend.append("half the parameters' bytes: --model.dtype bfloat16")
-    mend.append("narrower rows: a smaller --data.max_tokens")
-    return mend
+        fixes.append("halve the parameters' bytes: --model.dtype bfloat16")
+    fixes.append("shorter rows: a smaller --data.max_tokens")
+    return fixes
 
 
 def _hours(workload: Workload | None, traced: list[Traced], chip: Chip, devices: int, hosts: int) -> float | None:
-    """Least time of a workload's batches, shared by the hosts."""
+    """Returns the least time for a workload's batches, shared by the hosts."""
     if workload is None:
         return None
     seconds = {one.shape: max(roofline(one, chip, devices)) for one in traced}
@@ -517,7 +524,7 @@ def _hours(workload: Workload | None, traced: list[Traced], chip: Chip, devices:
 
 
 def _not_padding(workload: Workload | None, program: Program, devices: int) -> float | None:
-    """Share of the trunk's products that rows of just their own tokens would take."""
+    """Returns the share of the model's matrix products that is not spent on padding."""
     if workload is None:
         return None
     layers, flops_of = None, program.transformer.forward_flops
@@ -536,7 +543,7 @@ def _not_padding(workload: Workload | None, program: Program, devices: int) -> f
 
 
 def _check_attention(program: Program, chip: Chip, mesh: config.MeshConfig) -> None:
-    """Raises InputError where the attention asked for cannot work on such devices."""
+    """Raises InputError where the requested attention cannot run on these devices."""
     setting = AttentionSetting(
         platform="tpu",
         device_kind=chip.device_kind,
@@ -564,15 +571,15 @@ def _data_devices(tpu: Slice, mesh: config.MeshConfig) -> int:
 
 
 def _moved(compiled: Compiled) -> str:
-    """Collectives by kind, the loop's first."""
+    """Describes the collectives by kind, those inside loops first."""
     groups: dict[tuple[bool, str, str], list[int]] = {}
     for one in compiled.collectives:
         groups.setdefault((not one.in_loop, one.kind, one.dtype), []).append(one.bytes)
     parts = [
-        f"{len(sizes)} {kind} of {dtype} ({sum(sizes) / 2**20:.1f} MiB) {'once' if outside else 'each round of a loop'}"
+        f"{len(sizes)} {kind} of {dtype} ({sum(sizes) / 2**20:.1f} MiB) {'once' if outside else 'per iteration of a loop'}"
         for (outside, kind, dtype), sizes in sorted(groups.items())
     ]
-    return "; ".join(parts) or "nothing between devices"
+    return "; ".join(parts) or "no data between devices"
 
 
 def _by_tokens(item: tuple[BatchShape, int]) -> int:

@@ -1,4 +1,4 @@
-"""The steps that run, with shapes in place of arrays: what can be traced and compiled without a weight in memory."""
+"""The steps of embed and finetune with shapes instead of arrays: traced and compiled without weights in memory."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -21,27 +21,27 @@ from bioscan_jax.model.heads import TaxonTree
 from bioscan_jax.training.step import abstract_arguments, make_train_step, microbatch_shape, split_trainable
 
 SPECIES_PER_TAXON = (24_000, 6_000, 2_000, 400, 80, 5, 1)
-"""Of the regular tree that stands for labels not read yet, kingdom to species; each is a multiple of the next."""
+"""Species per taxon of the regular tree that replaces unread labels, kingdom to species; each divides the one before."""
 
 _STEPS = 1000
-"""Of a training; the program is the same for any number but for the constants of the learning rate."""
+"""Optimizer steps of a run; they only change constants of the learning rate in the program."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedProgram:
-    """`bioscan_jax.embedding.encoder.make_embed_step`."""
+    """The embedding step, `bioscan_jax.embedding.encoder.make_embed_step`."""
 
     name: ClassVar[str] = "embed"
     by_host: ClassVar[bool] = True
-    """Each host runs it on its own devices, for blocks of its own."""
+    """Each host runs it on its own devices, for its own blocks."""
     transformer: TransformerConfig
     dtype: str
-    """Of parameters and products."""
+    """Dtype of parameters and matrix products."""
     embed: config.EmbedConfig
     attention: AttentionChoice = "auto"
 
     def build(self, layout: Layout, shape: BatchShape) -> tuple[Any, tuple]:
-        """The jitted step, and its arguments as ShapeDtypeStructs with shardings."""
+        """Builds the jitted step and its arguments as ShapeDtypeStructs with shardings."""
         graph, state = nnx.split(abstract_model(self.transformer, self.dtype, lm_head=False))
         model = nnx.merge(graph, _placed(state, layout))
         model.attention = self.attention
@@ -52,27 +52,27 @@ class EmbedProgram:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneProgram:
-    """`bioscan_jax.training.step.make_train_step`."""
+    """The training step, `bioscan_jax.training.step.make_train_step`."""
 
     name: ClassVar[str] = "finetune"
     by_host: ClassVar[bool] = False
-    """All devices work on one batch."""
+    """All devices share one batch."""
     transformer: TransformerConfig
     dtype: str
-    """Of the frozen parameters, and of the products; a model that is trained whole is kept in float32."""
+    """Dtype of frozen parameters and matrix products; a fully trained model is kept in float32."""
     lora: config.LoRAConfig
     loss: config.LossConfig
     train: config.TrainConfig
     species: int
-    """Of the heads; their other ranks are in proportion."""
+    """Species that the heads distinguish; the higher ranks are in proportion."""
     attention: AttentionChoice = "auto"
 
     def build(self, layout: Layout, shape: BatchShape) -> tuple[Any, tuple]:
-        """The jitted step, and its arguments as ShapeDtypeStructs with shardings.
+        """Builds the jitted step and its arguments as ShapeDtypeStructs with shardings.
 
         Args:
-            layout: Where arrays live.
-            shape: Rows of one optimizer step, worked in the parts that `train.batch_tokens` allows.
+            layout: Where arrays are placed.
+            shape: Rows of one optimizer step, split into the microbatches that `train.batch_tokens` allows.
         """
         lora = self.lora if self.train.mode == "lora" else None
         tree = regular_tree(self.species) if self.train.objective == "taxonomy" else None
@@ -90,17 +90,17 @@ class FinetuneProgram:
 
 
 Program: TypeAlias = EmbedProgram | FinetuneProgram
-"""A step and what decides its compiled form, but for the shape of its batch."""
+"""A step and everything that determines its compiled form, except the shape of its batch."""
 
 
 def regular_tree(species: int) -> TaxonTree:
-    """A tree in which all taxa of a rank have as many species, for sizes alone."""
+    """Makes a tree in which all taxa of a rank have equally many species; only its sizes matter."""
     paths = np.arange(species, dtype=np.int32)[:, None] // np.array(SPECIES_PER_TAXON, np.int32)
     return TaxonTree(tuple((paths[-1] + 1).tolist()), paths)
 
 
 def argument_bytes(arguments: tuple) -> int:
-    """Bytes on one device of a step's arguments."""
+    """Returns the bytes of a step's arguments on one device."""
     leaves = [leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize

@@ -1,4 +1,4 @@
-"""How long an input's barcodes are, and the batches that a run would make of them."""
+"""Samples the lengths of an input's barcodes, and forms the batches that a run would make of them."""
 
 import tempfile
 from collections import Counter
@@ -27,23 +27,23 @@ class Workload:
     rows: int
     """Rows read."""
     vectors: int
-    """Rows that get a vector, or are trained on once."""
+    """Rows that get a vector, or are trained on once per epoch."""
     lengths: Int[np.ndarray, " views"]
-    """Tokens of each row of tokens that is computed, CLS included."""
+    """Tokens of each computed row, CLS included."""
     batches: dict[BatchShape, int]
-    """How many of each shape."""
+    """Number of batches of each shape."""
 
 
 def embedding_workload(
     data: config.DataConfig, embed: config.EmbedConfig, transformer: TransformerConfig, devices: int
 ) -> Workload:
-    """What `embed` computes for the first rows: de-duplicated within blocks, cut into views, batched.
+    """Forms the batches of `embed` for the first rows: de-duplicated within blocks, cut into views, batched.
 
     Args:
-        data: Where they are; nothing but the sequences is read.
+        data: Where the barcodes are; only the sequences are read.
         embed: Views and batching.
-        transformer: Says which vocabulary, and how many tokens a row may have.
-        devices: Along the batch, in one process.
+        transformer: Determines the vocabulary and the most tokens per row.
+        devices: Devices along the batch, in one process.
 
     Raises:
         InputError: The input cannot be read, or nothing in it can be embedded.
@@ -73,12 +73,12 @@ def embedding_workload(
 def training_workload(
     data: config.ExamplesConfig, train: config.TrainConfig, transformer: TransformerConfig
 ) -> Workload:
-    """What an epoch of `finetune` computes for the first rows, as whole sequences: labels and splits are not read.
+    """Forms the batches of one epoch of `finetune` for the first rows, as whole sequences; labels and splits are ignored.
 
     Args:
-        data: Where they are; nothing but the sequences is read.
+        data: Where the barcodes are; only the sequences are read.
         train: Batching.
-        transformer: Says which vocabulary, and how many tokens a row may have.
+        transformer: Determines the vocabulary and the most tokens per row.
 
     Raises:
         InputError: The input cannot be read, or nothing in it can be trained on.
@@ -122,6 +122,6 @@ def _vocabulary(transformer: TransformerConfig) -> Vocabulary:
 
 
 def _widths(lengths: Int[np.ndarray, " views"], limit: int, most: int, *, whole: bool) -> tuple[int, ...]:
-    """Where every row was seen, no batch is wider than the widest, as in the runs."""
+    """Chooses the widths of batches; if all rows were read, none is wider than the longest row, as in a run."""
     longest = min(limit, -(-int(lengths.max()) // WIDTH_STEP) * WIDTH_STEP)
     return choose_widths(lengths, longest if whole else limit, most)

@@ -52,11 +52,11 @@ def test_loops_count_their_length():
 
 def test_a_loop_of_unknown_length_is_refused():
     loop = lambda a, b: jax.lax.while_loop(lambda x: x < 5.0, lambda x: x + jnp.sum(a @ b), 0.0)  # noqa: E731
-    with pytest.raises(ValueError, match="not known before it runs"):
+    with pytest.raises(ValueError, match="unknown before it runs"):
         flops(loop, A, B)
 
 
-def test_of_branches_the_costlier_counts():
+def test_the_costlier_branch_counts():
     def branch(a, b):
         return jax.lax.cond(jnp.sum(a) > 0, lambda: a @ b, lambda: (a @ b) @ jnp.zeros((7, 7)) @ jnp.zeros((7, 7)))
 
@@ -70,7 +70,7 @@ def test_gradients_and_recomputation():
     assert flops(jax.grad(jax.checkpoint(loss), argnums=(0, 1)), A, B) == 4 * ONCE
 
 
-def test_what_each_device_computes_is_summed():
+def test_the_work_of_all_devices_is_summed():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     a = jnp.zeros((24, 5))
     split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
@@ -95,7 +95,7 @@ def test_a_kernel_counts_its_grid():
 
 
 @pytest.mark.parametrize("name", ["nt-v1-2.5b", "nt-v2-500m", "tiny-v2"])
-def test_the_embedding_step_is_what_the_formula_says(name):
+def test_the_embedding_step_equals_the_formula(name):
     transformer, shape = PRESETS[name], BatchShape(16, 128)
     program = EmbedProgram(transformer=transformer, dtype="bfloat16", embed=config.EmbedConfig())
     step, arguments = program.build(make_layout(config.MeshConfig()), shape)

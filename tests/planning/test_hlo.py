@@ -9,7 +9,7 @@ from bioscan_jax.model.config import PRESETS
 from bioscan_jax.planning.hlo import Collective, collectives, trip_counts
 from bioscan_jax.planning.programs import EmbedProgram
 
-# As libtpu writes it, shortened: an exchange in the parts it overlaps with (v5e), one in a loop's body, one outside.
+# libtpu's text, shortened: an exchange written in each computation that overlaps with it (v5e), one in a loop, one outside.
 PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(bf16[8,4]{1,0:T(8,128)(2,1)})->f32[8]{0}}
 
 %add.1 (x.1: bf16[], y.1: bf16[]) -> bf16[] {
@@ -67,7 +67,7 @@ def test_exchanges_of_a_tpu_program():
     ]
 
 
-def test_rounds_of_a_tpu_loop():
+def test_iterations_of_a_tpu_loop():
     assert trip_counts(PROGRAM) == [32]
     assert trip_counts(PROGRAM.replace("direction=LT", "direction=NE")) == [None]
     assert trip_counts(PROGRAM.replace("while(%t),", 'while(%t), backend_config={"known_trip_count":{"n":"5"}},')) == [

@@ -1,4 +1,4 @@
-"""What plans say; those marked `aot` hold the full-size programs to their budgets with the real TPU compiler."""
+"""Plans; tests marked `aot` check full-size programs against their memory budgets with the real TPU compiler."""
 
 import dataclasses
 import json
@@ -35,11 +35,20 @@ KEYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def without_compiler():
-    with pytest.MonkeyPatch.context() as changed:
-        changed.setattr("bioscan_jax.planning.plan.has_compiler", lambda: False)
-        yield
+@pytest.fixture
+def without_compiler(monkeypatch):
+    monkeypatch.setattr("bioscan_jax.planning.plan.has_compiler", lambda: False)
+
+
+@pytest.fixture
+def traced_here(without_compiler, monkeypatch):
+    """Traces for eight devices in this process, which has them: another process would import JAX anew."""
+
+    def answer(program, tpu, mesh, traced, compiled):
+        assert tpu.devices == jax.device_count()
+        return aot._answer(aot._Request(program=program, tpu=tpu, mesh=mesh, traced=tuple(traced), compiled=compiled))
+
+    monkeypatch.setattr("bioscan_jax.planning.plan.trace_and_compile", answer)
 
 
 def compiles(test):
@@ -52,59 +61,57 @@ def script(*flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=ROOT)
 
 
-def refusals(*commands):
-    """Exit codes and messages of several command lines."""
-    return [[done.returncode, done.stderr] for done in (call("plan", *flags) for flags in commands)]
-
-
-def test_arithmetic_without_the_compiler(without_compiler, tmp_path):
+def test_arithmetic_without_the_compiler(traced_here, tmp_path):
     path = tmp_path / "barcodes.parquet"
     pq.write_table(pa.table({"dna_sequence": ["ACGTAC" * 11, "ACGTAC" * 30] * 20}), path)
     data = config.DataConfig(path=str(path))
     settings = config.EmbedConfig(batch_tokens=64, deduplicate=False, strand="both")
     found = plan("v3-32", TINY, data=data, embed=settings, batch=64, tokens=16, params="fsdp")
-    told = json.loads(found.to_json())
-    assert told.keys() >= KEYS
-    assert (told["devices"], told["hosts"], told["params"], told["compiled"]) == (32, 4, "fsdp", False)
-    assert told["matmul_flops"] == PRESETS["tiny-v1"].forward_flops(64 * 16, 16)
-    assert told["roofline_seconds"] == max(told["matmul_flops"] / (32 * 61.5e12), told["arguments_gib"] * 2**30 / 450e9)
-    assert told["vectors_per_hour_bound"] == pytest.approx(3600 * 32 / told["roofline_seconds"])
-    assert [told[key] for key in ("hbm_gib", "fits", "collectives", "while_loops", "compile_seconds")] == [None] * 5
+    values = json.loads(found.to_json())
+    assert values.keys() >= KEYS
+    assert (values["devices"], values["hosts"], values["params"], values["compiled"]) == (32, 4, "fsdp", False)
+    assert values["matmul_flops"] == PRESETS["tiny-v1"].forward_flops(64 * 16, 16)
+    assert values["roofline_seconds"] == max(
+        values["matmul_flops"] / (32 * 61.5e12), values["arguments_gib"] * 2**30 / 450e9
+    )
+    assert values["vectors_per_hour_bound"] == pytest.approx(3600 * 32 / values["roofline_seconds"])
+    assert [values[key] for key in ("hbm_gib", "fits", "collectives", "while_loops", "compile_seconds")] == [None] * 5
     # 40 sequences on two strands: 12 tokens in rows of 16, and 31 in rows of 32, all batches full or nearly.
     real = sum(PRESETS["tiny-v1"].forward_flops(n, n) for n in [12, 31] * 40)
     computed = sum(
         count * PRESETS["tiny-v1"].forward_flops(shape.rows * shape.tokens, shape.tokens)
         for shape, count in found.workload.batches.items()
     )
-    assert told["not_padding"] == real / computed
-    assert 0.3 < told["not_padding"] < 1
+    assert values["not_padding"] == real / computed
+    assert 0.3 < values["not_padding"] < 1
     write_json(found, str(tmp_path / "plan.json"))
-    assert json.loads((tmp_path / "plan.json").read_text()) == told
-    with pytest.raises(InputError, match=r"plan.json: cannot be written \(No such file or directory\); pass another"):
+    assert json.loads((tmp_path / "plan.json").read_text()) == values
+    with pytest.raises(InputError, match="plan.json: cannot be written"):
         write_json(found, str(tmp_path / "none" / "plan.json"))
     text = str(found)
     assert "fsdp" in text
-    assert "40 vectors of 80 rows of 22 tokens" in text
+    assert "40 vectors of 80 rows of 22 tokens on average" in text
     assert "nothing was compiled: libtpu is not installed; pip install 'jax[tpu]==0.10.2'" in text
-    assert "compiled for the 8 devices of one" in text
+    assert "compiled for the 8 devices of one host" in text
 
 
 def test_the_training_step_s_arithmetic(without_compiler, tmp_path):
+    """For sixteen devices, and so in a process of its own, as every plan is made outside the tests."""
     path = tmp_path / "barcodes.parquet"
     pq.write_table(pa.table({"dna_sequence": ["ACGTAC" * 11] * 20 + ["ACGTAC" * 31] * 20}), path)
     train = config.TrainConfig(batch_size=20, batch_tokens=64)
     data = config.ExamplesConfig(path=str(path))
     found = plan("v5e-16", TINY, "finetune", data=data, train=train, tokens=32, species=50, mesh=MeshConfig(data=4))
-    told = json.loads(found.to_json())
-    assert (told["step"], told["devices"], told["batch"], told["hosts"]) == ("finetune", 16, 20, 4)
+    values = json.loads(found.to_json())
+    assert (values["step"], values["devices"], values["batch"], values["hosts"]) == ("finetune", 16, 20, 4)
     flops = PRESETS["tiny-v1"].forward_flops
     # 20 rows are filled up to two for each of 16 devices.
-    assert 2.0 * flops(32 * 32, 32) < told["matmul_flops"] < 3.5 * flops(32 * 32, 32)
-    assert told["not_padding"] == 20 * (flops(12, 12) + flops(32, 32)) / (flops(32 * 16, 16) + flops(32 * 32, 32))
-    assert any("mesh.data 4 is for another slice: planned with 16" in note for note in told["notes"])
+    assert 2.0 * flops(32 * 32, 32) < values["matmul_flops"] < 3.5 * flops(32 * 32, 32)
+    assert values["not_padding"] == 20 * (flops(12, 12) + flops(32, 32)) / (flops(32 * 16, 16) + flops(32 * 32, 32))
+    assert any("mesh.data 4 is for another slice: planned with 16" in note for note in values["notes"])
 
 
-def test_arguments_alone_can_be_too_much(without_compiler):
+def test_arguments_alone_can_be_too_large(traced_here):
     found = plan("v3-8", BIG, "finetune", train=config.TrainConfig(mode="full"), tokens=128, species=9)
     assert found.fits is False
     assert found.traced.argument_bytes > 3 * 4 * 2.5e9
@@ -133,14 +140,14 @@ def test_bounds_are_from_the_chip():
         ),
         ({"mesh": MeshConfig(model=3)}, "--mesh.model 3 does not divide the 8 devices that share a batch"),
         ({"embed": config.EmbedConfig(layer=9)}, "--embed.layer 9 is outside the hidden states 0 to 2"),
-        ({"model": ModelConfig(checkpoint="a/b")}, "'a/b' is not a directory here and its size is not known; pass a"),
+        ({"model": ModelConfig(checkpoint="a/b")}, "'a/b' is not a directory here and its size is unknown"),
         (
             {"model": ModelConfig(checkpoint="random:x")},
             "'random:x' is not a directory here .* one of random:nt-v1-500m",
         ),
         (
             {"model": ModelConfig(checkpoint="random:tiny-v1", adapter="x")},
-            "--model.adapter is not planned for; leave it",
+            "--model.adapter cannot be planned",
         ),
         (
             {"model": ModelConfig(checkpoint="random:tiny-v1", attention="splash")},
@@ -153,6 +160,16 @@ def test_mistakes(settings, message):
         plan(**({"topology": "v3-8", "model": TINY} | settings))
 
 
+def test_settings_of_the_other_step_are_refused():
+    with pytest.raises(InputError, match="--train does not apply to --step embed"):
+        plan("v3-8", TINY, train=config.TrainConfig())
+    with pytest.raises(InputError, match="--embed does not apply to --step finetune"):
+        plan("v3-8", TINY, "finetune", embed=config.EmbedConfig())
+    with pytest.raises(InputError, match="--step embed takes data as a DataConfig, not ExamplesConfig"):
+        plan("v3-8", TINY, data=config.ExamplesConfig(path="a.parquet"))
+    assert call("plan", "--topology=v3-8", "--model.checkpoint=random:tiny-v1", "--species=9").returncode == 2
+
+
 def test_mistakes_of_training():
     with pytest.raises(InputError, match="--species 0 is too small"):
         plan("v3-8", TINY, "finetune", species=0)
@@ -160,7 +177,7 @@ def test_mistakes_of_training():
         plan("v3-8", TINY, "finetune", batch=0)
 
 
-def test_what_the_compiler_s_process_refuses_is_an_input_error():
+def test_an_input_error_of_the_compiling_process_is_raised_here():
     program = EmbedProgram(transformer=PRESETS["tiny-v1"], dtype="bfloat16", embed=config.EmbedConfig())
     narrow = dataclasses.replace(program, transformer=dataclasses.replace(program.transformer, hidden_size=60))
     with pytest.raises(InputError, match=r"hidden 60 is not divisible by --mesh.data 8"):
@@ -176,7 +193,7 @@ def test_sizes_come_from_names_or_config_json(tmp_path):
 
 
 @given(st.integers(0, 3000))
-def test_steps_are_the_batches_that_there_are(rows):
+def test_steps_are_sizes_that_batches_have(rows):
     assert step_down(rows) <= rows < step_up(step_down(rows))
     assert step_down(step_up(rows)) == step_up(rows) or rows > 8
 
@@ -188,7 +205,7 @@ def test_steps_are_the_batches_that_there_are(rows):
     start=st.integers(1, 400).map(step_down),
     available=st.integers(1, 40_000),
 )
-def test_finds_the_last_that_fits(fixed, per_row, bent, start, available):
+def test_finds_the_largest_that_fits(fixed, per_row, bent, start, available):
     """Also where memory grows a little faster than linearly, as attention's does."""
     tried = []
 
@@ -220,7 +237,7 @@ def test_is_exact_for_linear_memory(available, expected):
     assert len(asked) <= 4
 
 
-def test_a_jump_in_memory_is_bisected_or_said():
+def test_a_jump_in_memory_is_bisected():
     """The compiler may choose another layout from some size on."""
     jump = lambda rows: 10 * rows + 5_000 * (rows > 200)  # noqa: E731
     fits, over = largest_rows(jump, 16, jump(16), fixed=0, available=4_000)
@@ -230,7 +247,7 @@ def test_a_jump_in_memory_is_bisected_or_said():
     assert jump(over) > 4_000
 
 
-def test_the_script_reads_every_config_file_of_a_run_and_refuses_in_one_line():
+def test_the_command_reads_every_config_file_of_a_run_and_refuses_in_one_line():
     """The files up to the last flag, which is wrong on purpose: nothing is traced."""
     wrong = {
         ("--step", "x"): "--step 'x' is unknown; pass one of embed, finetune",
@@ -245,17 +262,18 @@ def test_the_script_reads_every_config_file_of_a_run_and_refuses_in_one_line():
                 "--tokens 1 is outside"
             )
     assert len(wrong) > 6
-    for (code, said), message in zip(refusals(*wrong), wrong.values(), strict=True):
-        assert code == 2
-        assert said.startswith(f"error: {message}")
-        assert said.count("\n") == 1
+    for flags, message in wrong.items():
+        done = call("plan", *flags)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {message}")
+        assert done.stderr.count("\n") == 1
 
 
-def test_a_demonstration_is_planned_before_its_barcodes_are_there(tmp_path):
+def test_a_demonstration_is_planned_before_its_barcodes_are_there(traced_here, tmp_path):
     (tmp_path / "demo.yaml").write_text(
         f"model: {{checkpoint: 'random:tiny-v1'}}\ndata: {{path: {tmp_path}/absent.parquet}}\nsimulate: {{}}\n"
     )
-    ran = script("--config", str(tmp_path / "demo.yaml"), "--topology", "v5e-8", "--json")
+    ran = call("plan", "--config", tmp_path / "demo.yaml", "--topology", "v5e-8", "--json")
     assert ran.returncode == 0, ran.stderr
     assert "absent.parquet is not simulated yet: planned without the lengths of its barcodes\n" in ran.stderr
     assert json.loads(ran.stdout)["not_padding"] is None
@@ -270,15 +288,15 @@ def test_2_5b_embeds_replicated(topology, rows, tokens, most, tmp_path):
     flags = ["--config", str(path), "--topology", topology, "--batch", str(rows), "--tokens", str(tokens)]
     ran = script("--step", "embed", *flags, "--params", "replicated", "--json")
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout)
-    assert told["compiled"]
-    assert told["fits"]
-    assert told["hbm_gib"] <= most
-    assert told["collectives"] == []
-    assert (told["while_loops"], told["trip_counts"]) == (1, [32])
+    values = json.loads(ran.stdout)
+    assert values["compiled"]
+    assert values["fits"]
+    assert values["hbm_gib"] <= most
+    assert values["collectives"] == []
+    assert (values["while_loops"], values["trip_counts"]) == (1, [32])
     analytic = rows * tokens * (2 * 2.517e9 + 32 * 4 * tokens * 2560)
-    assert told["matmul_flops"] == pytest.approx(analytic, rel=1e-3)
-    assert told["vectors_per_hour_bound"] == pytest.approx(3600 * rows / told["roofline_seconds"])
+    assert values["matmul_flops"] == pytest.approx(analytic, rel=1e-3)
+    assert values["vectors_per_hour_bound"] == pytest.approx(3600 * rows / values["roofline_seconds"])
 
 
 @compiles
@@ -345,7 +363,7 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does():
 
 @compiles
 def test_the_table_of_chips_is_the_compiler_s():
-    """Devices, their kind, and the memory it says it has when asked for too much."""
+    """Devices, their kind, and the memory that the compiler reports when a program needs too much."""
     program = """
 import json, re, sys
 import jax, jax.numpy as jnp, numpy as np

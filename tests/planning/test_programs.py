@@ -1,4 +1,4 @@
-"""What is planned is what runs: the same jaxpr, the same bytes."""
+"""The planned program is the one that runs: the same jaxpr, the same bytes."""
 
 import dataclasses
 
@@ -77,7 +77,7 @@ def test_the_training_program_is_the_step_of_a_real_classifier(mode):
     assert planned == made
 
 
-def test_programs_have_the_attention_they_are_asked_for():
+def test_programs_use_the_requested_attention():
     layout, shape = make_layout(config.MeshConfig(data=1)), BatchShape(2, 16)
     embed = EmbedProgram(transformer=TINY, dtype="float32", embed=config.EmbedConfig())
     finetune = FinetuneProgram(
@@ -118,7 +118,7 @@ def test_the_training_program_takes_only_what_is_trained_as_float32(mode, object
     assert jax.tree.map(lambda leaf: leaf.shape, out[0]) == jax.tree.map(lambda leaf: leaf.shape, params)
 
 
-def test_a_regular_tree_has_the_species_asked_for():
+def test_a_regular_tree_has_the_requested_species():
     for species in (1, 7, 10_000):
         tree = regular_tree(species)
         assert tree.sizes[-1] == len(tree.leaf_paths) == species

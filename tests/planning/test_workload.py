@@ -1,4 +1,4 @@
-"""The batches that are foreseen are those that the runs make."""
+"""Predicted batches equal those that the runs make."""
 
 from collections import Counter
 
@@ -33,33 +33,33 @@ def barcodes(tmp_path_factory):
     return path
 
 
-def test_embedding_as_foreseen(barcodes, tmp_path):
+def test_embedding_as_predicted(barcodes, tmp_path):
     settings = EmbedConfig(batch_tokens=2048, max_shapes=2, strand="both", phases=2)
     data = DataConfig(path=str(barcodes), max_tokens=64, block_rows=48, overlong="window")
-    foreseen = embedding_workload(data, settings, TINY, devices=8)
+    predicted = embedding_workload(data, settings, TINY, devices=8)
     model = ModelConfig(checkpoint="random:tiny-v2")
     done = embed(
         model, data, SinkConfig(uri=str(tmp_path)), settings, MeshConfig(compilation_cache=None), progress=False
     )
-    assert foreseen.rows == done.rows == 120
-    assert foreseen.vectors == done.vectors == 118
-    assert foreseen.lengths.sum() == done.tokens_real
-    assert sum(shape.rows * shape.tokens * count for shape, count in foreseen.batches.items()) == done.tokens_computed
-    assert {(shape.rows, shape.tokens) for shape in foreseen.batches} == set(map(tuple, done.shapes))
+    assert predicted.rows == done.rows == 120
+    assert predicted.vectors == done.vectors == 118
+    assert predicted.lengths.sum() == done.tokens_real
+    assert sum(shape.rows * shape.tokens * count for shape, count in predicted.batches.items()) == done.tokens_computed
+    assert {(shape.rows, shape.tokens) for shape in predicted.batches} == set(map(tuple, done.shapes))
 
 
-def test_training_as_foreseen(barcodes, tmp_path):
+def test_training_as_predicted(barcodes, tmp_path):
     wanted = config.ExamplesConfig(path=str(barcodes), max_tokens=64, validation=0.0)
     train = config.TrainConfig(epochs=1, batch_size=16, max_shapes=3, reverse_complement=0.0, subsequence=0.0)
-    foreseen = training_workload(wanted, train, TINY)
+    predicted = training_workload(wanted, train, TINY)
     source, vocabulary = open_source(DataConfig(path=str(barcodes)), scratch=None), Vocabulary.published("v2")
     examples = prepare_examples(source, wanted, vocabulary, tmp_path, labelled=False)
     batches = TrainingBatches(examples, train, vocabulary, 64)
-    assert (foreseen.rows, foreseen.vectors) == (120, 118)
-    assert foreseen.batches == Counter(BatchShape(*batches[step].ids.shape) for step in range(len(batches)))
+    assert (predicted.rows, predicted.vectors) == (120, 118)
+    assert predicted.batches == Counter(BatchShape(*batches[step].ids.shape) for step in range(len(batches)))
 
 
-def test_only_the_widest_is_as_wide_as_what_was_seen(tmp_path):
+def test_batches_are_no_wider_than_the_longest_row(tmp_path):
     path = tmp_path / "short.parquet"
     pq.write_table(pa.table({"dna_sequence": ["ACGTAC" * 11] * 40}), path)
     work = embedding_workload(config.DataConfig(path=str(path)), EmbedConfig(batch_tokens=64), TINY, devices=4)
@@ -70,7 +70,7 @@ def test_only_the_widest_is_as_wide_as_what_was_seen(tmp_path):
     }
 
 
-def test_nothing_usable_is_said(tmp_path):
+def test_an_input_without_usable_rows_is_refused(tmp_path):
     path = tmp_path / "empty.parquet"
     pq.write_table(pa.table({"dna_sequence": ["", "-"]}), path)
     with pytest.raises(
