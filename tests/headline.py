@@ -1,8 +1,9 @@
 """Runs the 2.5B model at full size: python tests/headline.py DIRECTORY (about 17 GB of disk, 12 GB of memory).
 
-Writes a checkpoint of the NT-2.5B architecture with random float32 weights in two PyTorch shards (10 GB; needs the parity
-extra). Then runs the scripts, each in a process of its own: embeds 16 barcodes in bfloat16, converts the checkpoint, and
-embeds them with the converted one. Prints seconds and peak resident memory of each, and whether the vectors are equal.
+Writes a checkpoint of the NT-2.5B architecture with random float32 weights in two PyTorch shards (10 GB; needs the
+parity extra). Then runs the scripts, each in a process of its own: embeds 16 barcodes in bfloat16, converts the
+checkpoint, and embeds them with the converted one. Prints seconds and peak resident memory of each, and whether the
+vectors are equal.
 """
 
 import argparse

@@ -136,7 +136,7 @@ def identify_ours(
 
 
 def _simulated(at: Path, seed: int) -> tuple[str, str]:
-    """Simulates barcodes: every fifth species is missing from the reference, and a quarter of the others are queries."""
+    """Simulates barcodes; the reference lacks every fifth species, and a quarter of the others are queries."""
     table = simulate(species=_SIMULATED_SPECIES, per_species=_SIMULATED_ROWS, seed=seed)
     species, place = np.divmod(np.arange(table.num_rows), _SIMULATED_ROWS)
     unseen = species % 5 == 0

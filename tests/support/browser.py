@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over a pipe by its own protocol, with no package between."""
+"""A headless Chromium, driven over a pipe by the DevTools protocol, without a package."""
 
 import base64
 import json
@@ -14,8 +14,8 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 SECONDS = 60
 
-# Where the browser looks for its pipe. Not by preexec_fn, which forks, and JAX warns of that
-_ONTO_3_AND_4 = """
+# Moves the pipe to descriptors 3 and 4, where the browser expects it; preexec_fn would fork, of which JAX warns
+_PIPE_TO_3_AND_4 = """
 import fcntl, os, sys
 ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
 os.dup2(ends[0], 3)
@@ -25,7 +25,7 @@ os.execvp(sys.argv[3], sys.argv[3:])
 
 
 class Page:
-    """One page; keeps what it logs and what it asks of the network."""
+    """A page that records its console messages and network requests."""
 
     def __init__(self, ask: int, answer: int):
         self._ask, self._answer, self._number, self._read = ask, answer, 0, b""
@@ -51,11 +51,11 @@ class Page:
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def run(self, script: str) -> Any:
-        """The value of an expression, awaited."""
-        told = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in told:
-            raise AssertionError(told["exceptionDetails"])
-        return told["result"].get("value")
+        """Evaluates an expression, awaits it and returns its value."""
+        answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise AssertionError(answer["exceptionDetails"])
+        return answer["result"].get("value")
 
     def move(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
@@ -66,8 +66,8 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def picture(self, path: Path, *, whole: bool = True) -> None:
-        told = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(told["data"]))
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     def _send(self, method: str, session: str | None = None, **given: Any) -> dict:
         self._number += 1
@@ -75,20 +75,20 @@ class Page:
         asked = {"id": number, "method": method, "params": given} | ({"sessionId": session} if session else {})
         os.write(self._ask, json.dumps(asked).encode() + b"\0")
         while True:
-            told = self._next()
-            if told.get("id") == number:
-                if "error" in told:
-                    raise AssertionError(f"{method}: {told['error']}")
-                return told["result"]
+            answer = self._next()
+            if answer.get("id") == number:
+                if "error" in answer:
+                    raise AssertionError(f"{method}: {answer['error']}")
+                return answer["result"]
 
     def _next(self) -> dict:
         while b"\0" not in self._read:
             if not (more := os.read(self._answer, 1 << 20)):
-                raise AssertionError("the browser has ended")
+                raise AssertionError("the browser has exited")
             self._read += more
         first, self._read = self._read.split(b"\0", 1)
-        told = json.loads(first)
-        method, given = told.get("method"), told.get("params", {})
+        answer = json.loads(first)
+        method, given = answer.get("method"), answer.get("params", {})
         if method == "Page.loadEventFired":
             self._loaded = True
         elif method == "Runtime.exceptionThrown":
@@ -99,28 +99,28 @@ class Page:
             self.problems.append(given["entry"]["text"])
         elif method == "Network.requestWillBeSent":
             self.requests.append(given["request"]["url"])
-        return told
+        return answer
 
 
 @contextmanager
 def browsing(directory: Path) -> Iterator[Page]:
-    """A page of a fresh Chromium, which must be installed (Debian: apt-get install chromium)."""
+    """Opens a page in a new Chromium, which must be installed (Debian: apt-get install chromium)."""
     program = next((found for name in NAMES if (found := shutil.which(name))), None)
     assert program is not None, f"none of {', '.join(NAMES)} is installed; apt-get install chromium"
-    read_by_it, ask = os.pipe()
-    answer, written_by_it = os.pipe()
+    its_input, ask = os.pipe()
+    answer, its_output = os.pipe()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
     flags += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={directory / 'profile'}"]
 
-    given = [str(read_by_it), str(written_by_it), "timeout", str(SECONDS), program, *flags]
+    given = [str(its_input), str(its_output), "timeout", str(SECONDS), program, *flags]
     chromium = subprocess.Popen(
-        [sys.executable, "-c", _ONTO_3_AND_4, *given],
-        pass_fds=(read_by_it, written_by_it),
+        [sys.executable, "-c", _PIPE_TO_3_AND_4, *given],
+        pass_fds=(its_input, its_output),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    os.close(read_by_it)
-    os.close(written_by_it)
+    os.close(its_input)
+    os.close(its_output)
     try:
         yield Page(ask, answer)
     finally:

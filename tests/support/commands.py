@@ -1,4 +1,4 @@
-"""Commands run inside the test's own process: a process of its own would import JAX anew each time."""
+"""Commands run inside the test's process, since a new process would import JAX each time."""
 
 import io
 import subprocess

@@ -22,7 +22,7 @@ TABLES = ("sequences", "sequences_rejects")
 
 
 def write_input(directory: Path, rows: int, seed: int = 0) -> Path:
-    """Three Parquet files with all kinds of rejects, whole blocks of them too, repeats, lower case, gaps."""
+    """Writes three Parquet files with all kinds of rejects (also whole blocks), repeats, lower case and gaps."""
     table = simulate(species=-(-rows // 10), per_species=10, length=400, seed=seed).slice(0, rows)
     sequences = table["dna_sequence"].to_pylist()
     for row in range(rows):
@@ -30,7 +30,7 @@ def write_input(directory: Path, rows: int, seed: int = 0) -> Path:
             sequences[row] = [None, "", "MKVLAAGIVGPRE", "NNNNNNNNNNNN", " "][row % 5]
         elif row % 11 == 3:
             sequences[row] = sequences[row - row % 11 + 1]
-        elif row % 13 == 4:  # a repeat from up to six blocks ago, of which the job remembers three
+        elif row % 13 == 4:  # a repeat from up to six blocks ago; the job keeps the vectors of three
             sequences[row] = sequences[max(1, row - 7 * (row % 109))]
         elif row % 7 == 2:
             sequences[row] = f"{sequences[row][:50]}-{sequences[row][50:90].lower()}RU{sequences[row][92:]}"
@@ -58,7 +58,7 @@ def command(data: Path, uri: Path, cache: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One CPU device, whatever the tests themselves pretend to have."""
+    """Returns an environment with one CPU device, without the eight simulated ones of the tests."""
     return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUMPY_RANK_PROMOTION")}
 
 
@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess:
 
 
 def lines(stderr: str) -> list[str]:
-    """What is written beside the progress bars."""
+    """Returns the lines that are not progress bars."""
     texts = [line.split("\r")[-1].strip() for line in stderr.split("\n")]
     return [text for text in texts if text and not text.startswith(("embed:", "load weights:"))]
 
@@ -85,7 +85,7 @@ def files(uri: Path) -> set[str]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table and its rejects as they are on the disk."""
+    """A table and its rejects, read from disk."""
 
     vectors: pa.Table
     rejects: pa.Table
@@ -95,7 +95,7 @@ class Table:
         return cls(*(lance.dataset(str(uri / f"{name}.lance")).to_table().combine_chunks() for name in TABLES))
 
     def differences(self, other: "Table") -> list[str]:
-        """What is not the same to the last bit, metadata included."""
+        """Lists what differs in any bit, metadata included."""
         found = []
         for name, one, two in (("vectors", self.vectors, other.vectors), ("rejects", self.rejects, other.rejects)):
             if not one.schema.equals(two.schema, check_metadata=True):
@@ -109,7 +109,7 @@ class Table:
 
 
 def unnamed_files(uri: Path) -> list[str]:
-    """Files of a finished table that its current version does not need, and other things a run should not leave."""
+    """Lists files that a finished table does not need and that a run should have removed."""
     needed = {str(uri / ".sequences.lock"), str(uri / "sequences.run.json")}
     for name in TABLES:
         path = uri / f"{name}.lance"
@@ -128,7 +128,7 @@ def unnamed_files(uri: Path) -> list[str]:
 
 
 def rows_there(uri: Path) -> int:
-    """Rows in the table and its rejects; more than are safe if the kill fell between the two."""
+    """Counts rows of the table and its rejects; more than are committed if the kill fell between the two."""
     counts = []
     for name in TABLES:
         try:
@@ -139,16 +139,16 @@ def rows_there(uri: Path) -> int:
 
 
 def kill_once(arguments: list[str], uri: Path, chance: random.Random, seconds: float) -> str | None:
-    """Starts the job and sends it SIGKILL at a random moment.
+    """Starts the job and kills it with SIGKILL at a random moment.
 
     Args:
         arguments: The command.
-        uri: Where it writes.
-        chance: Draws the moment.
-        seconds: What an uninterrupted run takes.
+        uri: Database that it writes.
+        chance: Source of randomness for the moment.
+        seconds: Duration of an uninterrupted run.
 
     Returns:
-        When it was killed, or None if it had ended by itself.
+        When it was killed, or None if it had already finished.
     """
     before, process = files(uri), start(arguments)
     kind = chance.choice(["time", "time", "time", "file", "file", "file", "file", "index"])
@@ -179,7 +179,7 @@ def kill_once(arguments: list[str], uri: Path, chance: random.Random, seconds: f
 
 @dataclass(frozen=True)
 class Uninterrupted:
-    """What every other run is compared with."""
+    """An uninterrupted run, with which every other run is compared."""
 
     data: Path
     cache: Path
@@ -189,7 +189,7 @@ class Uninterrupted:
 
     @classmethod
     def make(cls, directory: Path, rows: int, seed: int = 0) -> "Uninterrupted":
-        """Writes input and embeds it in one go."""
+        """Writes the input and embeds it without interruption."""
         data, cache, uri = write_input(directory / "input", rows, seed), directory / "cache", directory / "whole"
         begun = time.monotonic()
         process = run(command(data, uri, cache))
@@ -204,7 +204,7 @@ class Uninterrupted:
         return command(self.data, uri, self.cache, *more)
 
     def compare(self, uri: Path) -> list[str]:
-        """What is wrong with a finished table."""
+        """Lists what is wrong with a finished table."""
         found = Table.read(uri)
         numbers = [table["source_row"].to_numpy() for table in (found.vectors, found.rejects)]
         whole = np.array_equal(np.sort(np.concatenate(numbers)), np.arange(self.rows))
@@ -214,16 +214,16 @@ class Uninterrupted:
 
 
 def campaign(whole: Uninterrupted, directory: Path, kills: int, seed: int, say: Callable = print) -> list[str]:
-    """Kills jobs until `kills` have died, finishes what is left, compares every finished table.
+    """Kills `kills` runs, finishes the last one, and compares every finished table.
 
     Returns:
-        What is wrong with the tables.
+        Descriptions of what is wrong with the tables.
     """
     chance, wrong = random.Random(seed), []
     killed = tables = 0
     while killed < kills:
         uri, unfinished = directory / f"table-{tables}", True
-        arguments = command(whole.data, uri, directory / "cache")  # a kill may spoil what is in it
+        arguments = command(whole.data, uri, directory / "cache")  # of its own, since a kill may damage it
         while unfinished and killed < kills:
             when = kill_once(arguments, uri, chance, whole.seconds)
             unfinished = when is not None

@@ -17,7 +17,7 @@ LOGIT_STEP = 64
 
 
 def golden_config(family: str) -> TransformerConfig:
-    """A model of the family small enough to keep in the repository."""
+    """Returns the configuration of a model small enough to keep in the repository."""
     return dataclasses.replace(
         PRESETS[f"tiny-{family}"],
         hidden_size=16,
@@ -29,7 +29,7 @@ def golden_config(family: str) -> TransformerConfig:
 
 
 def reference_outputs(model, ids: np.ndarray, pad: int) -> dict[str, np.ndarray]:
-    """Hidden states, logits and the mean over attended tokens, as PyTorch computes them."""
+    """Computes hidden states, logits and the mean over attended tokens with PyTorch."""
     import torch
 
     with torch.no_grad():
@@ -44,7 +44,7 @@ def reference_outputs(model, ids: np.ndarray, pad: int) -> dict[str, np.ndarray]
 
 
 def make_tokenizer(directory: Path) -> None:
-    """Writes tokenizer.json with sequences and, for each published vocabulary, its digest and the ids."""
+    """Writes tokenizer.json: sequences, and for each published vocabulary its digest and EsmTokenizer's ids."""
     from transformers import EsmTokenizer
 
     rng = random.Random(0)

@@ -1,4 +1,4 @@
-"""Golden models with adapters that do something, and label spaces with heads on them."""
+"""The golden models with trained-looking adapters, and label spaces with heads."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ EVERY = config.LoRAConfig(rank=8, alpha=12.0, dropout=0.25, targets=("all_linear
 BASE = Provenance(
     model="mine/v", revision="a" * 40, weights_sha256="b" * 64, license="cc-by-nc-sa-4.0", dtype="float32"
 )
-"""Stands for the golden weights in files."""
+"""Provenance written beside the golden weights."""
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def _parts(family):
 
 
 def golden_model(family, mesh=ONE):
-    """A float32 model of its own on the mesh, with its language-model head."""
+    """Returns a new float32 copy of a golden model on the mesh, with its language-model head."""
     graph, state = _parts(family)
     shardings = stored_shardings(state, make_layout(mesh))
     flat = nnx.to_flat_state(state)
@@ -45,7 +45,7 @@ def golden_model(family, mesh=ONE):
 
 
 def adapt(model, lora=EVERY):
-    """Puts adapters on a model in place, and gives their b values, as training would."""
+    """Adds adapters to a model in place, with non-zero b as after training."""
     add_adapters(model, lora, nnx.Rngs(0))
     rng = np.random.default_rng(1)
     for parent, attribute in TARGETS.values():
@@ -56,7 +56,7 @@ def adapt(model, lora=EVERY):
 
 
 def token_rows(transformer):
-    """Four rows of ids, one of them padded."""
+    """Returns four rows of ids, one of them padded."""
     ids = np.random.default_rng(0).integers(6, transformer.vocab_size, (4, 19))
     ids[:, 0] = 3
     ids[1, 11:] = 1
@@ -64,14 +64,14 @@ def token_rows(transformer):
 
 
 def relative(ours, theirs, ids):
-    """Largest difference at real tokens over the largest value."""
+    """Returns the largest difference at real tokens, relative to the largest value."""
     real = np.asarray(ids) != 1
     ours, theirs = np.asarray(ours)[real], np.asarray(theirs)[real]
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
 def arrays(model, *filters):
-    """Parameters by path, on the host."""
+    """Returns parameters by path, as numpy arrays."""
     return {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(nnx.state(model, *filters))}
 
 
@@ -86,7 +86,7 @@ def label_space(species=3):
 
 
 def random_heads(kind, *, encoder=True):
-    """Heads on the vectors of a golden model."""
+    """Returns random heads for the vectors of a golden model."""
     space = label_space()
     tree, rngs = taxon_tree(space), nnx.Rngs(5)
     return Heads(

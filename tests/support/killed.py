@@ -1,4 +1,4 @@
-"""Calls that are killed with SIGKILL at a chosen instant, each in a process of its own: python killed.py JOBS.json."""
+"""Function calls killed with SIGKILL at a chosen point, each in a process of its own: python killed.py JOBS.json."""
 
 import functools
 import importlib
@@ -15,8 +15,8 @@ from pathlib import Path
 def run_killed(jobs: list[dict], scratch: Path) -> list[int]:
     """Runs the jobs; returns for each the signal that ended it, or 0.
 
-    A job has `call` (MODULE:FUNCTION) and `args` (keywords), and either `at` (MODULE:NAME.NAME) with `nth`, which kills
-    it when that function is about to be called the nth time (`after`: has been), or `seconds`.
+    A job has `call` (MODULE:FUNCTION) and `args` (keywords). It is killed either after `seconds`, or before the `nth`
+    call of the function `at` (MODULE:NAME.NAME); with `after`, when that call has returned.
     """
     (scratch / "jobs.json").write_text(json.dumps(jobs))
     here = Path(__file__)
@@ -60,7 +60,7 @@ def _child(job: dict) -> None:
 
 def main() -> None:
     jobs, ended = json.loads(Path(sys.argv[1]).read_text()), []
-    for job in jobs:  # no Lance before this: its threads would not live on in the child
+    for job in jobs:  # nothing may use Lance before the fork, since its threads do not exist in the child
         for name in (job["call"], job.get("at", job["call"])):
             importlib.import_module(name.split(":")[0])
         child = os.fork()

@@ -1,7 +1,7 @@
 """Runs a script that pauses after a number of commits: python paused.py COMMITS RESUME SCRIPT [ARGUMENT ...].
 
-It goes on once the file RESUME exists; RESUME.paused exists from the pause on. A test can so act on a run that is
-neither at its start nor at its end, however slow the machine is.
+It continues once the file RESUME exists; RESUME.paused exists from the pause on. A test can thus act in the middle of a
+run, however slow the machine is.
 """
 
 import runpy
@@ -9,17 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-MOST_SECONDS = 600
-"""After these the run goes on by itself, so that a test that failed leaves no process behind."""
+MAX_SECONDS = 600
+"""Seconds after which the run continues by itself, so that a failed test leaves no process behind."""
 
 
 def paused(script: Path, resume: Path, commits: int) -> list[str]:
-    """The command line of Python that runs `script` with a pause; its arguments follow."""
+    """Returns the command line that runs `script` with a pause; append the script's arguments."""
     return [str(Path(__file__)), str(commits), str(resume), str(script)]
 
 
 def reached(resume: Path) -> bool:
-    """Whether the run pauses."""
+    """Returns whether the run has paused."""
     return resume.with_name(f"{resume.name}.paused").exists()
 
 
@@ -34,7 +34,7 @@ def main() -> None:
         done.append(time.monotonic())
         if len(done) == commits:
             resume.with_name(f"{resume.name}.paused").touch()
-            while not resume.exists() and time.monotonic() - done[-1] < MOST_SECONDS:
+            while not resume.exists() and time.monotonic() - done[-1] < MAX_SECONDS:
                 time.sleep(0.01)
 
     VectorTable.append_fragments = append_and_pause

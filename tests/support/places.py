@@ -1,4 +1,4 @@
-"""Where the checkout keeps what tests read and run."""
+"""Paths of the checkout that tests read and run."""
 
 from pathlib import Path
 
@@ -6,4 +6,4 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 TESTS = ROOT / "tests"
 GOLDEN = TESTS / "golden"
-"""Small checkpoints of both families, made by PyTorch, and what PyTorch computes with them."""
+"""Small checkpoints of both families, written by PyTorch, with its outputs."""

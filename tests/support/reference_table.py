@@ -1,4 +1,4 @@
-"""Simulated barcodes, embedded as a reference, and queries of known, unseen and no species."""
+"""Simulated barcodes: some embedded as a reference table, the others as queries of seen and unseen species."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +16,20 @@ MODEL = config.ModelConfig(checkpoint="random:tiny-v2", seed=3)
 
 @dataclass(frozen=True)
 class World:
-    """A reference and queries against it."""
+    """A reference table and queries."""
 
     uri: str
     queries: str
-    """Parquet with labels: six of ten of a species in the reference, and the species that are not."""
+    """Parquet with labels: two barcodes of each seen species, all eight of each unseen one."""
     fasta: str
-    """The first twenty of them."""
+    """FASTA file with the first twenty queries."""
     unseen: frozenset[str]
 
 
 def make_world(
     directory: Path, *, species: int = 60, index: Literal["none", "ivf_sq", "ivf_pq"] = "none", layer: int = 0
 ) -> World:
-    """Every fifth species is not in the reference; of the others, two of eight barcodes are queries."""
+    """Embeds the reference without every fifth species; two of eight barcodes of the others are queries."""
     table = simulate(species=species, per_species=8, length=300, seed=1)
     names = sorted(set(table["species"].to_pylist()))
     unseen = frozenset(names[::5])

@@ -1,4 +1,4 @@
-"""Small finished vector tables, made through the sink as embed makes them."""
+"""Small vector tables, written through the sink as embed writes them."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ COLUMNS = pa.schema(
 
 
 def vectors_of(rows: int, hidden: int = HIDDEN, seed: int = 0) -> np.ndarray:
-    """Clustered vectors, some of them twice, with odd floats among them."""
+    """Returns clustered vectors, with duplicates, and with -0.0 and a subnormal number."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(12, hidden))
     vectors = (centres[rng.integers(0, 12, rows)] + 0.3 * rng.normal(size=(rows, hidden))).astype(np.float32)
@@ -34,7 +34,7 @@ def vectors_of(rows: int, hidden: int = HIDDEN, seed: int = 0) -> np.ndarray:
 
 
 def make_table(uri: Path | str, rows: int = 500, *, dtype: str = "float32", index: str = "none", **changed) -> pa.Table:
-    """Writes a table and its rejects (every seventh input row); returns the vectors' rows in order."""
+    """Writes a table and its rejects (every seventh input row); returns the rows of the table in order."""
     weights, prefix, seed = changed.get("weights", "w" * 64), changed.get("prefix", "s"), changed.get("seed", 0)
     hidden = changed.get("hidden", HIDDEN)
     schema = vector_schema(COLUMNS, hidden, dtype)
@@ -77,12 +77,12 @@ def _bad(rows: np.ndarray, prefix: str) -> pa.Table:
 
 
 def read(uri: Path | str, name: str = "sequences") -> pa.Table:
-    """All rows in order."""
+    """Returns all rows in order."""
     return lance.dataset(f"{uri}/{name}.lance").to_table().combine_chunks()
 
 
 def same_bits(one: pa.Table, other: pa.Table) -> bool:
-    """Whether two tables agree in schema, metadata and every bit of every buffer's values."""
+    """Returns whether two tables agree in schema, metadata and every bit of every value."""
     if not one.schema.equals(other.schema, check_metadata=True) or one.num_rows != other.num_rows:
         return False
     for name in one.column_names:

@@ -8,7 +8,7 @@ ROWS = 6
 
 
 def random_tree(seed, *, branching=3, gap=0.3, end=0.15):
-    """Grows a tree from the root: a rank may be unknown (`gap`), a lineage may end early (`end`)."""
+    """Grows a random tree; `gap` and `end` are the probabilities of an unknown rank and of an early end."""
     rng = np.random.default_rng(seed)
     sizes, paths = [0] * 7, []
 
@@ -29,20 +29,20 @@ def random_tree(seed, *, branching=3, gap=0.3, end=0.15):
 
 
 def is_prefix(path, paths):
-    """Whether a path says nothing more than another does: its last taxon is not a leaf."""
+    """Returns whether a path is the beginning of another one, so that its last taxon is no leaf."""
     known = max(i for i, taxon in enumerate(path) if taxon >= 0) + 1
     return any(other is not path and other[:known] == path[:known] for other in paths)
 
 
 def flat_tree(species, per=(1, 2, 4, 20, 200, 3000)):
-    """A regular tree, for sizes; species i is below taxon i * count // species of each rank above."""
+    """Returns a regular tree; species i is below taxon i * count // species of each rank above."""
     index = np.arange(species)
     paths = np.stack([*(index * count // species for count in per), index], axis=1).astype(np.int32)
     return TaxonTree((*per, species), paths)
 
 
 def random_labels(seed, tree, rows=ROWS):
-    """Labels with unknown ranks: paths to leaves, some fields blanked."""
+    """Returns paths to leaves in which random ranks are unknown."""
     rng = np.random.default_rng(seed)
     labels = tree.leaf_paths[rng.integers(0, len(tree.leaf_paths), rows)]
     return np.where(rng.random(labels.shape) < 0.3, -1, labels).astype(np.int32)

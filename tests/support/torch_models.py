@@ -27,7 +27,7 @@ def torch_model(config: TransformerConfig, seed: int = 0) -> EsmForMaskedLM:
 
 
 def save_checkpoint(model: EsmForMaskedLM, config: TransformerConfig, directory: Path, form: str) -> Path:
-    """Writes a checkpoint directory like those of the hub; `form` is safetensors, bin, or one of them after `sharded-`."""
+    """Writes a checkpoint as on the hub; `form` is safetensors or bin, or one of them after `sharded-`."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
