@@ -8,7 +8,7 @@ COMMANDS = {
     "finetune": "train adapters and taxonomic heads on labelled barcodes",
     "export": "export what a training run learned",
     "identify": "name barcodes by a vector table",
-    "calibrate": "fit what the answers of identify are worth",
+    "calibrate": "fit confidences and thresholds for identify",
     "search": "print the rows of a table nearest to a sequence",
     "query": "ask a vector table in SQL",
     "annotate": "join later metadata onto a vector table",
