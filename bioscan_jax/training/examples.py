@@ -92,7 +92,7 @@ def prepare_examples(
     extra += lineages if held_out else []
     extra += [name for name in METADATA_COLUMNS if name in present] if with_metadata else []
     path = scratch / "bases"
-    sequences, lengths, tokens, taxa, given, metadata = [], [], [], [], [], []
+    sequences, lengths, tokens, taxa, from_column, metadata = [], [], [], [], [], []
     with path.open("wb") as file:
         for first, table in _tables(source, [source.sequence_column, *extra]):
             locate = partial(_locate, source, first)
@@ -106,13 +106,13 @@ def prepare_examples(
                 names = read_lineages(table)[RANKS.index(held_out)]
                 taxa.append(splits.fingerprints(names, seed=wanted.split_seed))
             if wanted.split_column:
-                given.append(splits.read_given_splits(table[wanted.split_column], locate=locate))
+                from_column.append(splits.read_given_splits(table[wanted.split_column], locate=locate))
             if with_metadata:
                 metadata.append(check_metadata(table, locate=locate))
             on_rows(table.num_rows)
     fingerprints = np.concatenate(sequences)
     if wanted.split_column:
-        assigned = np.where(fingerprints == 0, splits.LEFT_OUT, np.concatenate(given)).astype(np.int8)
+        assigned = np.where(fingerprints == 0, splits.LEFT_OUT, np.concatenate(from_column)).astype(np.int8)
     else:
         shares = {"validation": wanted.validation, "test": wanted.test}
         assigned = splits.assign_splits(fingerprints, np.concatenate(taxa) if held_out else None, **shares)

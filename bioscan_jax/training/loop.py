@@ -38,7 +38,7 @@ Evaluate = Callable[[Arrays, StopRequest], dict[str, float] | None]
 
 
 @dataclass
-class State:
+class TrainState:
     """What a training step updates."""
 
     params: Arrays
@@ -64,7 +64,7 @@ class TrainingSetup:
         return self.model.train
 
 
-def run(setup: TrainingSetup, state: State, progress: Progress, stop: StopRequest, bar: tqdm) -> Progress:
+def run(setup: TrainingSetup, state: TrainState, progress: Progress, stop: StopRequest, bar: tqdm) -> Progress:
     """Trains until the last epoch, or until `patience` epochs have not lowered the validation loss.
 
     Args:
@@ -88,8 +88,10 @@ def run(setup: TrainingSetup, state: State, progress: Progress, stop: StopReques
             progress, over = _evaluate_after_epoch(setup, state, progress, stop)
             if progress.step >= total and (setup.evaluate is None or progress.evaluated == total):
                 over = over or "all epochs done"
-            asked, due = any_process(bool(stop), time.monotonic() - saved >= 60.0 * setup.checkpoint.interval_minutes)
-            if over or asked or (due and progress.step):
+            stopping, due = any_process(
+                bool(stop), time.monotonic() - saved >= 60.0 * setup.checkpoint.interval_minutes
+            )
+            if over or stopping or (due and progress.step):
                 window.collect(pending, 0)
                 progress = dataclasses.replace(
                     progress,
@@ -98,11 +100,11 @@ def run(setup: TrainingSetup, state: State, progress: Progress, stop: StopReques
                     seconds=time.monotonic() - started,
                     finished=over or None,
                 )
-                setup.checkpoints.save(progress, vars(state), wait=bool(over or asked))
+                setup.checkpoints.save(progress, vars(state), wait=bool(over or stopping))
                 saved = time.monotonic()
             if over:
                 return progress
-            if asked:
+            if stopping:
                 raise Interrupted(
                     f"stopped after step {progress.step:,} of {total:,}, which is saved in a checkpoint; "
                     "the same command continues from there",
@@ -125,7 +127,7 @@ def run(setup: TrainingSetup, state: State, progress: Progress, stop: StopReques
 
 
 def _evaluate_after_epoch(
-    setup: TrainingSetup, state: State, progress: Progress, stop: StopRequest
+    setup: TrainingSetup, state: TrainState, progress: Progress, stop: StopRequest
 ) -> tuple[Progress, str | None]:
     """Evaluates if an epoch has just ended; the text is the reason to stop training early, if there is one."""
     step = progress.step

@@ -30,7 +30,7 @@ from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.storage import local_directory, storage_errors
 from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
 from bioscan_jax.training.examples import Examples, prepare_examples
-from bioscan_jax.training.loop import Evaluate, Log, State, TrainingSetup, run
+from bioscan_jax.training.loop import Evaluate, Log, TrainingSetup, TrainState, run
 from bioscan_jax.training.record import check_or_write_record, run_settings
 from bioscan_jax.training.splits import SPLITS
 from bioscan_jax.training.state import Progress, open_checkpoints
@@ -174,12 +174,12 @@ def finetune(
         at = before or Progress(config=settings, rng=_rng(train), label_space=settings["label_space_sha256"])
         if at.finished is None:
             params = named_arrays(trainable.trained)
-            state = State(params, init_optimizer(trainable, len(batches), params))
+            state = TrainState(params, init_optimizer(trainable, len(batches), params))
             if before is not None:
                 _check_rng(before, train)
                 if first:
                     logger.info(f"{train.output_dir}: continues after step {at.step:,} of {len(batches):,}")
-                state = State(**checkpoints.restore(before.step, jax.tree.map(_abstract, vars(state))))
+                state = TrainState(**checkpoints.restore(before.step, jax.tree.map(_abstract, vars(state))))
             log, run_id = _log(held, tracking, directory, settings, at)
             setup = TrainingSetup(
                 model=trainable,
@@ -208,8 +208,8 @@ def _check(
     if train.mode == "lora":
         resolve_targets(lora.targets)
     if train.objective == "mlm":
-        for flag, given in (("--loss.metadata", loss.with_metadata), ("--train.balance", train.balance != "none")):
-            if given:
+        for flag, used in (("--loss.metadata", loss.with_metadata), ("--train.balance", train.balance != "none")):
+            if used:
                 raise InputError(f"{flag} needs labels; leave it out, or pass --train.objective taxonomy")
 
 

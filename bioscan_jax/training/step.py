@@ -194,13 +194,13 @@ def place(batch: ExampleBatch, layout: Layout, tokens_per_device: int, *, pad: i
     parts, size = microbatch_shape(rows, width, layout.data_devices, tokens_per_device)
 
     def put(array: np.ndarray, fill: np.ndarray | float | int) -> Array:
-        whole = np.empty((parts * size, array.shape[1]), array.dtype)
-        whole[:rows], whole[rows:] = array, fill
-        whole = whole.reshape(parts, size, array.shape[1])
-        return jax.make_array_from_callback(whole.shape, layout.accumulated(3), lambda index: whole[index])
+        filled = np.empty((parts * size, array.shape[1]), array.dtype)
+        filled[:rows], filled[rows:] = array, fill
+        filled = filled.reshape(parts, size, array.shape[1])
+        return jax.make_array_from_callback(filled.shape, layout.accumulated(3), lambda index: filled[index])
 
-    alone = np.where(np.arange(width) == 0, batch.ids[0, 0], pad)
-    return MicroBatches(put(batch.ids, alone), put(batch.labels, -1), put(batch.metadata, np.nan))
+    cls_alone = np.where(np.arange(width) == 0, batch.ids[0, 0], pad)
+    return MicroBatches(put(batch.ids, cls_alone), put(batch.labels, -1), put(batch.metadata, np.nan))
 
 
 def make_train_step(

@@ -65,8 +65,8 @@ class Tracker:
         Raises:
             InputError: The file cannot be written.
         """
-        given = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
-        record = {STEP: step} | given | {STEP: step}
+        values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        record = {STEP: step} | values | {STEP: step}
         if step == self._resumed_at and self._written.issuperset(record):
             return
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
@@ -170,10 +170,10 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             break
         try:
             record = json.loads(line)
-            whole = isinstance(record[STEP], int)
+            valid = isinstance(record[STEP], int)
         except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
+            valid = False
+        if not valid:
             raise InputError(f"{path}, line {number}: {line[:60]!r} is not an object with {STEP!r}; remove the line")
         lines.append((line, record))
     return lines
@@ -192,13 +192,13 @@ def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
 
 
 def _mode(tracking: TrackingConfig) -> Literal["online", "offline", "disabled"]:
-    asked, flag = tracking.mode, f"--tracking.mode {tracking.mode}"
-    if asked == "auto":
+    mode, flag = tracking.mode, f"--tracking.mode {tracking.mode}"
+    if mode == "auto":
         chosen = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        asked, flag = {"dryrun": "offline"}.get(chosen, chosen), f"WANDB_MODE={chosen}"
-    if asked == "offline" or asked == "disabled":
-        return asked
-    if asked != "online":
+        mode, flag = {"dryrun": "offline"}.get(chosen, chosen), f"WANDB_MODE={chosen}"
+    if mode == "offline" or mode == "disabled":
+        return mode
+    if mode != "online":
         raise InputError(f"{flag} is not a mode; set WANDB_MODE to online, offline or disabled, or unset it")
     if not _has_key():
         raise InputError(f"{flag} needs an API key; set WANDB_API_KEY, run `wandb login`, or pass offline")
@@ -219,8 +219,8 @@ def _has_key() -> bool:
     host = urlsplit(settings.base_url).netloc
     hosts = [host, "api.wandb.ai"] if host.endswith(_WANDB_HOSTS) else [host]
     homes = [Path(name).expanduser() for name in ("~/.netrc", "~/_netrc")]
-    given = os.environ.get("NETRC")
-    path = Path(given).expanduser() if given else next((home for home in homes if home.exists()), homes[0])
+    netrc_path = os.environ.get("NETRC")
+    path = Path(netrc_path).expanduser() if netrc_path else next((home for home in homes if home.exists()), homes[0])
     try:
         logins = netrc.netrc(path)
     except (OSError, netrc.NetrcParseError):

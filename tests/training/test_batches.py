@@ -1,4 +1,4 @@
-"""Training batches: each row once an epoch, any batch from its number, nothing else changes them."""
+"""Training batches: each row once per epoch, and each batch computed from its number alone."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_rows_of_a_batch_are_of_similar_length_and_epochs_differ():
     assert np.corrcoef(width[:-1], width[1:])[0, 1] < 0.3  # neighbouring batches are not of one length
 
 
-def test_balanced_draws_taxa_equally():
+def test_balanced_sampling_draws_taxa_equally():
     labels = np.full((103, 7), -1, np.int32)
     labels[:, 0] = 0
     labels[:90, 1], labels[90:100, 1] = 0, 1  # three rows are known to their kingdom alone
@@ -57,7 +57,7 @@ COMPLEMENT = bytes.maketrans(b"ACGTN", b"TGCAN")
 
 @given(st.lists(st.text("ACGTN", min_size=1, max_size=40), min_size=1, max_size=6), st.integers(0, 99))
 @settings(deadline=None)
-def test_what_augmentation_gives_is_a_stretch_of_either_strand(texts, seed):
+def test_augmentation_yields_a_subsequence_of_either_strand(texts, seed):
     sequences = [text.encode() for text in texts]
     changed = augment(sequences, np.random.default_rng(seed), reverse=0.5, cut=0.7, shortest=5)
     for before, after in zip(sequences, changed, strict=True):
@@ -66,7 +66,7 @@ def test_what_augmentation_gives_is_a_stretch_of_either_strand(texts, seed):
         assert after.strip(b"N") or not before.strip(b"N")
 
 
-def test_augmentation_at_its_ends():
+def test_augmentation_at_probabilities_0_and_1():
     sequences = [b"ACGTACGTTTGC", b"ACG"]
     random = np.random.default_rng(0)
     assert augment(sequences, random, reverse=0.0, cut=0.0, shortest=5) == sequences
@@ -90,7 +90,7 @@ def examples(tmp_path):
     return prepare(path, tmp_path, validation=0.3)
 
 
-def test_any_batch_comes_from_its_number(examples):
+def test_a_batch_depends_on_its_number_alone(examples):
     train = config.TrainConfig(batch_size=8, epochs=3, seed=4)
     batches = TrainingBatches(examples, train, V2, 200)
     again = TrainingBatches(examples, train, V2, 200)
@@ -107,7 +107,7 @@ def test_any_batch_comes_from_its_number(examples):
     assert any(not np.array_equal(other[n].rows, forwards[n].rows) for n in numbers)
 
 
-def test_a_batch_is_its_rows(examples):
+def test_a_batch_holds_the_labels_and_tokens_of_its_rows(examples):
     batches = TrainingBatches(examples, PLAIN, V2, 200)
     for batch in (batches[n] for n in range(batches.steps_per_epoch)):
         used = batch.rows >= 0
@@ -124,7 +124,7 @@ def test_long_rows_are_cut(examples):
     assert max(batches[n].ids.shape[1] for n in range(len(batches))) == 12
 
 
-def test_evaluation_takes_each_row_once(examples):
+def test_evaluation_reads_each_row_once(examples):
     rows = examples.rows("validation")
     shapes = [BatchShape(4, 12), BatchShape(4, 24)]
     batches = list(evaluation_batches(examples, rows, shapes, V2))

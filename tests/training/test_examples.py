@@ -1,4 +1,4 @@
-"""From a labelled table to rows that can be reached one by one."""
+"""Rows of a labelled table, prepared for random access."""
 
 import numpy as np
 import pyarrow as pa
@@ -52,7 +52,7 @@ def test_rows_come_back_with_their_labels(tmp_path):
     assert found.splits[5] == -1 and found.sequences(np.array([5])) == [b""]  # noqa: PT018
     train, validation = found.rows("train"), found.rows("validation")
     assert len(train) and len(validation) and not set(train) & set(validation)  # noqa: PT018
-    assert not any(i % 4 == 3 for i in [*train, *validation])  # no label at all: nothing to learn from
+    assert not any(i % 4 == 3 for i in [*train, *validation])  # rows without any label are not used
     names = found.space.names
     species = found.labels[0, RANKS.index("species")]
     assert names[6][species] == "Aedes vexans"
@@ -126,7 +126,7 @@ def test_missing_labels_and_wrong_metadata(tmp_path):
         prepare(path, tmp_path, with_metadata=True)
 
 
-def test_a_row_past_the_first_block_is_named_by_its_place_in_its_file(tmp_path):
+def test_messages_name_the_file_and_row_beyond_the_first_block(tmp_path):
     rows = _BLOCK_ROWS + 20
     numbers = {"depth": [5.0] * rows, "latitude": [1.5] * rows, "longitude": [2.0] * rows}
     sides = ["train", "validation"] * (rows // 2)

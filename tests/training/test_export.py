@@ -1,4 +1,4 @@
-"""What a run learned, written for others and read back."""
+"""Exports of a training run, read back."""
 
 import json
 import shutil

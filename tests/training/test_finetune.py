@@ -1,4 +1,4 @@
-"""Fine-tuning from a Parquet file to a run's directory, stopped and gone on with, in this process."""
+"""Fine-tuning from a Parquet file to a run's directory, interrupted and resumed."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def stopping_at(monkeypatch, step):
 
 @pytest.fixture(scope="module")
 def whole(barcodes, tmp_path_factory):
-    """A run that is never stopped."""
+    """An uninterrupted run."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
     return directory, train(barcodes, directory, tracking="offline")
 
@@ -72,7 +72,7 @@ def test_a_whole_run(whole, barcodes):
     assert "LoRA" not in str(summary)
 
 
-def test_a_finished_run_says_so(whole, barcodes):
+def test_a_finished_run_has_nothing_left_to_do(whole, barcodes):
     directory, summary = whole
     again = train(barcodes, directory, tracking="offline")
     assert "complete before this run: nothing was left to do" in str(again)
@@ -121,7 +121,7 @@ def test_another_configuration_is_refused(whole, barcodes, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops(barcodes, tmp_path):
-    """A learning rate far too high: the state before it is kept, and the line says which batch."""
+    """A learning rate far too high: earlier checkpoints are kept, and the message names the batch."""
     with pytest.raises(
         InputError, match=r"is (nan|inf) at step \d+ \(epoch 1, batch \d+ of \d+; its first row is .*row"
     ):
@@ -159,7 +159,7 @@ def test_bad_input(barcodes, tmp_path):
         train(tmp_path / "bare.parquet", tmp_path / "d")
 
 
-def test_a_weight_asks_for_metadata():
+def test_a_metadata_weight_implies_metadata():
     assert not config.LossConfig().with_metadata
     assert config.LossConfig(metadata=True).metadata_share == 0.3
     assert config.LossConfig(metadata_weight=0.2).with_metadata
@@ -187,14 +187,14 @@ def test_a_weight_asks_for_metadata():
         (config.TrainConfig, {"learning_rate": float("nan")}, "--train.learning_rate nan must be more than 0"),
     ],
 )
-def test_settings_that_cannot_be(make, settings, line):
+def test_invalid_settings_are_refused(make, settings, line):
     with pytest.raises(InputError, match=line):
         make(**settings)
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_steps(barcodes, tmp_path):
-    """Of 420 steps with a checkpoint after each and an evaluation every 14, the last third holds no more than the middle one."""
+    """Over 420 steps with a checkpoint each and 30 evaluations, the last third uses no more than the middle third."""
     train(barcodes, tmp_path / "run", epochs=30, log_every=5, save_minutes=0.0)
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     used = np.array([line["hardware/memory_used_gb"] for line in found if "train/loss" in line])
@@ -241,7 +241,7 @@ def test_masked_language_modelling_needs_no_labels(barcodes, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_devices(whole, barcodes, tmp_path, monkeypatch):
+def test_a_run_continues_on_other_devices(whole, barcodes, tmp_path, monkeypatch):
     """8, then 4, then 1: the losses agree within 1e-5 with those of one device."""
     directory, summary = whole
     meshes = [

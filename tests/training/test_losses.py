@@ -73,7 +73,7 @@ def test_cross_entropy_is_that_of_pytorch():
 
 @pytest.mark.parametrize("kind", ["independent", "marginal"])
 def test_masked_ranks_have_exactly_no_gradient(kind):
-    """All ranks masked: nothing moves. One rank known: the head of the others (and nothing else) stays."""
+    """Without labels no gradient is nonzero; with one known rank only the gradient of its head is."""
     tree = random_tree(3)
     graph, state = nnx.split(make_head(kind, 4, tree, rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
@@ -149,7 +149,7 @@ def rows_of(lengths, tokens=12, seed=0):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.lists(st.integers(1, 12), min_size=5, max_size=5))
-def test_masking_takes_ordinary_tokens_and_at_least_one_a_row(seed, lengths):
+def test_masking_selects_ordinary_tokens_and_at_least_one_per_row(seed, lengths):
     ids = rows_of(lengths)
     seen, selected = mask(jax.random.key(seed), ids)
     again, _ = mask(jax.random.key(seed), ids)
@@ -180,7 +180,7 @@ def test_another_key_masks_other_tokens():
 
 
 @pytest.mark.parametrize("special", [(UNK, PAD, CLS), tuple(range(40))])
-def test_special_ids_that_cannot_be_are_refused(special):
+def test_invalid_special_ids_are_refused(special):
     with pytest.raises(ValueError, match="must have mask_id 2 and leave ordinary tokens"):
         mask_tokens(jax.random.key(0), jnp.asarray(rows_of([4])), mask_id=MASK, special_ids=special, vocab_size=40)
 

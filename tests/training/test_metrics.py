@@ -19,7 +19,7 @@ def batch(seed, rows):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 9), min_size=1, max_size=4))
-def test_batches_add_up_to_the_formulas(seed, lengths):
+def test_metrics_of_accumulated_batches_equal_the_formulas(seed, lengths):
     predicted, labels = batch(seed, sum(lengths))
     counts, start = no_counts(SIZES), 0
     for rows in lengths:
@@ -42,7 +42,7 @@ def test_batches_add_up_to_the_formulas(seed, lengths):
         )
 
 
-def test_names_are_those_of_the_dashboards():
+def test_metrics_have_the_names_of_the_dashboards():
     labels = np.zeros((2, 7), np.int32)
     labels[:, 6] = -1
     moments = embedding_moments(jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.array([True, True]))
@@ -57,7 +57,7 @@ def test_names_are_those_of_the_dashboards():
     assert all(type(value) is float for value in numbers.values())
 
 
-def test_what_was_not_measured_is_absent():
+def test_unmeasured_metrics_are_absent():
     assert dashboard_metrics() == {}
     nothing = embedding_moments(jnp.ones((2, 3)), jnp.zeros(2, bool))
     assert dashboard_metrics(no_counts(SIZES), nothing) == {}

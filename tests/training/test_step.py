@@ -1,4 +1,4 @@
-"""The optimizer step: what it changes, what it leaves, and that devices and parts do not matter."""
+"""The optimizer step: which parameters it changes, and that devices and micro-batches do not matter."""
 
 import dataclasses
 import functools
@@ -85,7 +85,7 @@ def train_on(model, steps, batches=batch_of, params=None):
 
 @pytest.fixture(scope="module")
 def alone():
-    """Losses and parameters on one device, the batch in one part."""
+    """Losses and parameters on one device, without micro-batches."""
     params, metrics = train_on(model_on(config.MeshConfig(data=1)), 20)
     return jax.device_get(params), [n.loss for n in metrics]
 
@@ -101,8 +101,8 @@ MESHES = [
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_devices_and_parts_do_not_change_20_steps(alone, mesh):
-    """Losses within 1e-5 relative; a budget of one row a device makes several parts of each batch."""
+def test_devices_and_micro_batches_do_not_change_20_steps(alone, mesh):
+    """Losses within 1e-5 relative; a budget of one row per device divides each batch into micro-batches."""
     train = dataclasses.replace(TRAIN, batch_tokens=24)
     model = model_on(mesh, train=train)
     assert microbatch_shape(12, 24, mesh.data, 24) == {8: (2, 8), 2: (6, 2), 4: (3, 4), 1: (12, 1)}[mesh.data]
@@ -113,7 +113,7 @@ def test_devices_and_parts_do_not_change_20_steps(alone, mesh):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_it_learns_and_leaves_the_rest(dtype):
+def test_it_learns_and_keeps_frozen_parameters(dtype):
     model = model_on(config.MeshConfig(data=1), dtype=dtype)
     before = jax.device_get(jax.tree.leaves(model.frozen))
     assert {leaf.dtype for leaf in before} == {jnp.dtype(dtype)}
@@ -144,7 +144,7 @@ def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
     np.testing.assert_allclose(metrics.moments.norm, np.linalg.norm(pooled[:11], axis=1).mean(), rtol=1e-5)
 
 
-def test_what_is_not_finite_changes_nothing():
+def test_a_loss_that_is_not_finite_changes_nothing():
     model = model_on(config.MeshConfig(data=1))
     started = jax.device_get(named_arrays(model.trained))
     name = "trunk.layers.attention.query.b"
@@ -199,7 +199,7 @@ def test_biases_and_norms_do_not_decay():
 
 
 def test_the_2_5b_step_sums_nothing_but_gradients_of_adapters_and_heads():
-    """NT-2.5B, bfloat16, eight devices, full size and nothing allocated: what the devices tell each other."""
+    """NT-2.5B, bfloat16, eight devices, full size without allocation: what the devices send each other."""
     layout, loss, train = make_layout(config.MeshConfig()), config.LossConfig(), config.TrainConfig(remat="layer")
     tree = flat_tree(5000)
     abstract = abstract_classifier(PRESETS["nt-v1-2.5b"], jnp.bfloat16, loss, config.LoRAConfig(), tree)
@@ -233,7 +233,7 @@ def test_frozen_parameters_are_not_differentiated():
     assert [o for o in outputs if o == "32x32xf32"]
 
 
-def test_a_pickle_free_state_is_apart_from_the_frozen(alone):
+def test_trained_parameters_are_plain_arrays(alone):
     model = model_on(config.MeshConfig(data=1))
     assert set(named_arrays(model.trained)) == set(alone[0])
     assert not isinstance(next(iter(named_arrays(model.trained).values())), nnx.Variable)

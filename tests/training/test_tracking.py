@@ -1,4 +1,4 @@
-"""metrics.jsonl over kills, a real offline run of Weights & Biases, and the picture."""
+"""metrics.jsonl after kills, a real offline run of Weights & Biases, and the curves."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ def records(directory):
 
 
 @given(st.data())
-def test_a_file_cut_anywhere_ends_as_that_of_a_run_never_killed(data):
+def test_a_file_cut_anywhere_ends_like_that_of_an_uninterrupted_run(data):
     every, steps = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
     logged = range(every, steps + 1, every)
     with tempfile.TemporaryDirectory() as home:
@@ -68,7 +68,7 @@ def test_a_line_is_on_the_disk_before_the_next_step(tmp_path):
         assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"train/global_step": 7, "train/loss": 0.1}\n'
 
 
-def test_numbers_come_back_bit_for_bit_and_what_is_not_finite_is_null(tmp_path):
+def test_values_are_exact_and_null_if_not_finite(tmp_path):
     numbers = {
         "train/loss": 0.1 + 0.2,
         "train/epoch": 3,
@@ -96,7 +96,7 @@ def test_an_evaluation_repeated_at_the_checkpoint_is_not_written_twice(tmp_path)
     assert added == after + b'{"train/global_step": 3, "eval/genus_accuracy": 0.5}\n'
 
 
-def test_a_file_that_cannot_grow_is_told(tmp_path):
+def test_a_file_that_cannot_grow_is_reported(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
@@ -138,9 +138,9 @@ def test_disabled_leaves_metrics_alone_and_keeps_the_id_for_later(tmp_path, capf
 @pytest.mark.parametrize(
     ("asked", "environment", "message"),
     [
-        ("online", "offline", r"^--tracking\.mode online needs an API key; set WANDB_API_KEY, .*, or pass offline$"),
-        ("auto", "online", r"^WANDB_MODE=online needs an API key; set WANDB_API_KEY"),
-        ("auto", "on", r"^WANDB_MODE=on is not a mode; set WANDB_MODE to online, offline or disabled, or unset it$"),
+        ("online", "offline", r"^--tracking\.mode online needs an API key"),
+        ("auto", "online", r"^WANDB_MODE=online needs an API key"),
+        ("auto", "on", r"^WANDB_MODE=on is not a mode"),
     ],
 )
 def test_online_without_a_key_is_refused_before_anything_is_written(tmp_path, monkeypatch, asked, environment, message):
@@ -151,15 +151,11 @@ def test_online_without_a_key_is_refused_before_anything_is_written(tmp_path, mo
 
 
 def stored(directory):
-    """Reads the records of a finished offline run, which wandb's own process may be writing for a moment longer."""
+    """Reads the records of a finished offline run once wandb's own process has written them all."""
     (path,) = directory.glob("run-*.wandb")
-    patience = time.monotonic() + 20
-    while True:
-        found = parsed(path.read_bytes())
-        if found["exit"]:
-            return found
-        assert time.monotonic() < patience, "no exit record"
+    while not (found := parsed(path.read_bytes()))["exit"]:
         time.sleep(0.05)
+    return found
 
 
 def parsed(log):
@@ -190,7 +186,7 @@ def history(directory):
     return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
 
 
-def test_each_offline_run_of_one_id_holds_all_the_numbers_from_the_first_step_on(tmp_path, capfd, caplog):
+def test_each_offline_run_of_one_id_holds_all_metrics_from_the_first_step(tmp_path, capfd, caplog):
     caplog.set_level(logging.INFO, "bioscan_jax")
     tracking = TrackingConfig(project="barcodes", name="first")
     settings = {"train": {"epochs": 3}}
@@ -301,7 +297,7 @@ CLASS_BLUE = (54, 92, 141)
         (unfinished_evaluation, 1, {CLASS_BLUE: False}),
     ],
 )
-def test_the_picture_has_a_panel_for_what_is_there(tmp_path, numbers, panels, colours):
+def test_the_curves_have_a_panel_for_each_kind_of_metric(tmp_path, numbers, panels, colours):
     from matplotlib.image import imread
 
     write(tmp_path, range(1, 61), numbers=numbers)
