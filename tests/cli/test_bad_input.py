@@ -264,7 +264,7 @@ def test_text_that_is_not_utf8(tmp_path, column):
 
 def test_an_input_column_that_the_table_needs(tmp_path):
     write(tmp_path / "in.parquet", GOOD, vector=[1.0, 2.0, 3.0])
-    assert_says(refused(tmp_path), "in.parquet", "column 'vector'", "vector table needs", "rename it")
+    assert_says(refused(tmp_path), "in.parquet", "column 'vector'", "vector table", "rename it")
 
 
 # the checkpoint
