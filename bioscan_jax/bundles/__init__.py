@@ -1,1 +1,1 @@
-"""A table taken elsewhere, on a stick or through a bucket, and merged where it arrives."""
+"""Bundles: a vector table as files that are carried on a stick or through a bucket, and merged at the destination."""

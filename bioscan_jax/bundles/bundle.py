@@ -1,7 +1,7 @@
-"""A vector table as plain files that fit a FAT32 stick or a bucket: Parquet parts, and a manifest written last.
+"""Exports a vector table as plain files for a FAT32 stick or a bucket: Parquet parts, and a manifest written last.
 
-Vectors are lists of float32 or float16, or codes (bytes) with what decodes them in quantiser.safetensors. A file is in the journal
-with its sha256 once it is there, so that an export that was killed, or whose stick was pulled, goes on.
+Vectors are lists of float32 or float16, or byte codes whose decoding tables are in quantiser.safetensors. Each finished
+file is recorded in a journal with its sha256, so that an export that was killed, or whose stick was pulled, resumes.
 """
 
 import base64
@@ -12,69 +12,79 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 from tqdm import tqdm
 
-from bioscan_jax.bundles.budget import choose, estimates, parse_bytes, row_bytes
 from bioscan_jax.bundles.location import Directory, Location, check_mounted, locate
 from bioscan_jax.bundles.manifest import (
     JOURNAL,
     MANIFEST,
-    MOST_BYTES,
+    MAX_FILE_BYTES,
     Entry,
+    FormatError,
     Kind,
     Manifest,
-    OtherFormat,
     check_distinct,
     check_path,
-    faults,
-    is_left_by_systems,
+    find_faults,
+    is_system_file,
     read_manifest,
     sha256_of,
 )
-from bioscan_jax.bundles.parts import BLOCK_ROWS, Rows, coded, open_rows, write_part
-from bioscan_jax.bundles.quantise import Precision, Quantiser, fit
+from bioscan_jax.bundles.parts import BLOCK_ROWS, SelectedRows, encode_part, parquet_bytes, select_rows, write_part
+from bioscan_jax.bundles.quantise import PRECISIONS, Precision, Quantiser, bytes_per_vector, fit, recall
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.reading import schema_metadata, vector_index
 from bioscan_jax.table.storage import local_directory, read_if_exists, sidecar_path, storage_errors
 
+if TYPE_CHECKING:
+    import lance
+
 QUANTISER = "quantiser.safetensors"
 RUN = "run.json"
 CALIBRATION = "calibration.json"
+_SAMPLED_ROWS = 1024
+_OVERHEAD_BYTES = 65536
+"""Upper estimate of a Parquet footer and an entry of the manifest."""
+_UNITS = {
+    "": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
 _OURS = re.compile(rf"(\.unfinished|vectors|rejects|beside)/.*|{MANIFEST}|{JOURNAL}|{QUANTISER}|{RUN}|{CALIBRATION}")
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A whole bundle."""
+class BundleSummary:
+    """A complete bundle, as `bundle` reports it."""
 
     name: str
     rows: int
     files: int
     kept: int
-    """Files that an earlier export had written."""
+    """Files that an earlier, interrupted export had written."""
     bytes: int
     precision: Precision
     candidates: tuple[str, ...]
-    """One line for each precision that was weighed."""
+    """One line per precision that was considered."""
     calibration: str | None
-    """What became of the table's; None if it has none."""
+    """Whether the table's calibration is included, or why not; None if there is none."""
     adapter: str | None
-    """The same of the adapter that its vectors were made with."""
+    """The same for the adapter that made the vectors."""
 
     def __str__(self) -> str:
-        """The choice and the result, as lines."""
-        before = f" ({self.kept:,} of them there before)" if self.kept else ""
-        done = f"{self.name}: {self.rows:,} rows as {self.precision} in {self.files:,} files{before}"
+        """The precisions considered and the result, one per line."""
+        earlier = f" ({self.kept:,} of them written earlier)" if self.kept else ""
+        done = f"{self.name}: {self.rows:,} rows as {self.precision} in {self.files:,} files{earlier}"
         parts = {"calibration": self.calibration, "adapter": self.adapter}
-        notes = [f"{name} {became}" for name, became in parts.items() if became is not None]
+        notes = [f"{name} {note}" for name, note in parts.items() if note is not None]
         return "\n".join([*self.candidates, f"{done}, {self.bytes:,} bytes", *notes])
 
 
-def export(
+def bundle(
     source: str,
     target: str,
     table: str = "sequences",
@@ -88,30 +98,41 @@ def export(
     seed: int = 0,
     part_bytes: int = 256 << 20,
     progress: bool = True,
-) -> Exported:
-    """Writes a table with its rejects, its run's record and its calibration to a directory, stick, URL or rclone remote.
+) -> BundleSummary:
+    """Exports a table with its rejects, run record and calibration to a directory, stick, URL or rclone remote.
 
-    The same call goes on where a killed one stopped: files that are there with the right sha256 are kept.
+    Repeating the call resumes an interrupted export: files with the right sha256 are kept.
 
     Args:
         source: Database directory or URL.
-        target: Directory, fsspec URL or rclone:REMOTE:PATH; new, empty or with a bundle of the same.
+        target: Directory, fsspec URL or rclone:REMOTE:PATH; new, empty, or holding an earlier attempt of this export.
         table: Name of the vector table.
-        filter: Only rows for which this SQL expression holds; rejects are taken all.
-        precision: Of the vectors; the table's own if absent.
-        budget: Take the most exact precision whose bundle is estimated to be no larger, such as 25GB, and measure
-            what each costs.
-        beside: Files and directories to take along: adapter, heads, label space; on the command line --with PATH, for
-            each of them.
-        recall_queries: Vectors of the table to measure recall with.
-        recall_rows: Rows to search in; all if the table has fewer.
-        seed: Of these draws and of k-means.
-        part_bytes: About the size of a part before compression.
-        progress: Show a bar on the terminal.
+        filter: SQL condition on the rows to export; rejects are always all exported.
+        precision: Precision of the vectors; the table's own if absent.
+        budget: Largest size, such as 25GB: the most exact precision whose estimate fits is chosen, and the recall of
+            each is measured.
+        beside: Files and directories to include: adapter, heads, label space; on the command line, --with PATH for each.
+        recall_queries: Number of vectors of the table used as queries to measure recall.
+        recall_rows: Number of rows they are searched in; all if the table has fewer.
+        seed: Random seed of both samples and of k-means.
+        part_bytes: Approximate size of a part before compression.
+        progress: Show a progress bar.
 
     Raises:
         InputError: There is no such table, the filter is wrong, the target is not mounted, too small or holds
-            something else, a name is one that Windows refuses, or the storage failed.
+            something else, Windows would refuse a file name, or the storage failed.
+
+    Example:
+        >>> import tempfile
+        >>> from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> directory = tempfile.mkdtemp()
+        >>> path = write_simulated(f"{directory}/in.parquet", species=2, per_species=3, length=60, seed=0)
+        >>> model, data = ModelConfig(checkpoint="random:tiny-v2"), DataConfig(path=str(path))
+        >>> _ = embed(model, data, SinkConfig(uri=f"{directory}/vectors"), progress=False)
+        >>> done = bundle(f"{directory}/vectors", f"{directory}/stick", progress=False)
+        >>> done.rows, done.precision, done.adapter
+        (6, 'float32', None)
     """
     if precision is not None and budget is not None:
         raise InputError("--precision and --budget both decide the precision; pass one of them")
@@ -119,82 +140,166 @@ def export(
         if number < 1:
             raise InputError(f"--{flag} {number} is too small; pass at least 1")
     limit = parse_bytes(budget) if budget is not None else None
-    taken = open_rows(source, table, filter)
+    selected = select_rows(source, table, filter)
     location = locate(target, "target")
     if isinstance(location, Directory):
         check_mounted(location.root, "target")
-    along = _beside(beside)
+    extra = _extra_files(beside)
     local = local_directory(source)
     calibration = _sidecar(source, table, "calibration")
     asked: dict[str, Any] = {
         "source": source if local is None else str(local),
         "table": table,
-        "version": taken.dataset.version,
+        "version": selected.dataset.version,
         "filter": filter,
-        "rows": taken.rows,
+        "rows": selected.rows,
         "precision": precision,
         "budget": limit,
-        "beside": {path: sha256_of(file) for path, file in along.items()},
+        "beside": {path: sha256_of(file) for path, file in extra.items()},
         "calibration_sha256": calibration and hashlib.sha256(calibration.encode()).hexdigest(),
         "seed": seed,
         "part_bytes": part_bytes,
     }
     with writer_lock(f"bundle://{location.name}", table, kind="bundle"):
-        before, quantiser = _before(location, asked), None
-        if before is None:
-            head = asked | _facts(source, table, taken) | {"calibration": calibration}
-            head["part_rows"] = max(1, part_bytes // row_bytes(taken))
-            sizes = estimates(taken, sum(file.stat().st_size for file in along.values()), head["part_rows"])
-            chosen, quantiser, lines = choose(
-                taken, sizes, precision, limit, recall_queries=recall_queries, recall_rows=recall_rows, seed=seed
+        previous, quantiser = _previous_export(location, asked), None
+        if previous is None:
+            head = asked | _table_facts(source, table, selected) | {"calibration": calibration}
+            head["part_rows"] = max(1, part_bytes // _row_bytes(selected))
+            sizes = _estimate_sizes(selected, sum(file.stat().st_size for file in extra.values()), head["part_rows"])
+            chosen, quantiser, lines = _choose_precision(
+                selected, sizes, precision, limit, recall_queries=recall_queries, recall_rows=recall_rows, seed=seed
             )
             head |= {"chosen": chosen, "candidates": lines, "estimate": sizes[chosen]}
-            before = Manifest(head, ())
-        kept = _kept(location, before)
+            previous = Manifest(head, ())
+        kept = _intact_files(location, previous)
         with location.staging() as staging:
-            draft = _Draft(location, staging, before.head, kept)
-            _write_vectors(draft, taken, quantiser or _quantiser(draft, taken), progress)
-            _write_rest(draft, taken, along)
+            draft = _Draft(location, staging, previous.head, kept)
+            _write_vectors(draft, selected, quantiser or _quantiser(draft, selected), progress)
+            _write_rest(draft, selected, extra)
             total = sum(entry.bytes for entry in draft.files.values())
             if limit is not None and total > limit:
-                mend = "remove it and pass a smaller --budget or --precision"
-                raise InputError(f"{location.name}: the bundle has {total:,} bytes, over --budget {limit:,}; {mend}")
+                fix = "remove it and pass a smaller --budget or --precision"
+                raise InputError(f"{location.name}: the bundle has {total:,} bytes, over --budget {limit:,}; {fix}")
             draft.note(MANIFEST, draft.files)
             location.remove(JOURNAL)
-    head = before.head
-    return Exported(
+    head = previous.head
+    return BundleSummary(
         location.name,
-        taken.rows,
+        selected.rows,
         len(draft.files),
         len(kept),
         total,
         head["chosen"],
         tuple(head["candidates"]),
-        None if calibration is None else _calibration_left_out(head, taken) or "taken along",
-        _adapter(head["metadata"], along),
+        None if calibration is None else _calibration_obstacle(head, selected) or "included",
+        _adapter_note(head["metadata"], extra),
     )
+
+
+def parse_bytes(text: str) -> int:
+    """Returns the bytes of a size such as 25GB, 500 MiB or 1000.
+
+    Raises:
+        InputError: The text is not a size, or the size is 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
+    if size < 1:
+        raise InputError(f"--budget {text!r} is no size; pass one such as 25GB, 500MB or 2GiB")
+    return size
+
+
+def _row_bytes(selected: SelectedRows) -> int:
+    """Returns the average bytes of a row before compression."""
+    batch = next(selected.batches(None, 0, min(selected.rows, _SAMPLED_ROWS)))
+    return -(-batch.nbytes // len(batch))
+
+
+def _estimate_sizes(selected: SelectedRows, beside_bytes: int, part_rows: int) -> dict[Precision, int]:
+    """Estimates the bundle's bytes in each precision: codes in full, other columns as a sample of rows compresses."""
+    sample = _sample(selected.dataset, selected.filter, selected.rows)
+    rest = parquet_bytes(sample) / sample.num_rows * selected.rows
+    if selected.rejects is not None and (rejects := selected.rejects.count_rows()):
+        sample = _sample(selected.rejects, None, rejects)
+        rest += parquet_bytes(sample) / sample.num_rows * rejects
+    fixed = beside_bytes + _OVERHEAD_BYTES * (3 + selected.rows // part_rows)
+    hidden, own = selected.hidden_size, PRECISIONS.index(selected.own_precision)
+    codebook: dict[Precision, int] = {"int8": 8 * hidden, "pq": 4 * 256 * hidden}
+    return {
+        precision: int(
+            1.1 * rest + selected.rows * bytes_per_vector(precision, hidden) + codebook.get(precision, 0) + fixed
+        )
+        for precision in PRECISIONS[own:]
+    }
+
+
+def _sample(dataset: "lance.LanceDataset", filter_sql: str | None, rows: int) -> pa.Table:
+    """Reads rows from the start, the middle and the end, without vectors."""
+    columns = [name for name in dataset.schema.names if name != "vector"]
+    each = -(-_SAMPLED_ROWS // 4)
+    starts = sorted({max(0, (rows - each) * part // 3) for part in range(4)})
+    return pa.concat_tables(
+        dataset.to_table(columns=columns, filter=filter_sql, offset=start, limit=each) for start in starts
+    )
+
+
+def _choose_precision(
+    selected: SelectedRows,
+    sizes: dict[Precision, int],
+    precision: Precision | None,
+    limit: int | None,
+    *,
+    recall_queries: int,
+    recall_rows: int,
+    seed: int,
+) -> tuple[Precision, Quantiser, list[str]]:
+    """Chooses the precision to write; also returns its quantiser and a line per precision considered."""
+    if limit is None and precision in (None, selected.own_precision):
+        return selected.own_precision, Quantiser(selected.own_precision), []
+    if precision is not None and precision not in sizes:
+        raise InputError(f"--precision {precision}: the table's vectors are {selected.own_precision}; leave it out")
+    considered = tuple(sizes) if precision is None else (precision,)
+    quantisers = fit(considered, selected.blocks, selected.rows, seed)
+    if precision is not None and precision not in quantisers:
+        raise InputError(f"--precision {precision} cannot hold these {selected.rows:,} vectors; pass another")
+    costs = recall(quantisers, selected.blocks, selected.rows, queries=recall_queries, most_rows=recall_rows, seed=seed)
+    fitting: list[Precision] = [name for name in quantisers if limit is None or sizes[name] <= limit]
+    if not fitting:
+        least = min(quantisers, key=lambda name: sizes[name])
+        raise InputError(
+            f"--budget {limit:,} bytes is too small: {least}, the smallest, needs about {sizes[least]:,}; "
+            "pass more, or take fewer rows with --filter"
+        )
+    searched = min(recall_rows, selected.rows)
+    lines = [
+        f"recall@10 of {min(recall_queries, searched):,} rows among {searched:,}, against {selected.own_precision}:"
+    ]
+    for name in quantisers:
+        note = "  <- chosen" if name == fitting[0] else "" if name in fitting else "  over the budget"
+        lines.append(f"  {name:8} about {sizes[name]:>15,} bytes  recall@10 {costs[name]:.4f}{note}")
+    return fitting[0], quantisers[fitting[0]], lines
 
 
 @dataclass
 class _Draft:
-    """A bundle that is being written."""
+    """A bundle while it is being written."""
 
     location: Location
     staging: Path
     head: dict[str, Any]
     kept: dict[str, Entry]
-    """What an earlier export has written."""
+    """Intact files of an earlier attempt."""
     files: dict[str, Entry] = field(default_factory=dict)
 
     def note(self, name: str, files: dict[str, Entry]) -> None:
-        """Writes a manifest or journal of these files."""
+        """Writes a manifest or journal that lists these files."""
         file = self.staging / name
         with storage_errors(self.location.name):
             file.write_text(Manifest(self.head, tuple(files[path] for path in sorted(files))).to_json())
         self.location.put(file, name)
 
     def add(self, path: str, kind: Kind, rows: int, make: Callable[[Path], object]) -> None:
-        """Has `make` write a file, unless it is there already."""
+        """Writes a file by calling `make`, unless an earlier attempt wrote it."""
         if path in self.kept:
             self.files[path] = self.kept[path]
             return
@@ -202,23 +307,23 @@ class _Draft:
         with storage_errors(self.location.name):
             make(file)
             entry = Entry(path, file.stat().st_size, sha256_of(file), kind, rows)
-        if entry.bytes > MOST_BYTES:
+        if entry.bytes > MAX_FILE_BYTES:
             raise InputError(f"{self.location.name}: {path} has {entry.bytes:,} bytes; pass a smaller --part_bytes")
         self.location.put(file, path)
         self.files[path] = entry
         self.note(JOURNAL, self.kept | self.files)
 
 
-def _facts(source: str, table: str, taken: Rows) -> dict[str, Any]:
-    """What is needed to make the table again."""
-    rejects = taken.rejects
+def _table_facts(source: str, table: str, selected: SelectedRows) -> dict[str, Any]:
+    """Collects what an import needs to recreate the table."""
+    rejects = selected.rejects
     return {
-        "metadata": schema_metadata(taken.dataset),
-        "schema": _schema_text(taken.dataset.schema),
+        "metadata": schema_metadata(selected.dataset),
+        "schema": _schema_text(selected.dataset.schema),
         "rejects_metadata": {} if rejects is None else schema_metadata(rejects),
         "rejects_schema": None if rejects is None else _schema_text(rejects.schema),
         "rejects": 0 if rejects is None else rejects.count_rows(),
-        "index": vector_index(taken.dataset),
+        "index": vector_index(selected.dataset),
         "run": _sidecar(source, table, "run"),
     }
 
@@ -230,21 +335,21 @@ def _sidecar(source: str, table: str, kind: Literal["run", "calibration"]) -> st
     return None if text is None else text.decode()
 
 
-def _calibration_left_out(head: dict[str, Any], taken: Rows) -> str:
-    """Why it would not hold for what is carried; empty if it does."""
+def _calibration_obstacle(head: dict[str, Any], selected: SelectedRows) -> str:
+    """Explains why the calibration does not hold for the exported rows; empty if it does."""
     if head["filter"] is not None:
-        return "left out: it was fitted with rows that --filter takes away; run scripts/calibrate.py on the import"
-    if head["chosen"] != taken.own_precision:
-        return f"left out: it was fitted on {taken.own_precision} vectors; run scripts/calibrate.py on the import"
+        return "left out: it was fitted with rows that --filter leaves out; run scripts/calibrate.py on the import"
+    if head["chosen"] != selected.own_precision:
+        return f"left out: it was fitted on {selected.own_precision} vectors; run scripts/calibrate.py on the import"
     return ""
 
 
-def _adapter(made_by: dict[str, str], along: dict[str, Path]) -> str | None:
-    """What became of the adapter; None if the vectors were made without one."""
+def _adapter_note(made_by: dict[str, str], extra: dict[str, Path]) -> str | None:
+    """Reports whether the adapter is included; None if the vectors were made without one."""
     if "adapter_sha256" not in made_by:
         return None
-    if any(file.name == "adapter_config.json" for file in along.values()):
-        return "taken along"
+    if any(file.name == "adapter_config.json" for file in extra.values()):
+        return "included"
     return "left out: queries can only be embedded with it; pass its directory as --with DIR"
 
 
@@ -252,8 +357,8 @@ def _schema_text(schema: pa.Schema) -> str:
     return base64.b64encode(schema.remove_metadata().serialize().to_pybytes()).decode()
 
 
-def _beside(paths: Sequence[str]) -> dict[str, Path]:
-    """Every file to take along, by its path in the bundle."""
+def _extra_files(paths: Sequence[str]) -> dict[str, Path]:
+    """Lists the additional files to include, by their path in the bundle."""
     found: dict[str, Path] = {}
     for given in paths:
         root = Path(given).expanduser().absolute()
@@ -269,25 +374,25 @@ def _beside(paths: Sequence[str]) -> dict[str, Path]:
             check_path(path, f"--with {given}")
             if path in found:
                 raise InputError(f"--with {given}: another --with has {path.removeprefix('beside/')!r} too; rename one")
-            if (size := file.stat().st_size) > MOST_BYTES:
+            if (size := file.stat().st_size) > MAX_FILE_BYTES:
                 raise InputError(f"--with {given}: {file} has {size:,} bytes; FAT32 takes 4 GiB at most, so split it")
             found[path] = file
     check_distinct(found, "--with")
     return found
 
 
-def _before(location: Location, asked: dict[str, Any]) -> Manifest | None:
-    """The bundle, whole or not, that an earlier export of the same wrote; None where nothing is."""
+def _previous_export(location: Location, asked: dict[str, Any]) -> Manifest | None:
+    """Reads the manifest or journal of an earlier attempt of the same export; None if the target is empty."""
     found = None
     for name in (MANIFEST, JOURNAL):
         try:
             found = found or read_manifest(location, name)
-        except OtherFormat:
+        except FormatError:
             raise
-        except InputError:  # a remote that was cut off while it was written, or damage; what it names is written anew
+        except InputError:  # damaged, or cut off while it was uploaded; its files are written again
             continue
     if found is None:
-        foreign = [path for path in location.sizes() if not is_left_by_systems(path) and not _OURS.fullmatch(path)]
+        foreign = [path for path in location.sizes() if not is_system_file(path) and not _OURS.fullmatch(path)]
         if foreign:
             raise InputError(f"{location.name} is not empty (it has {foreign[0]!r}); pass a new directory")
         return None
@@ -298,57 +403,57 @@ def _before(location: Location, asked: dict[str, Any]) -> Manifest | None:
     return found
 
 
-def _kept(location: Location, before: Manifest) -> dict[str, Entry]:
-    """The files that are whole; an InputError if the others have no room."""
-    wrong = {line.split(": ")[0] for line in faults(location, before)} if before.files else set()
-    kept = {entry.path: entry for entry in before.files if entry.path not in wrong}
-    room, needed = location.free_bytes(), before.head["estimate"] - sum(entry.bytes for entry in kept.values())
+def _intact_files(location: Location, previous: Manifest) -> dict[str, Entry]:
+    """Returns the intact files of an earlier attempt; raises InputError if there is no room for the others."""
+    wrong = {line.split(": ")[0] for line in find_faults(location, previous)} if previous.files else set()
+    kept = {entry.path: entry for entry in previous.files if entry.path not in wrong}
+    room, needed = location.free_bytes(), previous.head["estimate"] - sum(entry.bytes for entry in kept.values())
     if room is not None and needed > room:
-        mend = "free space, or pass --budget or --filter"
-        raise InputError(f"{location.name}: about {needed:,} bytes are needed and {room:,} are free; {mend}")
+        fix = "free space, or pass --budget or --filter"
+        raise InputError(f"{location.name}: about {needed:,} bytes are needed and {room:,} are free; {fix}")
     return kept
 
 
-def _quantiser(draft: _Draft, taken: Rows) -> Quantiser:
-    """The quantiser that was chosen when the export began."""
+def _quantiser(draft: _Draft, selected: SelectedRows) -> Quantiser:
+    """Returns the quantiser that was chosen when the export began."""
     chosen: Precision = draft.head["chosen"]
     if chosen not in ("int8", "pq"):
         return Quantiser(chosen)
     if QUANTISER not in draft.kept:
-        return fit((chosen,), taken.blocks, taken.rows, draft.head["seed"])[chosen]
+        return fit((chosen,), selected.blocks, selected.rows, draft.head["seed"])[chosen]
     with draft.location.scratch() as scratch:
         return Quantiser.load(chosen, draft.location.fetch(QUANTISER, scratch))
 
 
-def _write_vectors(draft: _Draft, taken: Rows, quantiser: Quantiser, progress: bool) -> None:
+def _write_vectors(draft: _Draft, selected: SelectedRows, quantiser: Quantiser, progress: bool) -> None:
     if quantiser.precision in ("int8", "pq"):
         draft.add(QUANTISER, "quantiser", 0, quantiser.save)
     part_rows = draft.head["part_rows"]
-    with tqdm(total=taken.rows, unit="row", desc="export", disable=not progress) as bar:
-        for start in range(0, taken.rows, part_rows):
-            rows = min(part_rows, taken.rows - start)
+    with tqdm(total=selected.rows, unit="row", desc="export", disable=not progress) as bar:
+        for start in range(0, selected.rows, part_rows):
+            rows = min(part_rows, selected.rows - start)
 
             def make(file: Path, start: int = start, rows: int = rows) -> None:
-                write_part(coded(taken, quantiser, start, rows), file)
+                write_part(encode_part(selected, quantiser, start, rows), file)
 
             draft.add(f"vectors/part-{start // part_rows:06d}.parquet", "vectors", rows, make)
             bar.update(rows)
 
 
-def _write_rest(draft: _Draft, taken: Rows, along: dict[str, Path]) -> None:
-    """Rejects, the run's record, and what is taken along."""
+def _write_rest(draft: _Draft, selected: SelectedRows, extra: dict[str, Path]) -> None:
+    """Writes rejects, run record, calibration and additional files."""
     part_rows = max(BLOCK_ROWS, draft.head["part_rows"])
     for start in range(0, draft.head["rejects"], part_rows):
         rows = min(part_rows, draft.head["rejects"] - start)
 
         def make(file: Path, start: int = start, rows: int = rows) -> None:
-            assert taken.rejects is not None
-            write_part(taken.rejects.to_table(offset=start, limit=rows), file)
+            assert selected.rejects is not None
+            write_part(selected.rejects.to_table(offset=start, limit=rows), file)
 
         draft.add(f"rejects/part-{start // part_rows:06d}.parquet", "rejects", rows, make)
     if (record := draft.head["run"]) is not None:
         draft.add(RUN, "run", 0, lambda file: file.write_text(record, encoding="utf-8"))
-    if (calibration := draft.head["calibration"]) is not None and not _calibration_left_out(draft.head, taken):
+    if (calibration := draft.head["calibration"]) is not None and not _calibration_obstacle(draft.head, selected):
         draft.add(CALIBRATION, "calibration", 0, lambda file: file.write_text(calibration, encoding="utf-8"))
-    for path, original in along.items():
+    for path, original in extra.items():
         draft.add(path, "beside", 0, lambda file, original=original: shutil.copyfile(original, file))

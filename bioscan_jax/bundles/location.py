@@ -1,4 +1,4 @@
-"""Where a bundle lies: a directory or stick, an fsspec URL, or an rclone remote; files in it come and go whole."""
+"""Places that hold a bundle: a directory or stick, an fsspec URL, or an rclone remote; files appear whole or not at all."""
 
 import json
 import os
@@ -19,45 +19,45 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.output import move_synced
 
 MOUNT_POINTS = ("/media", "/mnt", "/run/media", "/Volumes")
-"""Below these stand other disks; a directory there that is on no such disk is one that has been pulled."""
+"""Other disks are mounted below these; a directory there that is on no mounted disk belongs to one that was removed."""
 UNFINISHED = ".unfinished"
-"""Directory for files that are being written."""
+"""Directory for files while they are written."""
 _SYSTEM_DIRECTORY = re.compile(
     r"System Volume Information|\.Spotlight-V100|\.Trashes|\.fseventsd|\.Trash-\d+|\$RECYCLE\.BIN|lost\+found"
 )
-"""What Windows, macOS and Linux put on every disk, often unreadable."""
+"""Directories that Windows, macOS and Linux create on every disk, often unreadable."""
 _RCLONE_NOT_FOUND = (3, 4)
 
 
 @contextmanager
-def _one_line(where: str) -> Iterator[None]:
-    """Each driver has its own exceptions for a wrong bucket, a full disk, missing credentials or no network."""
+def _storage_errors(where: str) -> Iterator[None]:
+    """Raises failures in its block as a one-line InputError; every fsspec driver has its own exception classes."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         text = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        raise InputError(f"{where}: the storage failed ({text}); mend it and run the same command again") from error
+        raise InputError(f"{where}: the storage failed ({text}); fix it and run the same command again") from error
 
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory of this machine or of a stick; needs neither hard links nor modes."""
+    """A directory on this machine or a stick; needs neither hard links nor file modes."""
 
     root: Path
 
     @property
     def name(self) -> str:
-        """As the user knows it."""
+        """The place as messages name it."""
         return str(self.root)
 
     def sizes(self) -> dict[str, int | None]:
-        """Bytes of every file but those that systems keep in directories of their own; links are not followed."""
+        """Returns the bytes of every file outside system directories; None for a link, which is not followed."""
         found: dict[str, int | None] = {}
         if not self.root.exists():
             return found
-        with _one_line(self.name):
+        with _storage_errors(self.name):
             for directory, below, names in os.walk(self.root, onerror=_refuse):
                 below[:] = [name for name in below if not _SYSTEM_DIRECTORY.fullmatch(name)]
                 links = [name for name in below if (Path(directory) / name).is_symlink()]
@@ -69,9 +69,9 @@ class Directory:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A directory on the same disk, emptied of what a killed process left."""
+        """Yields an empty directory on the same disk; removes what a killed process left in it."""
         directory = self.root / UNFINISHED
-        with _one_line(self.name):
+        with _storage_errors(self.name):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
         try:
@@ -81,28 +81,28 @@ class Directory:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """The directory itself: nothing has to be copied."""
+        """Yields the directory itself, since nothing has to be copied."""
         yield self.root
 
     def put(self, file: Path, path: str) -> None:
         """Moves a file to its path once its bytes are on the disk."""
         goal = self.root / path
-        with _one_line(str(goal)):
+        with _storage_errors(str(goal)):
             goal.parent.mkdir(parents=True, exist_ok=True)
             move_synced(file, goal)
 
     def fetch(self, path: str, scratch: Path) -> Path:
-        """The file itself."""
+        """Returns the file itself."""
         return self.root / path
 
     def remove(self, path: str) -> None:
-        """Removes a file if it is there."""
-        with _one_line(self.name):
+        """Removes a file if it exists."""
+        with _storage_errors(self.name):
             (self.root / path).unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
-        """Room on the disk for this user."""
-        with _one_line(self.name):
+        """Returns the free bytes on the disk for this user."""
+        with _storage_errors(self.name):
             return shutil.disk_usage(self.root if self.root.is_dir() else self.root.parent).free
 
 
@@ -118,7 +118,7 @@ def _temporary() -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """What an fsspec URL names."""
+    """A directory of an object store, named by an fsspec URL."""
 
     url: str
     filesystem: fsspec.AbstractFileSystem
@@ -126,12 +126,12 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """As the user knows it."""
+        """The place as messages name it."""
         return self.url
 
     def sizes(self) -> dict[str, int | None]:
-        """Bytes of every file."""
-        with _one_line(self.name):
+        """Returns the bytes of every file."""
+        with _storage_errors(self.name):
             self.filesystem.invalidate_cache()
             if not self.filesystem.exists(self.root):
                 return {}
@@ -140,7 +140,7 @@ class Bucket:
         return {path[start:]: info["size"] for path, info in found.items()}
 
     def staging(self) -> AbstractContextManager[Path]:
-        """A temporary directory."""
+        """Returns a temporary directory."""
         return _temporary()
 
     scratch = staging
@@ -148,7 +148,7 @@ class Bucket:
     def put(self, file: Path, path: str) -> None:
         """Uploads a file and removes it here."""
         goal = f"{self.root.rstrip('/')}/{path}"
-        with _one_line(f"{self.name}/{path}"):
+        with _storage_errors(f"{self.name}/{path}"):
             self.filesystem.makedirs(goal.rsplit("/", 1)[0], exist_ok=True)
             self.filesystem.put_file(str(file), goal)
             file.unlink()
@@ -156,17 +156,17 @@ class Bucket:
     def fetch(self, path: str, scratch: Path) -> Path:
         """Downloads a file."""
         local = scratch / "fetched"
-        with _one_line(f"{self.name}/{path}"):
+        with _storage_errors(f"{self.name}/{path}"):
             self.filesystem.get_file(f"{self.root.rstrip('/')}/{path}", str(local))
         return local
 
     def remove(self, path: str) -> None:
-        """Removes a file if it is there."""
-        with _one_line(self.name), suppress(FileNotFoundError):
+        """Removes a file if it exists."""
+        with _storage_errors(self.name), suppress(FileNotFoundError):
             self.filesystem.rm_file(f"{self.root.rstrip('/')}/{path}")
 
     def free_bytes(self) -> int | None:
-        """Buckets do not say."""
+        """Returns None: buckets do not report it."""
         return None
 
 
@@ -178,7 +178,7 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """As the user knows it."""
+        """The place as messages name it."""
         return f"rclone:{self.remote}"
 
     def _run(self, *arguments: str, missing_ok: bool = False) -> str | None:
@@ -189,19 +189,21 @@ class Remote:
             return done.stdout
         if missing_ok and done.returncode in _RCLONE_NOT_FOUND:
             return None
-        said = " ".join((done.stderr.strip().splitlines() or [""])[-1].split())[:300]
-        raise InputError(f"{self.name}: rclone {arguments[0]} failed ({said}); mend it and run the same command again")
+        message = " ".join((done.stderr.strip().splitlines() or [""])[-1].split())[:300]
+        raise InputError(
+            f"{self.name}: rclone {arguments[0]} failed ({message}); fix it and run the same command again"
+        )
 
     def _at(self, path: str) -> str:
         return f"{self.remote}{path}" if self.remote.endswith((":", "/")) else f"{self.remote}/{path}"
 
     def sizes(self) -> dict[str, int | None]:
-        """Bytes of every file."""
+        """Returns the bytes of every file."""
         listed = self._run("lsjson", "--recursive", "--files-only", self.remote, missing_ok=True)
         return {entry["Path"]: entry["Size"] for entry in json.loads(listed or "[]")}
 
     def staging(self) -> AbstractContextManager[Path]:
-        """A temporary directory."""
+        """Returns a temporary directory."""
         return _temporary()
 
     scratch = staging
@@ -217,31 +219,31 @@ class Remote:
         return local
 
     def remove(self, path: str) -> None:
-        """Removes a file if it is there."""
+        """Removes a file if it exists."""
         self._run("deletefile", self._at(path), missing_ok=True)
 
     def free_bytes(self) -> int | None:
-        """What the remote says, if it does."""
+        """Returns the free bytes that the remote reports, or None."""
         try:
             return json.loads(self._run("about", "--json", f"{self.remote.split(':')[0]}:") or "{}").get("free")
-        except InputError:  # many remotes cannot tell
+        except InputError:  # many remotes do not report it
             return None
 
 
 Location = Directory | Bucket | Remote
 """A place that holds files under relative paths with `/`.
 
-`staging` gives a local directory for files on their way there, `put` moves one from it to its path, where it appears
-whole; `fetch` gives a local file with the same bytes, in `scratch` unless it is local already.
+`staging` yields a local directory in which to write a file, and `put` moves it from there to its path, where it appears
+whole; `fetch` returns a local copy, in `scratch` unless the file is local already.
 """
 
 
 def locate(place: str, flag: str) -> Location:
-    """Finds what a directory, URL or rclone:REMOTE:PATH stands for.
+    """Returns the Location that a directory, URL or rclone:REMOTE:PATH names.
 
     Args:
-        place: As the user gave it.
-        flag: What gave it, for messages.
+        place: The user's text.
+        flag: The flag that named it, for messages.
 
     Raises:
         InputError: It is empty, no driver is installed for it, or rclone is not.
@@ -266,10 +268,10 @@ def locate(place: str, flag: str) -> Location:
 
 
 def check_mounted(directory: Path, flag: str) -> None:
-    """Refuses a directory whose disk is not there, before anything is written to the disk beneath.
+    """Checks that the disk of a directory is mounted, so that nothing is written to the disk beneath it.
 
     Raises:
-        InputError: The directory above is missing, or it is below a mount point with nothing mounted.
+        InputError: The parent directory is missing, or the directory is below a mount point with nothing mounted.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--{flag} {directory}: a file stands there; pass a directory")

@@ -1,4 +1,4 @@
-"""What a bundle holds: each file with its size and sha256, and where its names may lead."""
+"""The manifest of a bundle: each file with its size and sha256, checks of its paths, and verification."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from bioscan_jax.errors import InputError
 FORMAT = "bioscan_jax bundle 1"
 MANIFEST = "manifest.json"
 JOURNAL = "unfinished.json"
-"""A manifest of what has been written so far."""
-MOST_BYTES = (4 << 30) - 2
-"""FAT32 has no larger files."""
-_MOST_MANIFEST_BYTES = 64 << 20
-"""A line of a few hundred bytes for each file."""
+"""Name of the manifest of an unfinished export."""
+MAX_FILE_BYTES = (4 << 30) - 2
+"""The largest file that FAT32 can hold."""
+_MAX_MANIFEST_BYTES = 64 << 20
+"""Upper limit; an entry has a few hundred bytes."""
 _HEAD = {
     **dict.fromkeys(("table", "chosen", "schema", "index"), str),
     **dict.fromkeys(("rows", "seed", "estimate", "part_rows", "rejects"), int),
@@ -26,16 +26,16 @@ _HEAD = {
     **dict.fromkeys(("metadata", "rejects_metadata"), dict),
     "candidates": list,
 }
-"""What the head must have, and of which type."""
+"""Required keys of the head, with their types."""
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
-_LEFT_BY_SYSTEMS = re.compile(r"(^|.*/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$")
-"""What Windows, macOS and desktops put beside files."""
+_SYSTEM_FILES = re.compile(r"(^|.*/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$")
+"""Files that Windows, macOS and desktops add to directories."""
 Kind = Literal["vectors", "rejects", "quantiser", "run", "calibration", "beside"]
 
 
-class OtherFormat(InputError):
-    """A manifest that is whole, and of something else or of another version."""
+class FormatError(InputError):
+    """An intact manifest of another format or version."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Entry:
     """One file of a bundle."""
 
     path: str
-    """Relative, with `/`."""
+    """Relative path, with `/`."""
     bytes: int
     sha256: str
     kind: Kind
@@ -52,14 +52,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A bundle."""
+    """The contents of a bundle."""
 
     head: dict[str, Any]
-    """What was asked for, and what is needed to read the files."""
+    """The options of the export, and what an import needs to read the files."""
     files: tuple[Entry, ...]
 
     def to_json(self) -> str:
-        """With a digest of itself, so that a damaged manifest is noticed."""
+        """Returns the manifest as JSON, with a digest of itself so that damage is detected."""
         body = {"format": FORMAT, "head": self.head, "files": [asdict(entry) for entry in self.files]}
         return json.dumps(body | {"sha256": _digest(body)}, indent=1, sort_keys=True)
 
@@ -68,7 +68,7 @@ class Manifest:
         """Reads a manifest.
 
         Raises:
-            InputError: It is damaged, of another format, or names a file outside the bundle.
+            InputError: It is damaged, of another format, or names a path outside the bundle.
         """
         try:
             body = json.loads(text)
@@ -77,8 +77,8 @@ class Manifest:
                 raise ValueError("its own sha256 is wrong")
             if (given := body["format"]) != FORMAT:
                 newer = isinstance(given, str) and given.rsplit(" ", 1)[0] == FORMAT.rsplit(" ", 1)[0]
-                mend = "it is of another version of bioscan_jax: import it with that one" if newer else "check the path"
-                raise OtherFormat(f"{where} has the format {given!r:.60}, not {FORMAT!r}; {mend}")
+                fix = "it is of another version of bioscan_jax: import it with that one" if newer else "check the path"
+                raise FormatError(f"{where} has the format {given!r:.60}, not {FORMAT!r}; {fix}")
             if not isinstance(body["head"], dict) or not all(map(_is_entry, body["files"])):
                 raise ValueError("its files are not described as they should be")
             if lacking := _HEAD.keys() - body["head"].keys():
@@ -108,11 +108,11 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def check_path(path: str, where: str) -> None:
-    """Refuses a path that leads out of its directory or that Windows could not have.
+    """Checks that a path stays inside its directory and is valid on Windows.
 
     Raises:
-        InputError: It is absolute, has `..`, a drive letter, a reserved name, a forbidden character, or an end in a
-            dot or space.
+        InputError: It is absolute, too long, has `..`, a drive letter, a reserved name or a forbidden character, or
+            ends in a dot or space.
     """
     if not isinstance(path, str) or not path:
         raise InputError(f"{where} names {path!r}, which is no path; do not trust it")
@@ -126,7 +126,11 @@ def check_path(path: str, where: str) -> None:
 
 
 def check_distinct(paths: Iterable[str], where: str) -> None:
-    """Refuses two names that are one where case does not count."""
+    """Checks that no two paths differ only in case.
+
+    Raises:
+        InputError: Two do.
+    """
     seen: dict[str, str] = {}
     for path in paths:
         if path.casefold() in seen:
@@ -135,16 +139,16 @@ def check_distinct(paths: Iterable[str], where: str) -> None:
 
 
 def sha256_of(file: Path) -> str:
-    """Digest of a file, read in pieces."""
+    """Returns the sha256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_manifest(location: Location, name: str = MANIFEST) -> Manifest | None:
-    """The manifest of a bundle, or None if there is none.
+    """Reads the manifest of a bundle; None if there is none.
 
     Raises:
-        InputError: It is damaged, or names a file outside the bundle.
+        InputError: It is damaged, or names a path outside the bundle.
     """
     sizes = location.sizes()
     if name not in sizes:
@@ -152,32 +156,18 @@ def read_manifest(location: Location, name: str = MANIFEST) -> Manifest | None:
     where = f"{location.name}/{name}"
     if (size := sizes[name]) is None:
         raise InputError(f"{where} is a link; do not trust it")
-    if size > _MOST_MANIFEST_BYTES:
+    if size > _MAX_MANIFEST_BYTES:
         raise InputError(f"{where} has {size:,} bytes, more than a manifest ever has; copy the bundle again")
     with location.scratch() as scratch:
         return Manifest.from_json(location.fetch(name, scratch).read_bytes(), where)
 
 
-def complete_manifest(location: Location) -> Manifest:
-    """The manifest of a whole bundle.
-
-    Raises:
-        InputError: There is none, it is damaged, or the export was not finished.
-    """
-    found = read_manifest(location)
-    if found is None:
-        if JOURNAL in location.sizes():
-            raise InputError(f"{location.name} is an unfinished export; run that export again, it goes on")
-        raise InputError(f"{location.name} has no {MANIFEST}, so it is no bundle; check the path")
-    return found
-
-
-def faults(location: Location, manifest: Manifest, *, contents: bool = True) -> list[str]:
-    """What is wrong with a bundle, one line for each file.
+def find_faults(location: Location, manifest: Manifest, *, contents: bool = True) -> list[str]:
+    """Compares a bundle with its manifest; returns one line per damaged, missing or extra file.
 
     Args:
-        location: Where it is.
-        manifest: What it should hold.
+        location: The bundle.
+        manifest: Its manifest.
         contents: Also compare the sha256 of each file, which reads all of them.
     """
     sizes = location.sizes()
@@ -187,28 +177,67 @@ def faults(location: Location, manifest: Manifest, *, contents: bool = True) -> 
             if fault := _fault(location, entry, sizes, scratch, contents):
                 lines.append(f"{entry.path}: {fault}")
     known = {entry.path for entry in manifest.files} | {MANIFEST, JOURNAL}
-    extra = [path for path in sizes if path not in known and not _LEFT_BY_SYSTEMS.fullmatch(path)]
+    extra = [path for path in sizes if path not in known and not _SYSTEM_FILES.fullmatch(path)]
     return [*lines, *(f"{path}: extra, not in the manifest" for path in sorted(extra))]
 
 
-def verify(place: str, flag: str = "source") -> tuple[int, list[str]]:
-    """Compares a bundle with its manifest.
+@dataclass(frozen=True)
+class BundleCheck:
+    """Result of comparing a bundle with its manifest."""
+
+    files: int
+    """Files that the manifest lists."""
+    faults: tuple[str, ...]
+    """One line per damaged, missing or extra file."""
+
+    def __str__(self) -> str:
+        """The faults and the number of intact files, one per line."""
+        intact = self.files - sum(": extra" not in fault for fault in self.faults)
+        return "\n".join([*self.faults, f"{intact:,} of {self.files:,} files are whole"])
+
+
+def verify_bundle(source: str, *, flag: str = "source") -> BundleCheck:
+    """Compares every file of a bundle with its manifest.
 
     Args:
-        place: Directory, fsspec URL or rclone:REMOTE:PATH.
-        flag: What gave it, for messages.
-
-    Returns:
-        How many files the manifest names, and a line for each that is damaged, missing or extra.
+        source: Directory, fsspec URL or rclone:REMOTE:PATH of the bundle.
+        flag: The flag that named it, for messages.
 
     Raises:
-        InputError: There is no whole manifest.
+        InputError: There is no complete bundle, or its manifest is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
+        >>> from bioscan_jax.bundles.bundle import bundle
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> directory = tempfile.mkdtemp()
+        >>> path = write_simulated(f"{directory}/in.parquet", species=2, per_species=3, length=60, seed=0)
+        >>> model, data = ModelConfig(checkpoint="random:tiny-v2"), DataConfig(path=str(path))
+        >>> _ = embed(model, data, SinkConfig(uri=f"{directory}/vectors"), progress=False)
+        >>> _ = bundle(f"{directory}/vectors", f"{directory}/stick", progress=False)
+        >>> verify_bundle(f"{directory}/stick")
+        BundleCheck(files=3, faults=())
     """
-    location = locate(place, flag)
+    location, manifest = open_bundle(source, flag)
+    return BundleCheck(len(manifest.files), tuple(find_faults(location, manifest)))
+
+
+def open_bundle(source: str, flag: str) -> tuple[Location, Manifest]:
+    """Finds a bundle and reads its manifest.
+
+    Raises:
+        InputError: There is no complete bundle, or its manifest is damaged.
+    """
+    location = locate(source, flag)
     if isinstance(location, Directory) and not location.root.is_dir():
-        raise InputError(f"--{flag} {place}: there is no such directory; is the disk mounted?")
-    manifest = complete_manifest(location)
-    return len(manifest.files), faults(location, manifest)
+        raise InputError(f"--{flag} {source}: there is no such directory; is the disk mounted?")
+    manifest = read_manifest(location)
+    if manifest is not None:
+        return location, manifest
+    if JOURNAL in location.sizes():
+        raise InputError(f"{location.name} is an unfinished export; run that export again to finish it")
+    raise InputError(f"{location.name} has no {MANIFEST}, so it is no bundle; check the path")
 
 
 def _fault(location: Location, entry: Entry, sizes: dict, scratch: Path, contents: bool) -> str | None:
@@ -226,6 +255,6 @@ def _fault(location: Location, entry: Entry, sizes: dict, scratch: Path, content
     return None
 
 
-def is_left_by_systems(path: str) -> bool:
-    """Whether an operating system puts such a file beside others."""
-    return _LEFT_BY_SYSTEMS.fullmatch(path) is not None
+def is_system_file(path: str) -> bool:
+    """Returns whether operating systems add such a file to directories by themselves."""
+    return _SYSTEM_FILES.fullmatch(path) is not None

@@ -1,7 +1,8 @@
-"""A bundle back into a LanceDB table: rows that are not there yet, by sequence_id, in the bundle's order."""
+"""Imports a bundle into a LanceDB table: the rows whose sequence_id the table lacks, in the bundle's order."""
 
 import base64
 import json
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bioscan_jax.bundles.location import Directory, Location, locate
-from bioscan_jax.bundles.manifest import Entry, Manifest, complete_manifest, faults, sha256_of
-from bioscan_jax.bundles.parts import codes_of
+from bioscan_jax.bundles.manifest import Entry, Manifest, find_faults, open_bundle, sha256_of
+from bioscan_jax.bundles.parts import read_codes
 from bioscan_jax.bundles.quantise import PRECISIONS, Quantiser
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.index import build_indexes
@@ -28,52 +29,62 @@ if TYPE_CHECKING:
 
 ID = "sequence_id"
 MADE_BY = ("weights_sha256", "adapter_sha256", "dtype", "pooling", "layer", "strand", "phases", "max_tokens")
-"""What two tables must have in common for their vectors to be compared."""
+"""Metadata in which two tables must agree for their vectors to be comparable."""
 _QUOTE = "'"
-_MOST_BYTES_PER_FILE = 3 << 30
+_MAX_BYTES_PER_FILE = 3 << 30
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What an import did."""
+class ImportSummary:
+    """Counts of an import."""
 
     path: str
     inserted: int
-    there: int
-    """Rows of the bundle that the table had; they stay as they are."""
+    existing: int
+    """Rows of the bundle that the table already had; they are unchanged."""
     rejects: int
     """Rejects inserted."""
     indexes: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line."""
-        rows = f"{self.inserted:,} rows and {self.rejects:,} rejects inserted, {self.there:,} rows were there"
+        """The counts, as one line."""
+        rows = f"{self.inserted:,} rows and {self.rejects:,} rejects inserted, {self.existing:,} rows were there"
         return f"{self.path}: {rows}; index {'; '.join(self.indexes) or 'none'}"
 
 
-def import_bundle(source: str, target: str, table: str | None = None) -> Imported:
-    """Merges a bundle into a table, which is made if there is none.
+def import_bundle(source: str, target: str, table: str | None = None) -> ImportSummary:
+    """Merges a bundle into a table, which is created if absent.
 
-    Each part is one commit, and rows that are there already are passed over: an import that was killed, or is done
-    again, ends with the same table. A table that is made from an unfiltered float32 bundle equals the exported one.
+    Each part is one commit, and rows that the table already has are skipped: an interrupted or repeated import gives
+    the same table. A new table made from an unfiltered float32 bundle equals the exported one.
 
     Args:
         source: Directory, fsspec URL or rclone:REMOTE:PATH of the bundle.
         target: Database directory or URL.
-        table: Name of the table; the exported one's if absent.
+        table: Name of the table; that of the exported table if absent.
 
     Raises:
-        InputError: The bundle is damaged or unfinished, its vectors were made by something else than the table's, a
-            row that is there has another sequence, another process writes the table, or the storage failed.
+        InputError: The bundle is damaged or unfinished, its vectors were not made as the table's were, an id has
+            another sequence in the table, another process is writing the table, or the storage failed.
+
+    Example:
+        >>> import tempfile
+        >>> from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
+        >>> from bioscan_jax.bundles.bundle import bundle
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> directory = tempfile.mkdtemp()
+        >>> path = write_simulated(f"{directory}/in.parquet", species=2, per_species=3, length=60, seed=0)
+        >>> model, data = ModelConfig(checkpoint="random:tiny-v2"), DataConfig(path=str(path))
+        >>> _ = embed(model, data, SinkConfig(uri=f"{directory}/vectors"), progress=False)
+        >>> _ = bundle(f"{directory}/vectors", f"{directory}/stick", progress=False)
+        >>> import_bundle(f"{directory}/stick", f"{directory}/ashore").inserted
+        6
     """
-    location = locate(source, "source")
-    if isinstance(location, Directory) and not location.root.is_dir():
-        raise InputError(f"--source {source}: there is no such directory; is the disk mounted?")
-    manifest = complete_manifest(location)
+    location, manifest = open_bundle(source, "source")
     name: str = manifest.head["table"] if table is None else table
     check_name(name)
-    # A remote's files are compared when they are fetched
-    if wrong := faults(location, manifest, contents=isinstance(location, Directory)):
+    # The files of a remote are verified when they are fetched
+    if wrong := find_faults(location, manifest, contents=isinstance(location, Directory)):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(f"{location.name}: {wrong[0]}{more}; run verify and copy the bundle again")
     _check_head(location.name, manifest)
@@ -87,27 +98,27 @@ def import_bundle(source: str, target: str, table: str | None = None) -> Importe
             _check_origin(path, found, manifest)
             if schema_metadata(found).get("plan") != manifest.head["metadata"].get("plan"):
                 check_finished(target, name, found)
-        _place_beside(read, target, name)
+        _place_extra_files(read, target, name)
         with storage_errors(path):
-            dataset = found if found is not None else _made(path, read.schema(found))
-            dataset = _with_columns(dataset, read.schema(found))
+            dataset = found if found is not None else _create_table(path, read.schema(found))
+            dataset = _add_missing_columns(dataset, read.schema(found))
             kind = vector_index(dataset)
             kind = manifest.head["index"] if kind == "none" else kind
-            inserted = there = 0
+            inserted = existing = 0
             for entry in read.entries("vectors"):
-                new, old = _absent(path, dataset, read.vectors(entry, dataset.schema), manifest)
+                new, known = _new_rows(path, dataset, read.vectors(entry, dataset.schema), manifest)
                 dataset = _append(dataset, new)
-                inserted, there = inserted + new.num_rows, there + old
+                inserted, existing = inserted + new.num_rows, existing + known
             rejects = _merge_rejects(read, table_path(target, f"{name}_rejects"))
             indexes, _ = build_indexes(dataset, kind)
-        if dataset.count_rows() == manifest.head["rows"]:  # a calibration is of the very rows
+        if dataset.count_rows() == manifest.head["rows"]:  # a calibration holds only for exactly these rows
             _place(read, target, {entry: f"{name}.calibration.json" for entry in read.entries("calibration")})
-    return Imported(path, inserted, there, rejects, indexes)
+    return ImportSummary(path, inserted, existing, rejects, indexes)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """The files of a bundle, each compared with its sha256 before it is used."""
+    """Reads the files of a bundle, each verified before it is used."""
 
     location: Location
     manifest: Manifest
@@ -130,7 +141,7 @@ class _Reader:
             raise InputError(f"{self.location.name}: {entry.path} cannot be read ({text}); export it again") from error
 
     def schema(self, found: "lance.LanceDataset | None") -> pa.Schema:
-        """Columns that the bundle gives; its metadata says what became of the vectors."""
+        """Returns the bundle's columns; the metadata records a reduced precision or a filter."""
         head = self.manifest.head
         schema = _schema(head["schema"])
         place = schema.get_field_index("vector")
@@ -152,11 +163,11 @@ class _Reader:
         return Quantiser.load(chosen, self.file(files[0])) if files else Quantiser(chosen)
 
     def vectors(self, entry: Entry, schema: pa.Schema) -> pa.Table:
-        """A part's rows in the columns and types of the table."""
+        """Reads a part's rows in the columns and types of the table."""
         part = self.table(entry)
         wanted = schema.field("vector").type
         if part.schema.field("vector").type != wanted:
-            values = [self.quantiser.decode(codes_of(chunk)) for chunk in part["vector"].chunks]
+            values = [self.quantiser.decode(read_codes(chunk)) for chunk in part["vector"].chunks]
             flat = pa.array(np.concatenate(values).ravel().astype(wanted.value_type.to_pandas_dtype()))
             column = pa.FixedSizeListArray.from_arrays(flat, type=wanted)
             part = part.set_column(part.schema.get_field_index("vector"), "vector", column)
@@ -168,10 +179,10 @@ class _Reader:
 
 
 def _check_head(name: str, manifest: Manifest) -> None:
-    """Makes sure that a table can be made of what the head says, before anything is written.
+    """Checks the head of the manifest before anything is written.
 
     Raises:
-        InputError: It cannot.
+        InputError: No table can be made from it.
     """
     head = manifest.head
     rows = {kind: sum(e.rows for e in manifest.files if e.kind == kind) for kind in ("vectors", "rejects")}
@@ -198,7 +209,7 @@ def _schema(text: str) -> pa.Schema:
 
 
 def _check_origin(path: str, found: "lance.LanceDataset", manifest: Manifest) -> None:
-    """Raises InputError unless the table's vectors can be compared with the bundle's."""
+    """Raises InputError unless the table's vectors and columns are comparable with the bundle's."""
     there, given = schema_metadata(found), manifest.head["metadata"]
     if "weights_sha256" not in there:
         raise InputError(f"{path} does not say what made its vectors; pass another --table")
@@ -219,14 +230,14 @@ def _check_origin(path: str, found: "lance.LanceDataset", manifest: Manifest) ->
         raise InputError(f"{path} has vectors of another length; pass another --table")
 
 
-def _made(path: str, schema: pa.Schema) -> "lance.LanceDataset":
+def _create_table(path: str, schema: pa.Schema) -> "lance.LanceDataset":
     import lance
 
     return lance.write_dataset(schema.empty_table(), path, mode="create")
 
 
-def _with_columns(dataset: "lance.LanceDataset", schema: pa.Schema) -> "lance.LanceDataset":
-    """The table with the columns that only the bundle has, null in the rows that are there."""
+def _add_missing_columns(dataset: "lance.LanceDataset", schema: pa.Schema) -> "lance.LanceDataset":
+    """Adds the columns that only the bundle has, null in the existing rows."""
     new = [f.with_nullable(True) for f in schema if f.name not in dataset.schema.names]
     if new:
         dataset.add_columns(pa.schema(new))
@@ -234,17 +245,17 @@ def _with_columns(dataset: "lance.LanceDataset", schema: pa.Schema) -> "lance.La
     return dataset
 
 
-def _absent(path: str, dataset: "lance.LanceDataset", part: pa.Table, manifest: Manifest) -> tuple[pa.Table, int]:
-    """The rows whose sequence_id is not in the table, and the number of the others, which must be the same ones.
+def _new_rows(path: str, dataset: "lance.LanceDataset", part: pa.Table, manifest: Manifest) -> tuple[pa.Table, int]:
+    """Returns the rows whose sequence_id is not in the table, and the number of others, whose sequences must agree.
 
-    Lance's merge_insert would do it in one step, but puts the rows it inserts in another order.
+    Not Lance's merge_insert, which inserts rows in another order.
     """
     ids = part[ID].combine_chunks()
     if len(ids.unique()) != len(ids):
         raise InputError(f"the bundle has a sequence_id twice, so it cannot be merged into {path}; export it again")
     column = json.loads(manifest.head["metadata"].get("plan_facts", "{}")).get("data", {}).get("sequence_column")
     compared = [column] if column in part.column_names and column in dataset.schema.names else []
-    there = dataset.to_table(columns=[ID, *compared], filter=_one_of(ids))
+    there = dataset.to_table(columns=[ID, *compared], filter=_has_id_in(ids))
     place = pc.call_function("index_in", [ids], pc.SetLookupOptions(there[ID].combine_chunks()))
     for name in compared:
         same = pc.call_function("equal", [part[name], there[name].take(place)]).fill_null(True).to_numpy()
@@ -255,8 +266,8 @@ def _absent(path: str, dataset: "lance.LanceDataset", part: pa.Table, manifest: 
     return part.filter(place.is_null()), len(ids) - place.null_count
 
 
-def _one_of(ids: pa.Array | pa.ChunkedArray) -> str:
-    """A condition on sequence_id, as text: Lance takes no Arrow expression where a column is a duration."""
+def _has_id_in(ids: pa.Array | pa.ChunkedArray) -> str:
+    """Returns a condition on sequence_id as SQL, since Lance takes no Arrow expression if a column is a duration."""
     texts = [_QUOTE + value.replace(_QUOTE, _QUOTE * 2) + _QUOTE for value in ids.to_pylist()]
     return f"{ID} IN ({', '.join(texts)})"
 
@@ -266,29 +277,29 @@ def _append(dataset: "lance.LanceDataset", rows: pa.Table) -> "lance.LanceDatase
 
     if not rows.num_rows:
         return dataset
-    return lance.write_dataset(rows, dataset, mode="append", max_bytes_per_file=_MOST_BYTES_PER_FILE)
+    return lance.write_dataset(rows, dataset, mode="append", max_bytes_per_file=_MAX_BYTES_PER_FILE)
 
 
 def _merge_rejects(read: _Reader, path: str) -> int:
-    """Inserts the rejects that are not there, by id and row."""
+    """Inserts the rejects whose id and row the table lacks."""
     if read.manifest.head["rejects_schema"] is None:
         return 0
     schema = _schema(read.manifest.head["rejects_schema"]).with_metadata(read.manifest.head["rejects_metadata"])
     found = open_dataset(path)
-    dataset = found if found is not None else _made(path, schema)
+    dataset = found if found is not None else _create_table(path, schema)
     inserted = 0
     for entry in read.entries("rejects"):
         part = read.table(entry).cast(schema)
-        there = dataset.to_table(columns=[ID, "source_row"], filter=_one_of(part[ID]))
-        known = set(zip(there[ID].to_pylist(), there["source_row"].to_pylist(), strict=True))
-        pairs = zip(part[ID].to_pylist(), part["source_row"].to_pylist(), strict=True)
-        new = part.filter(pa.array([pair not in known for pair in pairs], pa.bool_()))
+        key = [ID, "source_row"]
+        known = dataset.to_table(columns=key, filter=_has_id_in(part[ID]))
+        numbered = part.select(key).append_column("row", pa.array(np.arange(len(part))))
+        new = part.take(numbered.join(known, key, join_type="left anti")["row"].sort())
         dataset, inserted = _append(dataset, new), inserted + new.num_rows
     return inserted
 
 
-def _place_beside(read: _Reader, target: str, table: str) -> None:
-    """Puts the run's record and what was taken along beside the table."""
+def _place_extra_files(read: _Reader, target: str, table: str) -> None:
+    """Copies the run record and the additional files beside the table."""
     sizes = {entry: f"{table}.run.json" for entry in read.entries("run")}
     for entry in read.entries("beside"):
         name = entry.path.removeprefix("beside/")
@@ -299,7 +310,7 @@ def _place_beside(read: _Reader, target: str, table: str) -> None:
 
 
 def _place(read: _Reader, target: str, names: dict[Entry, str]) -> None:
-    """Puts files beside the table; nothing that is there is replaced."""
+    """Copies files beside the table; existing files are not replaced."""
     goal, sizes = locate(target, "target"), dict(names)
     there = goal.sizes() if sizes else {}
     with goal.scratch() as scratch:
@@ -314,5 +325,5 @@ def _place(read: _Reader, target: str, names: dict[Entry, str]) -> None:
     with goal.staging() as staging:
         for entry, name in sizes.items():
             draft = staging / "draft"
-            draft.write_bytes(read.file(entry).read_bytes())
+            shutil.copyfile(read.file(entry), draft)
             goal.put(draft, name)

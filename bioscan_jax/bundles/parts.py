@@ -1,4 +1,4 @@
-"""The rows of a table, and the Parquet parts of a bundle that hold them."""
+"""Reads the rows to export, and writes and reads the Parquet parts of a bundle."""
 
 import io
 import re
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     import lance
 
 BLOCK_ROWS = 4096
-"""Rows read at once."""
+"""Rows per read."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows to take, as one version of the table holds them."""
+class SelectedRows:
+    """The rows to export, from one version of a table."""
 
     dataset: "lance.LanceDataset"
     rejects: "lance.LanceDataset | None"
@@ -40,16 +40,16 @@ class Rows:
 
     @property
     def own_precision(self) -> Precision:
-        """As the table holds its vectors."""
+        """Precision of the vectors in the table."""
         return "float16" if pa.types.is_float16(self.dataset.schema.field("vector").type.value_type) else "float32"
 
     def blocks(self) -> Iterator[Float32[np.ndarray, "rows hidden"]]:
-        """All vectors, some rows at a time."""
+        """Yields all vectors, in blocks of rows."""
         for batch in self.batches(["vector"], 0, self.rows):
-            yield vectors_of(batch["vector"])
+            yield float_vectors(batch["vector"])
 
     def batches(self, columns: list[str] | None, offset: int, rows: int) -> Iterator[pa.RecordBatch]:
-        """Rows in the order of the table."""
+        """Yields rows in the order of the table."""
         scanner = self.dataset.scanner(
             columns=columns, filter=self.filter, offset=offset, limit=rows, batch_size=BLOCK_ROWS, scan_in_order=True
         )
@@ -57,22 +57,22 @@ class Rows:
             yield from scanner.to_batches()
 
 
-def vectors_of(column: pa.Array) -> Float32[np.ndarray, "rows hidden"]:
-    """The vectors of a column, as float32."""
+def float_vectors(column: pa.Array) -> Float32[np.ndarray, "rows hidden"]:
+    """Returns the vectors of a column as a float32 matrix."""
     values = column.flatten().to_numpy(zero_copy_only=False)
     return values.astype(np.float32, copy=False).reshape(len(column), -1)
 
 
-def open_rows(source: str, table: str, filter_sql: str | None) -> Rows:
+def select_rows(source: str, table: str, filter_sql: str | None) -> SelectedRows:
     """Opens a vector table and its rejects.
 
     Args:
         source: Database directory or URL.
         table: Name of the vector table.
-        filter_sql: Condition on the rows to take, None for all.
+        filter_sql: Condition on the rows to export, None for all.
 
     Raises:
-        InputError: There is no such table, the condition is wrong, or no row is left.
+        InputError: There is no such table, the condition is wrong, or no row matches.
     """
     dataset = open_existing(source, table)
     if "vector" not in dataset.schema.names or not pa.types.is_fixed_size_list(dataset.schema.field("vector").type):
@@ -85,34 +85,34 @@ def open_rows(source: str, table: str, filter_sql: str | None) -> Rows:
         raise InputError(f"--filter {filter_sql!r} is no condition on the table's columns: {text}") from error
     if not rows:
         raise InputError(
-            f"{dataset.uri} has no row{' for which --filter holds' if filter_sql else ''}; nothing to take"
+            f"{dataset.uri} has no row{' for which --filter holds' if filter_sql else ''}; nothing to export"
         )
-    return Rows(dataset, open_dataset(table_path(source, f"{table}_rejects")), condition, rows)
+    return SelectedRows(dataset, open_dataset(table_path(source, f"{table}_rejects")), condition, rows)
 
 
 def parquet_bytes(table: pa.Table) -> int:
-    """Size of a table as a part."""
+    """Returns the size that a table has as a Parquet part."""
     write_part(table, sink := io.BytesIO())
     return len(sink.getvalue())
 
 
 def write_part(table: pa.Table, file: Path | io.BytesIO) -> None:
-    """Writes rows as Parquet, which gives every bit of them back."""
+    """Writes rows as Parquet, from which they are read back bit for bit."""
     floats = "vector" in table.column_names and pa.types.is_fixed_size_list(table.schema.field("vector").type)
-    # Bytes of like weight together: floats of any precision then compress a little
+    # Stores the bytes of equal significance together, so that floats compress
     encoding = {"vector.list.element": "BYTE_STREAM_SPLIT"} if floats else None
-    table = table.replace_schema_metadata()  # Lance gives it in another order each time; the manifest has it
+    table = table.replace_schema_metadata()  # its order varies between reads; the manifest has it
     pq.write_table(table, file, compression="zstd", use_dictionary=False, column_encoding=encoding, version="2.6")
 
 
-def coded(taken: Rows, coder: Quantiser, start: int, rows: int) -> pa.Table:
-    """A part's rows, with the vectors as codes; as they are where the precision is the table's own."""
+def encode_part(taken: SelectedRows, coder: Quantiser, start: int, rows: int) -> pa.Table:
+    """Reads the rows of a part, with vectors as codes unless the precision is the table's own."""
     batches = list(taken.batches(None, start, rows))
     table = pa.Table.from_batches(batches)
     if coder.precision == taken.own_precision:
         return table
-    codes = np.concatenate([coder.encode(vectors_of(batch["vector"])) for batch in batches])
-    if codes.dtype == np.uint8:  # Parquet would make four bytes of each
+    codes = np.concatenate([coder.encode(float_vectors(batch["vector"])) for batch in batches])
+    if codes.dtype == np.uint8:  # Parquet would store four bytes for each
         kind = pa.binary(codes.shape[1])
         column = pa.Array.from_buffers(kind, len(codes), [None, pa.py_buffer(np.ascontiguousarray(codes))])
     else:
@@ -121,10 +121,10 @@ def coded(taken: Rows, coder: Quantiser, start: int, rows: int) -> pa.Table:
     return table.set_column(place, pa.field("vector", column.type, nullable=False), column)
 
 
-def codes_of(column: pa.Array) -> Shaped[np.ndarray, "rows codes"]:
-    """The codes in a column of a part."""
+def read_codes(column: pa.Array) -> Shaped[np.ndarray, "rows codes"]:
+    """Returns the codes in the vector column of a part."""
     if not pa.types.is_fixed_size_binary(column.type):
-        return vectors_of(column)
+        return float_vectors(column)
     width = column.type.byte_width
     flat = np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width)
     return flat.reshape(len(column), width)

@@ -1,4 +1,4 @@
-"""Vectors in fewer bytes, and what that costs in nearest neighbours."""
+"""Quantises vectors to fewer bytes, and measures the recall of nearest neighbours that this costs."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +21,12 @@ _TRAINING_ROWS = 8192
 _KMEANS_ITERATIONS = 10
 
 Blocks = Callable[[], Iterator[Float32[np.ndarray, "rows hidden"]]]
-"""Reads all vectors again, in the same order, some rows at a time."""
+"""Reads all vectors from the start, in the same order, in blocks of rows."""
 
 
 @dataclass(frozen=True)
 class Quantiser:
-    """How vectors become codes and codes vectors.
+    """Encodes vectors as codes and decodes them.
 
     int8 maps each dimension linearly from its smallest to its largest value to 0..255; pq replaces each piece of
     `codebook.shape[2]` dimensions by the number of the nearest of 256 centroids (Jegou et al. 2011).
@@ -38,7 +38,7 @@ class Quantiser:
     codebook: Float32[np.ndarray, "pieces centroids width"] | None = None
 
     def encode(self, vectors: Float32[np.ndarray, "rows hidden"]) -> Shaped[np.ndarray, "rows codes"]:
-        """Codes of vectors: float32, float16 or uint8.
+        """Returns the codes of vectors: float32, float16 or uint8.
 
         Raises:
             InputError: A value is too large for float16.
@@ -57,16 +57,14 @@ class Quantiser:
             scaled = (vectors - self.low) / np.where(self.step > 0, self.step, 1)
             return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
         assert self.codebook is not None
-        pieces, _, width = self.codebook.shape
-        codes = np.empty((len(vectors), pieces), np.uint8)
-        half_norms = (self.codebook**2).sum(2) / 2
-        for piece, centroids in enumerate(self.codebook):
-            part = vectors[:, piece * width : (piece + 1) * width]
-            codes[:, piece] = np.argmax(part @ centroids.T - half_norms[piece], axis=1)
-        return codes
+        from scipy.cluster.vq import vq
+
+        parts = np.split(vectors, len(self.codebook), axis=1)
+        nearest = [vq(part, book, check_finite=False)[0] for part, book in zip(parts, self.codebook, strict=True)]
+        return np.stack(nearest, axis=1).astype(np.uint8)
 
     def decode(self, codes: Shaped[np.ndarray, "rows codes"]) -> Float32[np.ndarray, "rows hidden"]:
-        """Vectors of codes."""
+        """Returns the vectors that codes stand for."""
         if self.low is not None and self.step is not None:
             return self.low + codes.astype(np.float32) * self.step
         if self.codebook is not None:
@@ -75,7 +73,7 @@ class Quantiser:
         return codes.astype(np.float32, copy=False)
 
     def save(self, file: Path) -> None:
-        """Keeps what int8 and pq need to decode, as safetensors."""
+        """Writes the arrays that int8 and pq need for decoding, as safetensors."""
         from safetensors.numpy import save_file
 
         arrays = {"low": self.low, "step": self.step, "codebook": self.codebook}
@@ -83,14 +81,14 @@ class Quantiser:
 
     @staticmethod
     def load(precision: Precision, file: Path) -> "Quantiser":
-        """Reads what `save` kept."""
+        """Reads what `save` wrote."""
         from safetensors.numpy import load_file
 
         return Quantiser(precision, **load_file(file))
 
 
 def bytes_per_vector(precision: Precision, hidden_size: int) -> int:
-    """Bytes of one vector's codes."""
+    """Returns the bytes of one vector's codes."""
     if precision == "pq":
         return sub_vectors(hidden_size)
     return hidden_size * {"float32": 4, "float16": 2, "int8": 1}[precision]
@@ -100,10 +98,11 @@ def fit(precisions: Sequence[Precision], blocks: Blocks, rows: int, seed: int) -
     """Fits quantisers in one pass over all vectors.
 
     Args:
-        precisions: Which; pq is left out where there are fewer vectors than centroids, float16 where it overflows.
+        precisions: The precisions to fit; pq is left out if there are fewer vectors than centroids, float16 if it
+            overflows.
         blocks: Reads the vectors.
-        rows: How many there are.
-        seed: Of the vectors that pq is trained on, and of its k-means.
+        rows: Number of vectors.
+        seed: Random seed of the sample that pq is trained on and of its k-means.
     """
     rng = np.random.default_rng(seed)
     sampled = np.sort(rng.choice(rows, min(rows, _TRAINING_ROWS), replace=False))
@@ -150,35 +149,37 @@ def _codebook(
 def recall(
     quantisers: dict[Precision, Quantiser], blocks: Blocks, rows: int, *, queries: int, most_rows: int, seed: int
 ) -> dict[Precision, float]:
-    """Recall@10 of an exact cosine search in decoded vectors, against the same search in the original ones.
+    """Measures recall@10 of an exact cosine search in decoded vectors, against the same search in the original ones.
 
-    The queries are original vectors of the table; a query's own row does not count. A neighbour counts as found when
-    it is as similar as the true tenth one, so that equal sequences may stand for one another.
+    The queries are original vectors of the table; a query's own row is excluded. A neighbour counts as found if it is
+    at least as similar as the true tenth one, so that equal sequences are interchangeable.
 
     Args:
-        quantisers: What is compared.
+        quantisers: The quantisers to compare.
         blocks: Reads the vectors.
-        rows: How many there are.
-        queries: Rows to ask with, drawn from those searched.
-        most_rows: Rows to search in, drawn from all.
-        seed: Of both draws.
+        rows: Number of vectors.
+        queries: Number of queries, sampled from the rows searched.
+        most_rows: Number of rows to search, sampled from all.
+        seed: Random seed of both samples.
 
     Returns:
-        The mean share of the ten nearest that are found, by precision.
+        The mean share of the ten nearest neighbours that are found, by precision.
     """
     rng = np.random.default_rng(seed)
     searched = np.sort(rng.choice(rows, min(rows, most_rows), replace=False))
-    asked = np.sort(rng.choice(searched, min(len(searched), queries), replace=False))
+    query_rows = np.sort(rng.choice(searched, min(len(searched), queries), replace=False))
     k = min(NEIGHBOURS, len(searched) - 1)
     if k < 1:
         return dict.fromkeys(quantisers, 1.0)
-    questions = np.concatenate([block[places] for places, block, _ in _picked(blocks, asked)])
-    unit = _normalised(questions)
-    best_true = np.full((len(asked), k), -np.inf)
-    best = {name: (np.full((len(asked), k), -np.inf), np.full((len(asked), k), -np.inf)) for name in quantisers}
-    for places, block, positions in _picked(blocks, searched):
-        vectors = block[places]
-        own = asked[:, None] == positions[None, :]
+    queried = np.concatenate([block[inside] for inside, block, _ in _selected(blocks, query_rows)])
+    unit = _normalised(queried)
+    best_true = np.full((len(query_rows), k), -np.inf)
+    best = {
+        name: (np.full((len(query_rows), k), -np.inf), np.full((len(query_rows), k), -np.inf)) for name in quantisers
+    }
+    for inside, block, positions in _selected(blocks, searched):
+        vectors = block[inside]
+        own = query_rows[:, None] == positions[None, :]
         true = np.where(own, -np.inf, unit @ _normalised(vectors).T)
         best_true = -np.partition(-np.concatenate([best_true, true], 1), k - 1, axis=1)[:, :k]
         for name, quantiser in quantisers.items():
@@ -196,10 +197,10 @@ def _normalised(vectors: Float32[np.ndarray, "rows hidden"]) -> Float[np.ndarray
     return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny)
 
 
-def _picked(
+def _selected(
     blocks: Blocks, wanted: Int[np.ndarray, " picked"]
 ) -> Iterator[tuple[Int[np.ndarray, " here"], Float32[np.ndarray, "rows hidden"], Int[np.ndarray, " here"]]]:
-    """Of each block that holds wanted rows: their places in it, the block, their positions in all."""
+    """Yields, for each block with wanted rows, their positions in the block, the block, and their row numbers."""
     start = 0
     for block in blocks():
         positions = wanted[(wanted >= start) & (wanted < start + len(block))]

@@ -19,19 +19,16 @@ def verify(source: str | None = None, target: str | None = None) -> None:
         source: The bundle: directory, fsspec URL or rclone:REMOTE:PATH.
         target: The same, as export was given it.
     """
-    from bioscan_jax.bundles.manifest import verify as find_faults
+    from bioscan_jax.bundles.manifest import verify_bundle
     from bioscan_jax.errors import InputError
 
     if (source is None) == (target is None):
         raise InputError("pass the bundle's place as --source or as --target")
     place, flag = (source, "source") if source is not None else (target or "", "target")
-    files, wrong = find_faults(place, flag)
-    whole = files - sum(": extra" not in fault for fault in wrong)
-    print("\n".join([*wrong, f"{whole:,} of {files:,} files are whole"]))
-    if wrong:
-        raise InputError(
-            f"{place}: {len(wrong):,} files are damaged, missing or extra; copy them again or export again"
-        )
+    found = verify_bundle(place, flag=flag)
+    print(found)
+    if count := len(found.faults):
+        raise InputError(f"{place}: {count:,} files are damaged, missing or extra; copy them again or export again")
 
 
 def _printed(function: Callable[..., object]) -> Callable[..., None]:
@@ -50,13 +47,13 @@ def command(words: Sequence[str]) -> None:
     if mode in ("-h", "--help"):
         print((__doc__ or "").strip())
     elif mode == "export":
-        from bioscan_jax.bundles.bundle import export
+        from bioscan_jax.bundles.bundle import bundle
 
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--with", action="append", dest="beside", default=[], metavar="PATH")
         known, flags = parser.parse_known_args(flags)
         flags += [f"--beside={json.dumps(known.beside)}"] if known.beside else []
-        from_flags(_printed(export), "bundle export")(flags)
+        from_flags(_printed(bundle), "bundle export")(flags)
     elif mode == "import":
         from bioscan_jax.bundles.merge import import_bundle
 

@@ -19,9 +19,9 @@ from support.killed import run_killed
 from support.tables import make_table, read, same_bits
 
 from bioscan_jax.bundles import location
-from bioscan_jax.bundles.budget import parse_bytes
-from bioscan_jax.bundles.bundle import export
-from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, Manifest, check_path, verify
+from bioscan_jax.bundles.bundle import bundle as export_bundle
+from bioscan_jax.bundles.bundle import parse_bytes
+from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, BundleCheck, Manifest, check_path, verify_bundle
 from bioscan_jax.bundles.merge import import_bundle
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.lock import writer_lock
@@ -43,7 +43,7 @@ def made(tmp_path_factory) -> str:
 def whole(made, tmp_path_factory) -> Path:
     """A bundle in its own precision."""
     target = tmp_path_factory.mktemp("bundles") / "whole"
-    export(made, str(target), part_bytes=PARTS, progress=False)
+    export_bundle(made, str(target), part_bytes=PARTS, progress=False)
     return target
 
 
@@ -57,7 +57,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def carry(source: str, target: Path, **given) -> str:
-    return str(export(source, str(target), part_bytes=PARTS, progress=False, **given))
+    return str(export_bundle(source, str(target), part_bytes=PARTS, progress=False, **given))
 
 
 def refused(match: str, call, *arguments, **given) -> None:
@@ -68,15 +68,15 @@ def refused(match: str, call, *arguments, **given) -> None:
 
 def test_a_round_trip_is_bit_identical(made, whole, tmp_path):
     assert len(list((whole / "vectors").iterdir())) > 2
-    assert verify(str(whole)) == (len(contents(whole)) - 1, [])
+    assert verify_bundle(str(whole)) == BundleCheck(len(contents(whole)) - 1, ())
     done = import_bundle(str(whole), str(tmp_path / "db"))
-    assert (done.inserted, done.there, done.rejects) == (429, 0, 71)
+    assert (done.inserted, done.existing, done.rejects) == (429, 0, 71)
     assert done.indexes == ("sequence_id: BTREE", "vector: IVF_SQ")
     for name in ("sequences", "sequences_rejects"):
         assert same_bits(read(tmp_path / "db", name), read(made, name))
     assert (tmp_path / "db" / "sequences.run.json").read_text() == '{"speed": 1}'
     again = import_bundle(str(whole), str(tmp_path / "db"))
-    assert (again.inserted, again.there, again.rejects) == (0, 429, 0)
+    assert (again.inserted, again.existing, again.rejects) == (0, 429, 0)
     for name in ("sequences", "sequences_rejects"):
         assert same_bits(read(tmp_path / "db", name), read(made, name))
 
@@ -115,7 +115,7 @@ def test_every_type_that_a_table_can_hold_comes_back(tmp_path):
     lance.write_dataset(
         pa.table(columns).replace_schema_metadata({"weights_sha256": "w"}), str(tmp_path / "db/t.lance")
     )
-    export(str(tmp_path / "db"), str(tmp_path / "bundle"), "t", progress=False)
+    export_bundle(str(tmp_path / "db"), str(tmp_path / "bundle"), "t", progress=False)
     for _ in range(2):
         import_bundle(str(tmp_path / "bundle"), str(tmp_path / "new"))
         assert same_bits(read(tmp_path / "new", "t"), read(tmp_path / "db", "t"))
@@ -133,7 +133,7 @@ def test_a_flipped_byte_a_missing_and_an_extra_file_are_named(bundle, tmp_path):
     (bundle / "System Volume Information").mkdir()
     (bundle / "System Volume Information" / "IndexerVolumeGuid").write_text("Windows")
     (bundle / "vectors" / "._part-000000.parquet").write_text("macOS")
-    lines = verify(str(bundle))[1]
+    lines = list(verify_bundle(str(bundle)).faults)
     assert sorted(lines) == [
         "notes.txt: extra, not in the manifest",
         "run.json: damaged, 13 bytes instead of 12",
@@ -155,7 +155,7 @@ def test_every_single_flipped_bit_of_a_manifest_is_noticed(bundle, tmp_path):
             assert Manifest.from_json(bytes(changed), "m") == Manifest.from_json(text, "m")
             unnoticed += 1
             continue
-        refused("manifest.json", verify, str(bundle))
+        refused("manifest.json", verify_bundle, str(bundle))
     assert unnoticed < 20
 
 
@@ -202,13 +202,13 @@ def test_a_bundle_of_another_version_is_not_written_over(made, bundle):
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 100_000, '{"sha256":' + "9" * 5000 + "}", "[]", "7", ""])
 def test_json_that_is_no_manifest_is_one_line(bundle, text):
     (bundle / MANIFEST).write_text(text)
-    refused("is damaged", verify, str(bundle))
+    refused("is damaged", verify_bundle, str(bundle))
 
 
 def test_a_manifest_of_any_size_is_not_read(bundle):
     with (bundle / MANIFEST).open("wb") as file:
         file.truncate(1 << 40)
-    refused("more than a manifest ever has", verify, str(bundle))
+    refused("more than a manifest ever has", verify_bundle, str(bundle))
 
 
 def test_links_in_a_bundle_are_not_followed(bundle, tmp_path):
@@ -217,15 +217,15 @@ def test_links_in_a_bundle_are_not_followed(bundle, tmp_path):
     first = sorted((bundle / "vectors").iterdir())[0]
     first.unlink()
     first.symlink_to(secret / first.name)
-    assert verify(str(bundle))[1] == [f"vectors/{first.name}: a link or no plain file"]
+    assert list(verify_bundle(str(bundle)).faults) == [f"vectors/{first.name}: a link or no plain file"]
     shutil.rmtree(bundle / "vectors")
     (bundle / "vectors").symlink_to(secret)
-    lines = verify(str(bundle))[1]
+    lines = list(verify_bundle(str(bundle)).faults)
     assert "vectors/part-000000.parquet: its directory is a link or a file" in lines
     (tmp_path / "manifest").write_bytes((bundle / MANIFEST).read_bytes())
     (bundle / MANIFEST).unlink()
     (bundle / MANIFEST).symlink_to(tmp_path / "manifest")
-    refused("manifest.json is a link", verify, str(bundle))
+    refused("manifest.json is a link", verify_bundle, str(bundle))
 
 
 CLIMBING = ["../x", "a/../../x", "/etc/passwd", "C:/x", "c:x", "a\\..\\x", "\\\\host\\x", "..", "a/..", ""]
@@ -240,7 +240,7 @@ def test_a_manifest_that_climbs_out_is_not_followed(bundle, tmp_path, path):
     (bundle / MANIFEST).write_text(Manifest(manifest.head, (*manifest.files, entry)).to_json())
     says = "no path" if not path else "leads out of the directory"
     refused(f"{re.escape(repr(path))}, which (is|leads).*", import_bundle, str(bundle), str(tmp_path / "db"))
-    refused(says, verify, str(bundle))
+    refused(says, verify_bundle, str(bundle))
     assert not (tmp_path / "db").exists()
 
 
@@ -282,12 +282,12 @@ KILLS = [
 @pytest.mark.parametrize("precision", [None, "int8"])
 def test_a_killed_export_goes_on_and_ends_as_an_uninterrupted_one(made, tmp_path, precision):
     given = {"source": made, "precision": precision, "part_bytes": PARTS, "progress": False}
-    export(**given, target=str(tmp_path / "once"))
+    export_bundle(**given, target=str(tmp_path / "once"))
     wanted = contents(tmp_path / "once")
     jobs = []
     for number, point in enumerate(KILLS):
         arguments = given | {"target": str(tmp_path / str(number))}
-        jobs.append({"call": "bioscan_jax.bundles.bundle:export", "args": arguments, **point})
+        jobs.append({"call": "bioscan_jax.bundles.bundle:bundle", "args": arguments, **point})
     assert run_killed(jobs, tmp_path) == [signal.SIGKILL] * len(jobs)
     kept = []
     for number in range(len(jobs)):
@@ -295,8 +295,8 @@ def test_a_killed_export_goes_on_and_ends_as_an_uninterrupted_one(made, tmp_path
         if number < len(jobs) - 1:
             assert not (target / MANIFEST).exists()
             says = "unfinished export; run that export again" if (target / JOURNAL).exists() else "it is no bundle"
-            refused(says, verify, str(target))
-        kept.append(export(**given, target=str(target)).kept)
+            refused(says, verify_bundle, str(target))
+        kept.append(export_bundle(**given, target=str(target)).kept)
         assert contents(target) == wanted
     assert kept[0] == 0
     assert kept[-1] == len(wanted) - 1
@@ -309,13 +309,13 @@ def test_exports_and_imports_killed_at_random_moments(made, whole, tmp_path):
     jobs = []
     for number in range(30):
         given = {"source": made, "target": str(tmp_path / f"b{number}"), "part_bytes": PARTS, "progress": False}
-        jobs.append({"call": "bioscan_jax.bundles.bundle:export", "args": given, "seconds": 0.01 * (number + 1)})
+        jobs.append({"call": "bioscan_jax.bundles.bundle:bundle", "args": given, "seconds": 0.01 * (number + 1)})
         given = {"source": str(whole), "target": str(tmp_path / f"d{number}")}
         jobs.append({"call": "bioscan_jax.bundles.merge:import_bundle", "args": given, "seconds": 0.01 * (number + 1)})
     killed = run_killed(jobs, tmp_path)
     assert killed.count(signal.SIGKILL) > 10
     for number in range(30):
-        export(**jobs[2 * number]["args"])
+        export_bundle(**jobs[2 * number]["args"])
         assert contents(tmp_path / f"b{number}") == wanted
         import_bundle(**jobs[2 * number + 1]["args"])
         assert same_bits(read(tmp_path / f"d{number}"), table)
@@ -338,7 +338,7 @@ def test_a_killed_import_goes_on(made, whole, tmp_path):
     )
     for number in range(len(points)):
         done = import_bundle(str(whole), str(tmp_path / str(number)))
-        assert done.inserted + done.there == 429
+        assert done.inserted + done.existing == 429
         assert done.indexes == ("sequence_id: BTREE", "vector: IVF_SQ")
         for name in ("sequences", "sequences_rejects"):
             assert same_bits(read(tmp_path / str(number), name), read(made, name))
@@ -347,7 +347,7 @@ def test_a_killed_import_goes_on(made, whole, tmp_path):
 def test_a_damaged_part_is_written_again_by_the_same_export(made, bundle, whole):
     first = sorted((bundle / "vectors").iterdir())[0]
     first.write_bytes(b"")
-    done = export(made, str(bundle), part_bytes=PARTS, progress=False)
+    done = export_bundle(made, str(bundle), part_bytes=PARTS, progress=False)
     assert done.kept == done.files - 1
     assert contents(bundle) == contents(whole)
 
@@ -424,7 +424,7 @@ def test_a_budget_takes_the_most_exact_precision_that_fits(made, tmp_path):
     for name in ("float16", "int8"):
         target = tmp_path / name
         told = carry(made, target, budget=str(sizes[name][0]))
-        assert re.search(rf"{name} .*<- taken", told)
+        assert re.search(rf"{name} .*<- chosen", told)
         assert "over the budget" in told
         assert f"rows as {name} in" in told
         assert sum(map(len, contents(target).values())) <= sizes[name][0]
@@ -487,10 +487,10 @@ def test_an_unmounted_target_is_refused(made, tmp_path, monkeypatch):
     monkeypatch.undo()
     refused("there is no .*/away; is the disk mounted", carry, made, tmp_path / "away" / "bundle")
     refused("a file stands there", carry, made, Path(made) / "sequences.run.json")
-    refused("is empty; pass a directory", export, made, "", progress=False)
-    refused("no such directory; is the disk mounted", verify, str(tmp_path / "away"))
+    refused("is empty; pass a directory", export_bundle, made, "", progress=False)
+    refused("no such directory; is the disk mounted", verify_bundle, str(tmp_path / "away"))
     refused("no such directory; is the disk mounted", import_bundle, str(tmp_path / "away"), str(tmp_path / "db"))
-    refused("it is no bundle; check the path", verify, made)
+    refused("it is no bundle; check the path", verify_bundle, made)
 
 
 def test_what_is_taken_along_comes_beside_the_table(made, tmp_path):
@@ -500,7 +500,7 @@ def test_what_is_taken_along_comes_beside_the_table(made, tmp_path):
     (tmp_path / "notes.json").write_text('{"species": 0.97}')
     along = [str(tmp_path / "adapter"), str(tmp_path / "notes.json")]
     carry(made, tmp_path / "b", beside=along)
-    assert verify(str(tmp_path / "b"))[1] == []
+    assert list(verify_bundle(str(tmp_path / "b")).faults) == []
     for _ in range(2):
         import_bundle(str(tmp_path / "b"), str(tmp_path / "db"))
         for name in ("adapter/adapter_config.json", "adapter/deep/weights", "notes.json"):
@@ -521,17 +521,17 @@ def test_an_adapter_that_made_the_vectors_is_not_forgotten(made, tmp_path):
     (tmp_path / "coi-adapter").mkdir()
     (tmp_path / "coi-adapter" / "adapter_config.json").write_text("{}")
     told = carry(str(tmp_path / "db"), tmp_path / "c", beside=[str(tmp_path / "coi-adapter")])
-    assert told.endswith("\nadapter taken along")
+    assert told.endswith("\nadapter included")
 
 
 def test_a_calibration_goes_where_its_rows_and_vectors_do(made, tmp_path):
     source = Path(shutil.copytree(made, tmp_path / "source"))
     (source / "sequences.calibration.json").write_text('{"of": "these rows"}')
-    assert "calibration taken along" in carry(str(source), tmp_path / "b")
+    assert "calibration included" in carry(str(source), tmp_path / "b")
     import_bundle(str(tmp_path / "b"), str(tmp_path / "db"), "fish")
     assert (tmp_path / "db" / "fish.calibration.json").read_text() == '{"of": "these rows"}'
     some = carry(str(source), tmp_path / "some", filter="source_row < 50")
-    assert "calibration left out: it was fitted with rows that --filter takes away" in some
+    assert "calibration left out: it was fitted with rows that --filter leaves out" in some
     assert "calibration left out: it was fitted on float32" in carry(str(source), tmp_path / "i", precision="int8")
     assert "calibration" not in {p.name.split(".")[0] for p in (tmp_path / "i").iterdir()}
     (source / "sequences.calibration.json").write_text('{"of": "others"}')
@@ -563,7 +563,7 @@ def test_two_tables_of_the_same_model_merge_and_others_do_not(made, whole, tmp_p
     make_table(tmp_path / "db", 200, prefix="t", seed=1, index="ivf_sq")
     before = read(tmp_path / "db")
     done = import_bundle(str(whole), str(tmp_path / "db"))
-    assert (done.inserted, done.there) == (429, 0)
+    assert (done.inserted, done.existing) == (429, 0)
     after = read(tmp_path / "db")
     assert after.to_pylist() == before.to_pylist() + read(made).to_pylist()
     dataset = lance.dataset(f"{tmp_path}/db/sequences.lance")
@@ -640,21 +640,23 @@ def test_a_bucket_holds_a_bundle_as_a_directory_does(made, whole, tmp_path):
         found = {path: memory.cat_file(path) for path in memory.find("/bucket/b")}
         assert {path.removeprefix("/bucket/b/"): data for path, data in found.items()} == contents(whole)
         assert "memory://bucket/b" in told
-        assert verify("memory://bucket/b")[1] == []
+        assert list(verify_bundle("memory://bucket/b").faults) == []
         import_bundle("memory://bucket/b", str(tmp_path / "db"))
         assert same_bits(read(tmp_path / "db"), read(made))
         memory.pipe_file(
             "/bucket/b/vectors/part-000001.parquet", b"x" * len(found["/bucket/b/vectors/part-000001.parquet"])
         )
-        assert verify("memory://bucket/b")[1] == ["vectors/part-000001.parquet: damaged, its sha256 is wrong"]
+        assert list(verify_bundle("memory://bucket/b").faults) == [
+            "vectors/part-000001.parquet: damaged, its sha256 is wrong"
+        ]
         refused("part-000001.parquet: damaged", import_bundle, "memory://bucket/b", str(tmp_path / "other"))
         memory.rm_file(f"/bucket/b/{MANIFEST}")
-        refused("it is no bundle", verify, "memory://bucket/b")
-        assert "there before" not in carry(made, "memory://bucket/c")
-        assert f"{len(contents(whole)) - 1:,} of them there before" in carry(made, "memory://bucket/c")
+        refused("it is no bundle", verify_bundle, "memory://bucket/b")
+        assert "written earlier" not in carry(made, "memory://bucket/c")
+        assert f"{len(contents(whole)) - 1:,} of them written earlier" in carry(made, "memory://bucket/c")
     finally:
         memory.store.clear()
-    refused("install that driver", verify, "nonesuch://bucket/b")
+    refused("install that driver", verify_bundle, "nonesuch://bucket/b")
 
 
 def test_the_script_goes_the_whole_way_and_refuses_in_one_line(made, tmp_path):

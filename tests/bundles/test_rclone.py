@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from support.tables import make_table, read, same_bits
 
-from bioscan_jax.bundles.bundle import export
+from bioscan_jax.bundles.bundle import bundle as export_bundle
 from bioscan_jax.bundles.location import locate
-from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, verify
+from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, BundleCheck, verify_bundle
 from bioscan_jax.bundles.merge import import_bundle
 from bioscan_jax.errors import InputError
 
@@ -32,24 +32,27 @@ def configured(tmp_path, monkeypatch) -> Path:
 @pytest.mark.rclone
 def test_a_bundle_goes_through_a_remote_and_comes_back(configured, tmp_path):
     made = make_table(tmp_path / "db")
-    export(str(tmp_path / "db"), str(tmp_path / "local"), part_bytes=PARTS, progress=False)
+    export_bundle(str(tmp_path / "db"), str(tmp_path / "local"), part_bytes=PARTS, progress=False)
     place = "rclone:stick:deep/bundle"
-    done = export(str(tmp_path / "db"), place, part_bytes=PARTS, progress=False)
+    done = export_bundle(str(tmp_path / "db"), place, part_bytes=PARTS, progress=False)
     bundle = configured / "deep" / "bundle"
     sent = {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
     local = tmp_path / "local"
     assert sent == {p.relative_to(local).as_posix(): p.read_bytes() for p in local.rglob("*") if p.is_file()}
-    assert verify(place) == (done.files, [])
+    assert verify_bundle(place) == BundleCheck(done.files, ())
     for inserted in (429, 0):
         assert import_bundle(place, str(tmp_path / "new")).inserted == inserted
         assert same_bits(read(tmp_path / "new"), made)
     (bundle / "vectors" / "part-000001.parquet").write_bytes(b"x" * len(sent["vectors/part-000001.parquet"]))
     (bundle / "run.json").unlink()
-    assert verify(place)[1] == ["run.json: missing", "vectors/part-000001.parquet: damaged, its sha256 is wrong"]
+    assert list(verify_bundle(place).faults) == [
+        "run.json: missing",
+        "vectors/part-000001.parquet: damaged, its sha256 is wrong",
+    ]
     (bundle / MANIFEST).rename(bundle / JOURNAL)  # as a kill before the last step leaves it
     with pytest.raises(InputError, match="unfinished export"):
-        verify(place)
-    again = export(str(tmp_path / "db"), place, part_bytes=PARTS, progress=False)
+        verify_bundle(place)
+    again = export_bundle(str(tmp_path / "db"), place, part_bytes=PARTS, progress=False)
     assert again.kept == done.files - 2
     assert {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()} == sent
 
@@ -70,23 +73,23 @@ def test_a_bundle_goes_over_webdav(configured, tmp_path, monkeypatch):
                     break
             time.sleep(0.1)
         (tmp_path / "rclone.conf").write_text(f"[dav]\ntype = webdav\nurl = http://127.0.0.1:{port}\nvendor = other\n")
-        done = export(str(tmp_path / "db"), "rclone:dav:bundle", part_bytes=PARTS, progress=False)
-        assert verify("rclone:dav:bundle") == (done.files, [])
+        done = export_bundle(str(tmp_path / "db"), "rclone:dav:bundle", part_bytes=PARTS, progress=False)
+        assert verify_bundle("rclone:dav:bundle") == BundleCheck(done.files, ())
         import_bundle("rclone:dav:bundle", str(tmp_path / "new"))
         assert same_bits(read(tmp_path / "new"), made)
     finally:
         server.terminate()
         server.wait(30)
-    with pytest.raises(InputError, match="rclone lsjson failed .*mend it and run the same command again"):
-        verify("rclone:dav:bundle")
+    with pytest.raises(InputError, match="rclone lsjson failed .*fix it and run the same command again"):
+        verify_bundle("rclone:dav:bundle")
 
 
 @pytest.mark.rclone
 def test_what_rclone_says_is_one_line(configured):
     with pytest.raises(InputError, match="it is no bundle; check the path"):
-        verify("rclone:stick:nowhere")
+        verify_bundle("rclone:stick:nowhere")
     with pytest.raises(InputError, match="rclone lsjson failed .*didn't find section in config file") as error:
-        verify("rclone:nonesuch:nowhere")
+        verify_bundle("rclone:nonesuch:nowhere")
     assert "\n" not in str(error.value)
 
 
