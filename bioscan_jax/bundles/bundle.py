@@ -124,13 +124,13 @@ def bundle(
 
     Example:
         >>> import tempfile
-        >>> from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
+        >>> import bioscan_jax as bj
         >>> from bioscan_jax.barcodes.simulate import write_simulated
         >>> directory = tempfile.mkdtemp()
         >>> path = write_simulated(f"{directory}/in.parquet", species=2, per_species=3, length=60, seed=0)
-        >>> model, data = ModelConfig(checkpoint="random:tiny-v2"), DataConfig(path=str(path))
-        >>> _ = embed(model, data, SinkConfig(uri=f"{directory}/vectors"), progress=False)
-        >>> done = bundle(f"{directory}/vectors", f"{directory}/stick", progress=False)
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path=str(path))
+        >>> _ = bj.embed(model, data, bj.SinkConfig(uri=f"{directory}/vectors"), progress=False)
+        >>> done = bj.bundle(f"{directory}/vectors", f"{directory}/stick", progress=False)
         >>> done.rows, done.precision, done.adapter
         (6, 'float32', None)
     """

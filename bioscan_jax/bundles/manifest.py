@@ -208,16 +208,15 @@ def verify_bundle(source: str, *, flag: str = "source") -> BundleCheck:
 
     Example:
         >>> import tempfile
-        >>> from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
-        >>> from bioscan_jax.bundles.bundle import bundle
+        >>> import bioscan_jax as bj
         >>> from bioscan_jax.barcodes.simulate import write_simulated
         >>> directory = tempfile.mkdtemp()
         >>> path = write_simulated(f"{directory}/in.parquet", species=2, per_species=3, length=60, seed=0)
-        >>> model, data = ModelConfig(checkpoint="random:tiny-v2"), DataConfig(path=str(path))
-        >>> _ = embed(model, data, SinkConfig(uri=f"{directory}/vectors"), progress=False)
-        >>> _ = bundle(f"{directory}/vectors", f"{directory}/stick", progress=False)
-        >>> verify_bundle(f"{directory}/stick")
-        BundleCheck(files=3, faults=())
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path=str(path))
+        >>> _ = bj.embed(model, data, bj.SinkConfig(uri=f"{directory}/vectors"), progress=False)
+        >>> _ = bj.bundle(f"{directory}/vectors", f"{directory}/stick", progress=False)
+        >>> bj.verify_bundle(f"{directory}/stick")
+        BundleCheck(files=2, faults=())
     """
     location, manifest = open_bundle(source, flag)
     return BundleCheck(len(manifest.files), tuple(find_faults(location, manifest)))

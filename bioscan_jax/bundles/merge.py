@@ -69,15 +69,14 @@ def import_bundle(source: str, target: str, table: str | None = None) -> ImportS
 
     Example:
         >>> import tempfile
-        >>> from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
-        >>> from bioscan_jax.bundles.bundle import bundle
+        >>> import bioscan_jax as bj
         >>> from bioscan_jax.barcodes.simulate import write_simulated
         >>> directory = tempfile.mkdtemp()
         >>> path = write_simulated(f"{directory}/in.parquet", species=2, per_species=3, length=60, seed=0)
-        >>> model, data = ModelConfig(checkpoint="random:tiny-v2"), DataConfig(path=str(path))
-        >>> _ = embed(model, data, SinkConfig(uri=f"{directory}/vectors"), progress=False)
-        >>> _ = bundle(f"{directory}/vectors", f"{directory}/stick", progress=False)
-        >>> import_bundle(f"{directory}/stick", f"{directory}/ashore").inserted
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path=str(path))
+        >>> _ = bj.embed(model, data, bj.SinkConfig(uri=f"{directory}/vectors"), progress=False)
+        >>> _ = bj.bundle(f"{directory}/vectors", f"{directory}/stick", progress=False)
+        >>> bj.import_bundle(f"{directory}/stick", f"{directory}/ashore").inserted
         6
     """
     location, manifest = open_bundle(source, "source")

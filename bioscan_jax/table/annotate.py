@@ -1,4 +1,4 @@
-"""Metadata that arrives later: joined onto a vector table by sequence_id, all of it in one commit or none."""
+"""Joins later metadata onto a vector table by sequence_id, all of it in one commit or none."""
 
 import dataclasses
 import json
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 ID = "sequence_id"
 ANNOTATED = b"annotated"
-"""Key in the metadata of a column that no run of embed made."""
+"""Key in the metadata of a column that was added after embedding."""
 _RESERVED = (ID, "source_row", "vector")
 _TEXT_FORMATS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
-class Annotated:
-    """What became of a file of metadata."""
+class AnnotateSummary:
+    """Counts of one call of `annotate`."""
 
     matched: int
-    """Rows of the table that the file has a row for."""
+    """Rows of the table whose sequence_id is in the file."""
     unmatched: int
-    """Rows of the table that it has none for."""
+    """Rows of the table whose sequence_id is not."""
     unused: int
     """Rows of the file whose sequence_id is not in the table."""
     added: tuple[str, ...]
     """New columns."""
     filled: dict[str, int]
-    """Values put into each column that was there."""
+    """Number of values written into each existing column."""
 
     def __str__(self) -> str:
         """The counts, as one line."""
@@ -53,22 +53,36 @@ class Annotated:
         )
 
 
-def annotate(uri: str, path: str, table: str = "sequences", *, overwrite: bool = False) -> Annotated:
+def annotate(uri: str, path: str, table: str = "sequences", *, overwrite: bool = False) -> AnnotateSummary:
     """Joins a file's columns onto a finished vector table by sequence_id.
 
-    A column that the table lacks is added, null where the file has no row; one that it has is filled where it is null.
-    Vectors, ids and the order of rows stay as they are, and their files are not written again. Readers see all or
-    nothing. A null in the file changes nothing.
+    A column that the table lacks is added, null where the file has no row; an existing column is filled where it is
+    null. Vectors, ids and the order of rows do not change, nor do their files. Readers see either all of the change or
+    none. A null in the file changes nothing.
 
     Args:
         uri: Database directory or URL.
-        path: Parquet, or CSV or TSV (perhaps .gz), with sequence_id and what is to be joined.
+        path: Parquet, CSV or TSV file (CSV and TSV also as .gz) with sequence_id and the columns to join.
         table: Name of the vector table.
         overwrite: Replace values that differ from the file's; otherwise they are an error.
 
     Raises:
-        InputError: The file cannot be read or does not fit the table, an id comes twice, a column is reserved, values
-            differ, the table is unfinished, another process writes it, or the storage failed.
+        InputError: The file cannot be read or does not fit the table, an id occurs twice, a column is reserved, values
+            differ, the table is unfinished, another process is writing it, or the storage failed.
+
+    Example:
+        >>> import tempfile
+        >>> import bioscan_jax as bj
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> directory = tempfile.mkdtemp()
+        >>> path = write_simulated(f"{directory}/in.parquet", species=2, per_species=3, length=60, seed=0)
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path=str(path))
+        >>> _ = bj.embed(model, data, bj.SinkConfig(uri=f"{directory}/vectors"), progress=False)
+        >>> first = bj.query("SELECT sequence_id FROM sequences LIMIT 1", f"{directory}/vectors")[0][0]
+        >>> with open(f"{directory}/ships.csv", "w") as file:
+        ...     print("sequence_id,ship", f"{first},Sonne", sep=chr(10), file=file)
+        >>> print(bj.annotate(f"{directory}/vectors", f"{directory}/ships.csv"))
+        1 rows matched, 5 of the table and 0 of the file did not; new columns: ship; filled: none
     """
     from lance import LanceDataset, LanceOperation
 
@@ -89,7 +103,7 @@ def annotate(uri: str, path: str, table: str = "sequences", *, overwrite: bool =
                 fragments, schema = _write(dataset, given, counts, overwrite)
                 operation = LanceOperation.Merge(fragments, schema)
                 dataset = LanceDataset.commit(dataset, operation, read_version=dataset.version)
-                # What a killed process left; the version before stays for those who read it now
+                # Removes what a killed process left; keeps the previous version for its current readers
                 dataset.cleanup_old_versions(
                     retain_versions=2, delete_unverified=True, error_if_tagged_old_versions=False
                 )
@@ -112,7 +126,7 @@ def _read(path: str, schema: pa.Schema) -> pa.Table:
         if suffix == ".parquet":
             return pq.ParquetFile(file).read()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--metadata {path} cannot be read: {' '.join(str(error).split())[:300]}; mend it") from error
+        raise InputError(f"--metadata {path} cannot be read: {' '.join(str(error).split())[:300]}; fix it") from error
     raise InputError(f"--metadata {path}: unknown kind {suffix or 'without extension'}; pass .parquet, .csv or .tsv")
 
 
@@ -125,13 +139,13 @@ def _check_columns(path: str, given: pa.Table, dataset: "lance.LanceDataset") ->
     if blank := [name for name in names if name != name.strip() or not name]:
         raise InputError(f"{path}: column {blank[0]!r} has a name that is empty or starts or ends blank; rename it")
     if names == [ID]:
-        raise InputError(f"{path} has no column but {ID}; nothing is to be joined")
+        raise InputError(f"{path} has no column but {ID}; there is nothing to join")
     reserved = {
         *_RESERVED,
         json.loads(schema_metadata(dataset).get("plan_facts", "{}")).get("data", {}).get("sequence_column"),
     }
     if taken := [name for name in names if name in reserved and name != ID]:
-        raise InputError(f"{path}: column {taken[0]!r} is what the vectors were made with or of; leave it out")
+        raise InputError(f"{path}: column {taken[0]!r} is an input or a result of embedding; leave it out")
     if given[ID].null_count:
         raise InputError(f"{path}: {given[ID].null_count:,} rows have no sequence_id; leave them out")
     counts = given[ID].combine_chunks().value_counts()
@@ -148,7 +162,7 @@ def _check_columns(path: str, given: pa.Table, dataset: "lance.LanceDataset") ->
 
 
 def _conform(path: str, given: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The file's columns in the types of the table's, new ones as Lance can store them."""
+    """Casts the file's columns to the table's types, and new ones to types that Lance can store."""
     check_values(given, lambda row: f"{path} row {row}")
     added = pa.schema([f for f in given.schema if f.name not in schema.names])
     nulls = [pa.field(f.name, pa.string()) if pa.types.is_null(f.type) else f for f in added]
@@ -168,7 +182,7 @@ def _conform(path: str, given: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _matches(given: pa.Table, ids: pa.ChunkedArray | pa.Array) -> pa.Array | pa.ChunkedArray:
-    """Row of the file for each row of the table, null where there is none."""
+    """Returns the file's row for each row of the table, null if there is none."""
     return pc.call_function("index_in", [ids], pc.SetLookupOptions(given[ID].combine_chunks()))
 
 
@@ -177,7 +191,7 @@ def _new_values(old: pa.ChunkedArray, new: pa.ChunkedArray, overwrite: bool) -> 
 
 
 def _differ(old: pa.ChunkedArray, new: pa.ChunkedArray) -> np.ndarray:
-    """Where both have a value, and not the same."""
+    """Returns where both have a value and the values differ."""
     both = old.is_valid().to_numpy() & new.is_valid().to_numpy()
     if not both.any():
         return both
@@ -193,8 +207,8 @@ def _is_nan(column: pa.ChunkedArray) -> np.ndarray:
     return pc.call_function("is_nan", [column]).fill_null(False).to_numpy()
 
 
-def _check_conflicts(path: str, given: pa.Table, dataset: "lance.LanceDataset", overwrite: bool) -> Annotated:
-    """Counts what will happen, reading the table once; an InputError where values differ and may not."""
+def _check_conflicts(path: str, given: pa.Table, dataset: "lance.LanceDataset", overwrite: bool) -> AnnotateSummary:
+    """Counts the changes in one pass over the table; raises InputError if values differ and may not be replaced."""
     old = [name for name in given.column_names if name in dataset.schema.names and name != ID]
     seen, matched, rows, conflicts, first = np.zeros(len(given), bool), 0, 0, 0, ""
     filled = dict.fromkeys(old, 0)
@@ -216,16 +230,16 @@ def _check_conflicts(path: str, given: pa.Table, dataset: "lance.LanceDataset", 
             f"{path}: {conflicts:,} values differ from the table's; the first: {first}; pass --overwrite true"
         )
     added = tuple(name for name in given.column_names if name not in dataset.schema.names)
-    return Annotated(matched, rows - matched, len(given) - int(seen.sum()), added, filled)
+    return AnnotateSummary(matched, rows - matched, len(given) - int(seen.sum()), added, filled)
 
 
 def _write(
-    dataset: "lance.LanceDataset", given: pa.Table, counts: Annotated, overwrite: bool
+    dataset: "lance.LanceDataset", given: pa.Table, counts: AnnotateSummary, overwrite: bool
 ) -> tuple[list["lance.FragmentMetadata"], "LanceSchema"]:
-    """Writes the columns' new files beside the old ones; no version of the table names them yet.
+    """Writes new data files for the columns, which no version of the table refers to yet.
 
     Returns:
-        All fragments as they are to be, and the schema.
+        All fragments with their new files, and the schema.
     """
     added = pa.schema([pa.field(n, given.schema.field(n).type, metadata={ANNOTATED: b"1"}) for n in counts.added])
     old = [name for name, count in counts.filled.items() if count]

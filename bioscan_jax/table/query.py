@@ -58,13 +58,14 @@ def query(sql: str, uri: str = "vectors", table: str = "sequences") -> pa.Table:
 
     Example:
         >>> import tempfile
-        >>> from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
+        >>> import bioscan_jax as bj
         >>> from bioscan_jax.barcodes.simulate import write_simulated
         >>> directory = tempfile.mkdtemp()
         >>> path = write_simulated(f"{directory}/in.parquet", species=2, per_species=3, length=60, seed=0)
-        >>> model, data = ModelConfig(checkpoint="random:tiny-v2"), DataConfig(path=str(path))
-        >>> _ = embed(model, data, SinkConfig(uri=f"{directory}/vectors"), progress=False)
-        >>> query("SELECT count(*) AS n FROM sequences WHERE length(dna_sequence) > 0", f"{directory}/vectors").to_pylist()
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path=str(path))
+        >>> _ = bj.embed(model, data, bj.SinkConfig(uri=f"{directory}/vectors"), progress=False)
+        >>> sql = "SELECT count(*) AS n FROM sequences WHERE length(dna_sequence) > 0"
+        >>> bj.query(sql, f"{directory}/vectors").to_pylist()
         [{'n': 6}]
     """
     with stream(sql, uri, table) as reader:
