@@ -32,6 +32,7 @@ from .matching.search import Table, open_table
 from .model.config import PRESETS, TransformerConfig
 from .model.transformer import NucleotideTransformer
 from .planning.plan import Plan, plan
+from .reports.run import ReportSummary, report
 from .training.export import export
 from .training.run import TrainingSummary, finetune
 
@@ -58,6 +59,7 @@ __all__ = [
     "Plan",
     "QueryConfig",
     "ReferenceConfig",
+    "ReportSummary",
     "RunSummary",
     "SimulateConfig",
     "SinkConfig",
@@ -79,4 +81,5 @@ __all__ = [
     "make_layout",
     "open_table",
     "plan",
+    "report",
 ]

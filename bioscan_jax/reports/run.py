@@ -18,7 +18,13 @@ _SHOWN_ROWS = 50_000
 
 @dataclass(frozen=True)
 class ReportSummary:
-    """The files that `report` wrote."""
+    """The files that `report` wrote.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> print(bj.ReportSummary("r.html", size=1_200_000, rows=10, shown=10, pictures=(), left_out=()))
+        r.html: 10 of 10 rows, 1.2 MB
+    """
 
     output: str
     size: int
@@ -67,12 +73,11 @@ def report(
         InputError: There is no such table, it has no rows, a file cannot be read or written, or a setting is wrong.
 
     Example:
-        >>> import lance, numpy as np, pyarrow as pa, tempfile
-        >>> folder = tempfile.mkdtemp()
+        >>> import bioscan_jax as bj, lance, numpy as np, pyarrow as pa
         >>> vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.eye(3, dtype=np.float32).ravel()), 3)
         >>> rows = pa.table({"sequence_id": ["a", "b", "c"], "vector": vectors})
-        >>> _ = lance.write_dataset(rows, f"{folder}/sequences.lance")
-        >>> summary = report(folder, f"{folder}/report.html", projection="pca")
+        >>> _ = lance.write_dataset(rows, "demo/sequences.lance")
+        >>> summary = bj.report("demo", "report.html", projection="pca")
         >>> summary.shown, summary.left_out[-1]
         (3, 'there is no sequences.run.json beside the table')
     """
