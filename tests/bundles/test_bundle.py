@@ -90,7 +90,7 @@ def test_a_bundle_is_plain_parquet_without_links(whole, made):
         check_path(name, "the bundle")
 
 
-def test_every_type_that_a_table_can_hold_comes_back(tmp_path):
+def test_values_of_every_column_type_are_read_back(tmp_path):
     rows = 8
     struct = pa.struct([("at", pa.timestamp("s", "UTC")), ("tags", pa.list_(pa.large_string()))])
     columns = {
@@ -121,7 +121,7 @@ def test_every_type_that_a_table_can_hold_comes_back(tmp_path):
         assert same_bits(read(tmp_path / "new", "t"), read(tmp_path / "db", "t"))
 
 
-def test_a_flipped_byte_a_missing_and_an_extra_file_are_named(bundle, tmp_path):
+def test_damaged_missing_and_extra_files_are_reported(bundle, tmp_path):
     first, second = sorted((bundle / "vectors").iterdir())[:2]
     data = bytearray(first.read_bytes())
     data[len(data) // 2] ^= 1
@@ -144,7 +144,7 @@ def test_a_flipped_byte_a_missing_and_an_extra_file_are_named(bundle, tmp_path):
     assert not (tmp_path / "db").exists()
 
 
-def test_every_single_flipped_bit_of_a_manifest_is_noticed(bundle, tmp_path):
+def test_every_flipped_bit_of_a_manifest_is_detected(bundle, tmp_path):
     text = (bundle / MANIFEST).read_bytes()
     rng, unnoticed = np.random.default_rng(0), 0
     for place in rng.choice(len(text), 60, replace=False):
@@ -186,13 +186,13 @@ def forged(bundle: Path, change: dict) -> None:
         ({"format": "zip"}, "has the format 'zip'"),
     ],
 )
-def test_a_head_that_no_export_wrote_makes_no_table(bundle, tmp_path, change, says):
+def test_an_invalid_manifest_head_is_rejected(bundle, tmp_path, change, says):
     forged(bundle, dict(change))
     refused(says, import_bundle, str(bundle), str(tmp_path / "db"))
     assert not (tmp_path / "db").exists()
 
 
-def test_a_bundle_of_another_version_is_not_written_over(made, bundle):
+def test_a_bundle_of_another_version_is_not_overwritten(made, bundle):
     forged(bundle, {"format": "bioscan_jax bundle 2"})
     before = contents(bundle)
     refused("it is of another version", carry, made, bundle)
@@ -200,12 +200,12 @@ def test_a_bundle_of_another_version_is_not_written_over(made, bundle):
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 100_000, '{"sha256":' + "9" * 5000 + "}", "[]", "7", ""])
-def test_json_that_is_no_manifest_is_one_line(bundle, text):
+def test_json_that_is_no_manifest_is_rejected(bundle, text):
     (bundle / MANIFEST).write_text(text)
     refused("is damaged", verify_bundle, str(bundle))
 
 
-def test_a_manifest_of_any_size_is_not_read(bundle):
+def test_an_oversized_manifest_is_not_read(bundle):
     with (bundle / MANIFEST).open("wb") as file:
         file.truncate(1 << 40)
     refused("more than a manifest ever has", verify_bundle, str(bundle))
@@ -234,7 +234,7 @@ REFUSED = ["CON", "a/nul.txt", "com1", "LPT9.parquet", "x.", "x ", "a./b", "ab:c
 
 
 @pytest.mark.parametrize("path", CLIMBING)
-def test_a_manifest_that_climbs_out_is_not_followed(bundle, tmp_path, path):
+def test_manifest_paths_outside_the_bundle_are_rejected(bundle, tmp_path, path):
     manifest = Manifest.from_json((bundle / MANIFEST).read_bytes(), "")
     entry = dataclasses.replace(manifest.files[0], path=path, kind="beside")
     (bundle / MANIFEST).write_text(Manifest(manifest.head, (*manifest.files, entry)).to_json())
@@ -245,12 +245,12 @@ def test_a_manifest_that_climbs_out_is_not_followed(bundle, tmp_path, path):
 
 
 @pytest.mark.parametrize("path", REFUSED)
-def test_names_that_windows_refuses_are_refused(path):
+def test_names_invalid_on_windows_are_rejected(path):
     refused("which Windows refuses|no room for more", check_path, path, "it")
 
 
 @pytest.mark.parametrize("path", ["vectors/part-000001.parquet", "conference/a.b", "a-b_c (1).json", "aux1", "é.json"])
-def test_other_names_are_taken(path):
+def test_other_names_are_accepted(path):
     check_path(path, "it")
 
 
@@ -280,7 +280,7 @@ KILLS = [
 
 
 @pytest.mark.parametrize("precision", [None, "int8"])
-def test_a_killed_export_goes_on_and_ends_as_an_uninterrupted_one(made, tmp_path, precision):
+def test_a_killed_export_resumes_to_the_same_bundle(made, tmp_path, precision):
     given = {"source": made, "precision": precision, "part_bytes": PARTS, "progress": False}
     export_bundle(**given, target=str(tmp_path / "once"))
     wanted = contents(tmp_path / "once")
@@ -321,7 +321,7 @@ def test_exports_and_imports_killed_at_random_moments(made, whole, tmp_path):
         assert same_bits(read(tmp_path / f"d{number}"), table)
 
 
-def test_a_killed_import_goes_on(made, whole, tmp_path):
+def test_a_killed_import_resumes(made, whole, tmp_path):
     points = [
         {"at": "lance:write_dataset", "nth": 1, "after": True},
         {"at": "lance:write_dataset", "nth": 3, "after": True},
@@ -360,7 +360,7 @@ def test_another_export_or_foreign_files_are_not_overwritten(made, bundle, tmp_p
     assert (tmp_path / "full" / "thesis.docx").read_text() == "mine"
 
 
-def test_a_filter_takes_its_rows_alone(made, tmp_path):
+def test_a_filter_exports_only_its_rows(made, tmp_path):
     assert "rows as float32" in carry(made, tmp_path / "b", filter="depth BETWEEN 0 AND 3000 AND `genus` = 'g1'")
     import_bundle(str(tmp_path / "b"), str(tmp_path / "db"))
     wanted = [
@@ -381,7 +381,7 @@ def test_a_filter_takes_its_rows_alone(made, tmp_path):
         ("border IS NULL", 4),
     ],
 )
-def test_names_in_a_filter_are_what_sql_says(tmp_path, condition, rows):
+def test_names_in_a_filter_follow_standard_sql(tmp_path, condition, rows):
     order = ["Diptera", "Diptera", 'it\'s "order"', None]
     table = pa.table({"order": order, "Depth": [1, 2, 3, 4], "border": pa.nulls(4, pa.string())})
     found = lance.write_dataset(table, str(tmp_path / "t.lance"))
@@ -405,12 +405,12 @@ def test_names_in_a_filter_are_what_sql_says(tmp_path, condition, rows):
         ("station = 99", "has no row for which --filter holds"),
     ],
 )
-def test_a_filter_is_one_condition(made, tmp_path, condition, says):
+def test_a_filter_must_be_one_condition(made, tmp_path, condition, says):
     refused(says, carry, made, tmp_path / "b", filter=condition)
     assert not (tmp_path / "b").exists()
 
 
-def test_a_budget_takes_the_most_exact_precision_that_fits(made, tmp_path):
+def test_a_budget_chooses_the_most_exact_precision_that_fits(made, tmp_path):
     sizes, told = {}, carry(made, tmp_path / "all", budget="1GB").splitlines()
     assert told[0] == "recall@10 of 256 rows among 429, against float32:"
     for line in told[1:5]:
@@ -441,7 +441,7 @@ def test_a_budget_takes_the_most_exact_precision_that_fits(made, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_estimate_is_not_far_above_nor_below_the_bundle(tmp_path):
+def test_the_estimate_is_near_the_size_of_the_bundle(tmp_path):
     make_table(tmp_path / "db", 1500, hidden=64)
     for precision in ("float32", "float16", "int8", "pq"):
         carry(str(tmp_path / "db"), tmp_path / precision, precision=precision)
@@ -452,7 +452,7 @@ def test_the_estimate_is_not_far_above_nor_below_the_bundle(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["recall_queries", "recall_rows"])
-def test_numbers_that_are_too_small(made, tmp_path, flag):
+def test_too_small_numbers_are_rejected(made, tmp_path, flag):
     refused(f"--{flag} 0 is too small", carry, made, tmp_path / "b", **{flag: 0})
     refused("both decide the precision", carry, made, tmp_path / "b", precision="pq", budget="1GB")
 
@@ -460,16 +460,16 @@ def test_numbers_that_are_too_small(made, tmp_path, flag):
 @pytest.mark.parametrize(
     ("text", "size"), [("25GB", 25 * 10**9), ("1.5 MiB", 3 << 19), ("700", 700), ("2kb", 2000), ("1TB", 10**12)]
 )
-def test_sizes(text, size):
+def test_sizes_are_parsed(text, size):
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1 fortnight", "1e9", "nan"])
-def test_what_is_no_size(text):
+def test_invalid_sizes_are_rejected(text):
     refused("is no size; pass one such as 25GB", parse_bytes, text)
 
 
-def test_too_little_space_is_told_beforehand(made, tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_writing(made, tmp_path, monkeypatch):
     """SIMULATED: the disk is made to say that it is nearly full."""
     monkeypatch.setattr(location.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
     refused("bytes are needed and 5,000 are free; free space, or pass --budget", carry, made, tmp_path / "b")
@@ -477,7 +477,7 @@ def test_too_little_space_is_told_beforehand(made, tmp_path, monkeypatch):
     assert contents(tmp_path) == {}
 
 
-def test_an_unmounted_target_is_refused(made, tmp_path, monkeypatch):
+def test_an_unmounted_target_is_rejected(made, tmp_path, monkeypatch):
     """SIMULATED: tmp_path stands for /media."""
     monkeypatch.setattr(location, "MOUNT_POINTS", (str(tmp_path),))
     (tmp_path / "stick").mkdir()
@@ -493,7 +493,7 @@ def test_an_unmounted_target_is_refused(made, tmp_path, monkeypatch):
     refused("it is no bundle; check the path", verify_bundle, made)
 
 
-def test_what_is_taken_along_comes_beside_the_table(made, tmp_path):
+def test_included_files_are_imported_beside_the_table(made, tmp_path):
     (tmp_path / "adapter" / "deep").mkdir(parents=True)
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter" / "deep" / "weights").write_bytes(b"\x00" * 99)
@@ -512,7 +512,7 @@ def test_what_is_taken_along_comes_beside_the_table(made, tmp_path):
     refused("holds another export .beside", carry, made, tmp_path / "b", beside=along)
 
 
-def test_an_adapter_that_made_the_vectors_is_not_forgotten(made, tmp_path):
+def test_a_missing_adapter_is_reported(made, tmp_path):
     shutil.copytree(made, tmp_path / "db")
     assert "\nadapter" not in carry(str(tmp_path / "db"), tmp_path / "a")
     table = lance.dataset(str(tmp_path / "db" / "sequences.lance"))
@@ -524,7 +524,7 @@ def test_an_adapter_that_made_the_vectors_is_not_forgotten(made, tmp_path):
     assert told.endswith("\nadapter included")
 
 
-def test_a_calibration_goes_where_its_rows_and_vectors_do(made, tmp_path):
+def test_a_calibration_is_included_only_with_its_rows_and_vectors(made, tmp_path):
     source = Path(shutil.copytree(made, tmp_path / "source"))
     (source / "sequences.calibration.json").write_text('{"of": "these rows"}')
     assert "calibration included" in carry(str(source), tmp_path / "b")
@@ -541,7 +541,7 @@ def test_a_calibration_goes_where_its_rows_and_vectors_do(made, tmp_path):
     assert (tmp_path / "grown" / "sequences.calibration.json").exists()
 
 
-def test_names_that_a_stick_cannot_have_are_refused_beforehand(made, tmp_path):
+def test_names_invalid_on_a_stick_are_rejected_before_writing(made, tmp_path):
     for name, says in {"aux.json": "Windows refuses", "what?": "Windows refuses", "end.": "Windows refuses"}.items():
         (tmp_path / "w").mkdir(exist_ok=True)
         (tmp_path / "w" / name).write_text("x")
@@ -559,7 +559,7 @@ def test_names_that_a_stick_cannot_have_are_refused_beforehand(made, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_two_tables_of_the_same_model_merge_and_others_do_not(made, whole, tmp_path):
+def test_only_tables_of_the_same_model_merge(made, whole, tmp_path):
     make_table(tmp_path / "db", 200, prefix="t", seed=1, index="ivf_sq")
     before = read(tmp_path / "db")
     done = import_bundle(str(whole), str(tmp_path / "db"))
@@ -577,20 +577,20 @@ def test_two_tables_of_the_same_model_merge_and_others_do_not(made, whole, tmp_p
         assert len(read(tmp_path / str(number))) == 86
 
 
-def test_a_table_that_embed_has_not_ended_is_left_alone(whole, tmp_path):
+def test_an_unfinished_table_is_not_changed(whole, tmp_path):
     make_table(tmp_path / "db", 300, prefix="t", finish=False)
     lance.dataset(f"{tmp_path}/db/sequences.lance").delete("source_row >= 200")
     refused("is unfinished .214 of 300 rows.", import_bundle, str(whole), str(tmp_path / "db"))
     assert len(read(tmp_path / "db")) == 171
 
 
-def test_the_same_id_for_another_sequence_is_not_passed_over(made, whole, tmp_path):
+def test_the_same_id_with_another_sequence_is_rejected(made, whole, tmp_path):
     import_bundle(str(whole), str(tmp_path / "db"))
     lance.dataset(f"{tmp_path}/db/sequences.lance").update({"dna_sequence": "'TTTT'"}, where="sequence_id = 's8'")
     refused("1 rows, the first 's8', have another dna_sequence", import_bundle, str(whole), str(tmp_path / "db"))
 
 
-def test_columns_that_one_side_lacks_are_null_there(made, whole, tmp_path):
+def test_columns_missing_on_one_side_are_null(made, whole, tmp_path):
     import_bundle(str(whole), str(tmp_path / "db"))
     dataset = lance.dataset(f"{tmp_path}/db/sequences.lance")
     dataset.delete("source_row < 100")
@@ -613,7 +613,7 @@ def test_columns_that_one_side_lacks_are_null_there(made, whole, tmp_path):
     )
 
 
-def test_half_floats_stay_and_meet_floats(tmp_path):
+def test_half_floats_are_kept_and_merge_with_floats(tmp_path):
     make_table(tmp_path / "half", 100, dtype="float16")
     carry(str(tmp_path / "half"), tmp_path / "b")
     import_bundle(str(tmp_path / "b"), str(tmp_path / "new"))
@@ -625,14 +625,14 @@ def test_half_floats_stay_and_meet_floats(tmp_path):
     refused("the table's vectors are float16", carry, str(tmp_path / "half"), tmp_path / "c", precision="float32")
 
 
-def test_an_import_or_export_at_work_is_not_disturbed(made, whole, tmp_path):
+def test_a_running_import_or_export_is_not_disturbed(made, whole, tmp_path):
     with writer_lock(str(tmp_path / "db"), "sequences"):
         refused("is being written by process", import_bundle, str(whole), str(tmp_path / "db"))
     with writer_lock(f"bundle://{tmp_path}/b", "sequences"):
         refused("is being written by process", carry, made, tmp_path / "b")
 
 
-def test_a_bucket_holds_a_bundle_as_a_directory_does(made, whole, tmp_path):
+def test_a_bucket_holds_the_same_bundle_as_a_directory(made, whole, tmp_path):
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     try:
@@ -659,7 +659,7 @@ def test_a_bucket_holds_a_bundle_as_a_directory_does(made, whole, tmp_path):
     refused("install that driver", verify_bundle, "nonesuch://bucket/b")
 
 
-def test_the_script_goes_the_whole_way_and_refuses_in_one_line(made, tmp_path):
+def test_the_command_exports_verifies_imports_and_reports_errors(made, tmp_path):
     script = functools.partial(call, "bundle")
     (tmp_path / "notes.json").write_text("{}")
     along = ["--with", tmp_path / "notes.json", "--with", Path(made) / "sequences.run.json"]

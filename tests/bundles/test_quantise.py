@@ -37,7 +37,7 @@ def test_int8_is_within_half_a_step_and_float32_exact(vectors):
     assert np.array_equal(quantisers["float16"].decode(quantisers["float16"].encode(vectors)), vectors.astype("f2"))
 
 
-def test_pq_takes_the_nearest_centroid_of_each_piece():
+def test_pq_chooses_the_nearest_centroid_of_each_piece():
     vectors = clustered(600, 24)
     pq = fitted(vectors)["pq"]
     assert pq.codebook.shape == (3, 256, 8)
@@ -51,7 +51,7 @@ def test_pq_takes_the_nearest_centroid_of_each_piece():
         assert np.array_equal(pq.decode(codes)[:, piece * 8 : piece * 8 + 8], pq.codebook[piece][codes[:, piece]])
 
 
-def test_the_same_seed_gives_the_same_codes_and_they_survive_a_file(tmp_path):
+def test_codes_are_reproducible_and_decodable_from_a_file(tmp_path):
     vectors = clustered(500, 16)
     for name, quantiser in fitted(vectors).items():
         codes = quantiser.encode(vectors)
@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_codes_and_they_survive_a_file(tmp_path):
         assert codes.nbytes == 500 * bytes_per_vector(name, 16)
 
 
-def test_what_float16_cannot_hold_is_left_out_or_refused():
+def test_float16_overflow_is_left_out_or_rejected():
     vectors = clustered(40, 8)
     vectors[7, 3] = 7e4
     assert "float16" not in fitted(vectors)
@@ -87,7 +87,7 @@ def brute_force(vectors: np.ndarray, decoded: np.ndarray, asked: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_recall_is_that_of_brute_force(twice):
+def test_recall_equals_brute_force(twice):
     vectors = clustered(700, 24)
     if twice:
         vectors[350:] = vectors[:350]
@@ -101,7 +101,7 @@ def test_recall_is_that_of_brute_force(twice):
     assert found["pq"] > 0.1
 
 
-def test_recall_on_a_draw_is_seeded_and_counts_what_it_says():
+def test_recall_of_a_sample_is_seeded_and_exact():
     vectors = clustered(900, 16)
     quantisers = {"pq": fitted(vectors)["pq"]}
     rng = np.random.default_rng(5)

@@ -30,7 +30,7 @@ def configured(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.rclone
-def test_a_bundle_goes_through_a_remote_and_comes_back(configured, tmp_path):
+def test_a_round_trip_through_a_remote(configured, tmp_path):
     made = make_table(tmp_path / "db")
     export_bundle(str(tmp_path / "db"), str(tmp_path / "local"), part_bytes=PARTS, progress=False)
     place = "rclone:stick:deep/bundle"
@@ -58,7 +58,7 @@ def test_a_bundle_goes_through_a_remote_and_comes_back(configured, tmp_path):
 
 
 @pytest.mark.rclone
-def test_a_bundle_goes_over_webdav(configured, tmp_path, monkeypatch):
+def test_a_round_trip_over_webdav(configured, tmp_path, monkeypatch):
     made = make_table(tmp_path / "db", 200)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -85,7 +85,7 @@ def test_a_bundle_goes_over_webdav(configured, tmp_path, monkeypatch):
 
 
 @pytest.mark.rclone
-def test_what_rclone_says_is_one_line(configured):
+def test_rclone_errors_are_one_line(configured):
     with pytest.raises(InputError, match="it is no bundle; check the path"):
         verify_bundle("rclone:stick:nowhere")
     with pytest.raises(InputError, match="rclone lsjson failed .*didn't find section in config file") as error:
@@ -93,14 +93,14 @@ def test_what_rclone_says_is_one_line(configured):
     assert "\n" not in str(error.value)
 
 
-def test_without_rclone_it_is_one_line(monkeypatch, tmp_path):
+def test_a_missing_rclone_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="rclone is not installed; get it from your distribution or rclone.org"):
         locate("rclone:stick:bundle", "target")
 
 
 @pytest.mark.parametrize("place", ["rclone:", "rclone:bundle", "rclone:--config=x:y"])
-def test_what_is_no_remote_is_not_given_to_rclone(place, monkeypatch, tmp_path):
+def test_invalid_remotes_are_not_passed_to_rclone(place, monkeypatch, tmp_path):
     (tmp_path / "rclone").write_text('#!/bin/sh\ntouch "$(dirname "$0")/called"\n')
     os.chmod(tmp_path / "rclone", 0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

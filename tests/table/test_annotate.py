@@ -73,7 +73,7 @@ def test_new_columns_are_joined_by_id_in_one_version(uri, tmp_path):
     assert lance.dataset(f"{uri}/sequences.lance").version == version + 1
 
 
-def test_columns_that_are_there_are_filled_and_conflicts_need_a_word(uri, tmp_path):
+def test_existing_columns_are_filled_and_conflicts_need_overwrite(uri, tmp_path):
     before = read(uri).to_pylist()
     ids = [row["sequence_id"] for row in before]
     path = metadata(tmp_path / "m.parquet", sequence_id=ids, genus=["new"] * 429, depth=pa.array([1] * 429), ship=ids)
@@ -95,7 +95,7 @@ def test_columns_that_are_there_are_filled_and_conflicts_need_a_word(uri, tmp_pa
     assert after.column_names == [*before[0], "ship"]
 
 
-def test_nulls_are_filled_and_nulls_of_the_file_change_nothing(uri, tmp_path):
+def test_nulls_are_filled_and_nulls_in_the_file_are_ignored(uri, tmp_path):
     before = read(uri).to_pylist()
     null = [row["sequence_id"] for row in before if row["depth"] is None]
     full = [row["sequence_id"] for row in before if row["depth"] is not None]
@@ -121,7 +121,7 @@ def test_text_files_take_the_types_of_the_table(uri, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("columns", "says"),
+    ("columns", "expected"),
     [
         ({"id": ["s1"], "x": [1]}, "no column 'sequence_id' (columns: id, x)"),
         ({"sequence_id": ["s1"]}, "no column but sequence_id"),
@@ -139,22 +139,22 @@ def test_text_files_take_the_types_of_the_table(uri, tmp_path, name):
         ({"sequence_id": ["t1", "t2"], "x": [1, 2]}, "none of its 2 sequence_ids is in"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_changes_nothing(uri, tmp_path, columns, says):
+def test_a_file_that_does_not_fit_is_rejected_without_changes(uri, tmp_path, columns, expected):
     before = {path: path.read_bytes() for path in Path(uri, "sequences.lance").rglob("*") if path.is_file()}
     with pytest.raises(InputError) as error:
         annotate(uri, metadata(tmp_path / "m.parquet", **columns))
-    assert says in str(error.value)
+    assert expected in str(error.value)
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in Path(uri, "sequences.lance").rglob("*") if path.is_file()} == before
 
 
-def test_files_that_cannot_be_read_are_one_line(uri, tmp_path):
+def test_unreadable_files_are_reported_on_one_line(uri, tmp_path):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     (tmp_path / "ragged.csv").write_text("sequence_id,x\ns1,1,2\n")
     (tmp_path / "words.csv").write_text("sequence_id,depth\ns4,deep\n")
     (tmp_path / "latin.csv").write_bytes("sequence_id,place\ns4,Tromsø\n".encode("latin-1"))
     (tmp_path / "m.xlsx").write_bytes(b"PK")
-    for name, says in {
+    for name, expected in {
         "none.csv": "no such file",
         "cut.parquet": "cannot be read",
         "ragged.csv": "cannot be read",
@@ -162,18 +162,18 @@ def test_files_that_cannot_be_read_are_one_line(uri, tmp_path):
         "latin.csv": "column 'place' is not UTF-8",
         "m.xlsx": "unknown kind .xlsx",
     }.items():
-        with pytest.raises(InputError, match=says) as error:
+        with pytest.raises(InputError, match=expected) as error:
             annotate(uri, str(tmp_path / name))
         assert "\n" not in str(error.value)
 
 
-def test_an_index_on_a_filled_column_is_not_left_stale(uri, tmp_path):
+def test_an_indexed_column_is_not_filled(uri, tmp_path):
     lance.dataset(f"{uri}/sequences.lance").create_scalar_index("station", "BTREE", name="station_idx")
     with pytest.raises(InputError, match=r"column 'station' has an index \(station_idx\)"):
         annotate(uri, metadata(tmp_path / "m.parquet", sequence_id=["s1"], station=pa.array([5], pa.int32())))
 
 
-def test_an_unfinished_or_busy_table_is_refused(tmp_path, uri):
+def test_an_unfinished_or_busy_table_is_rejected(tmp_path, uri):
     make_table(tmp_path / "part", 300, finish=False)
     lance.dataset(f"{tmp_path}/part/sequences.lance").delete("source_row >= 200")
     path = metadata(tmp_path / "m.parquet", sequence_id=["s1"], ship=["Sonne"])
@@ -197,7 +197,7 @@ POINTS = [
 ]
 
 
-def test_a_kill_leaves_all_or_nothing_and_the_same_command_ends_it(made, tmp_path):
+def test_a_kill_leaves_all_or_nothing_and_the_same_command_finishes(made, tmp_path):
     before = read(made)
     ids = before["sequence_id"].to_pylist()
     path = metadata(tmp_path / "m.parquet", sequence_id=ids, ship=ids, depth=[9.0] * 429)
@@ -251,8 +251,8 @@ def test_the_script_prints_the_counts(uri, tmp_path):
     assert done.stdout == f"{counts}; new columns: ship; filled: none\n"
 
 
-def test_an_annotated_table_is_still_the_run_s(tmp_path):
-    """Embedding again says that all is done, and the columns that came later stay."""
+def test_embed_still_recognises_an_annotated_table(tmp_path):
+    """Embedding again expected that all is done, and the columns that came later stay."""
     rows = {"sequence_id": ["a", "b"], "dna_sequence": ["ACGTACGTAC", "GGGTACGTAC"]}
     pq.write_table(pa.table(rows), tmp_path / "in.parquet")
     checkpoint = GOLDEN / "v2"

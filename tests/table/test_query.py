@@ -31,7 +31,7 @@ def lance_reads(plan: str) -> list[str]:
     return [line.strip() for line in plan.split("Lance reads:", 1)[1].splitlines() if "LanceRead" in line]
 
 
-def test_the_depth_query_passes_over_null_depths(uri):
+def test_the_depth_query_skips_null_depths(uri):
     rows = [row for row in read(uri).to_pylist() if row["depth"] is not None and 0 <= row["depth"] <= 3000]
     rows.sort(key=lambda row: row["sequence_id"])
     assert 100 < len(rows) < 400
@@ -55,7 +55,7 @@ def test_lance_filters_where_it_can_and_reads_no_vector(uri, where, pushed):
     assert "vector" not in reads
 
 
-def test_vectors_are_read_when_they_are_asked_for_and_not_otherwise(uri):
+def test_vectors_are_read_only_if_selected(uri):
     assert "vector" not in explain("SELECT * EXCLUDE vector FROM sequences", uri).split("Lance reads:")[1]
     assert "vector" in explain("SELECT vector[1] FROM sequences", uri).split("Lance reads:")[1]
     first = query("SELECT vector FROM sequences ORDER BY source_row LIMIT 1", uri)["vector"][0].as_py()
@@ -97,7 +97,7 @@ FLOATS = st.one_of(
 )
 @example(values=[-math.nan, -1.0, math.nan], bound=0.0, test="f < {0}")
 @example(values=[-math.nan, -1.0, math.nan], bound=0.0, test="d <= {0} AND f <> {0}")
-def test_bounds_of_floats_give_what_duckdb_gives_by_itself(tmp_path_factory, values, bound, test):
+def test_float_bounds_give_the_rows_of_plain_duckdb(tmp_path_factory, values, bound, test):
     directory = tmp_path_factory.mktemp("floats")
     doubles = pa.array(values, pa.float64())
     with np.errstate(over="ignore"):
@@ -110,7 +110,7 @@ def test_bounds_of_floats_give_what_duckdb_gives_by_itself(tmp_path_factory, val
     assert query(sql, str(directory), "t")["i"].to_pylist() == wanted
 
 
-def test_a_renamed_column_is_not_mistaken_for_another(uri):
+def test_a_renamed_column_is_not_confused_with_another(uri):
     swapped = "SELECT count(*) AS n FROM (SELECT depth AS station, station::DOUBLE AS depth FROM sequences)"
     rows = read(uri).to_pylist()
     assert query(f"{swapped} WHERE depth >= 9", uri)["n"][0].as_py() == sum(row["station"] >= 9 for row in rows)
@@ -118,7 +118,7 @@ def test_a_renamed_column_is_not_mistaken_for_another(uri):
     assert query(f"{swapped} WHERE station >= 9", uri)["n"][0].as_py() == deep
 
 
-def test_a_bound_on_one_of_two_scans_is_not_put_on_the_other(uri):
+def test_a_bound_on_one_of_two_scans_does_not_affect_the_other(uri):
     rows = read(uri).to_pylist()
     deep = [row["station"] for row in rows if row["depth"] is not None and row["depth"] >= 3000]
     pairs = sum(row["station"] == station for row in rows for station in deep)
@@ -138,7 +138,7 @@ def test_a_bound_on_a_float_is_compared_as_a_float(tmp_path):
 
 @pytest.mark.parametrize("extra", [pa.array(range(20), pa.int64()), pa.array(range(20), pa.duration("s"))])
 @pytest.mark.parametrize("where", ["u64 >= 6", "u64 IN (7, 8)", "f >= 6 AND u64 < 19", "i > 6 AND i < 9", "f16 > 6"])
-def test_types_that_lance_takes_no_filter_on_are_filtered_all_the_same(tmp_path, where, extra):
+def test_types_that_lance_cannot_filter_are_filtered(tmp_path, where, extra):
     numbers = pa.array([*range(18), None, None], pa.int64())
     floats = pa.array([*np.arange(17.0), math.nan, None, -math.nan])
     columns = {"i": numbers, "u64": pa.array(range(20), pa.uint64()), "f": floats, "f16": floats.cast(pa.float16())}
@@ -152,13 +152,13 @@ def test_types_that_lance_takes_no_filter_on_are_filtered_all_the_same(tmp_path,
     assert [tuple(row.values()) for row in found.to_pylist()] == wanted
 
 
-def test_rejects_are_a_table_too(uri):
+def test_rejects_can_be_queried(uri):
     found = query("SELECT reason, count(*) AS n FROM sequences_rejects WHERE source_row >= 0 GROUP BY reason", uri)
     assert found.to_pylist() == [{"reason": "empty", "n": 71}]
 
 
 @pytest.mark.parametrize(
-    ("sql", "says"),
+    ("sql", "expected"),
     [
         ("DROP TABLE sequences", "type DROP"),
         ("INSERT INTO sequences SELECT * FROM sequences", "type INSERT"),
@@ -187,16 +187,16 @@ def test_rejects_are_a_table_too(uri):
         ("SELECT CAST(sequence_id AS INTEGER) FROM sequences", "Could not convert"),
     ],
 )
-def test_what_does_not_only_read_is_one_line(uri, sql, says):
+def test_other_statements_than_one_select_are_rejected(uri, sql, expected):
     before = lance.dataset(f"{uri}/sequences.lance").version
     with pytest.raises(InputError) as error:
         query(sql, uri)
-    assert says in str(error.value)
+    assert expected in str(error.value)
     assert "\n" not in str(error.value)
     assert lance.dataset(f"{uri}/sequences.lance").version == before
 
 
-def test_the_table_is_asked_for_by_name(uri, tmp_path):
+def test_tables_are_queried_by_name(uri, tmp_path):
     with pytest.raises(InputError, match=r"no table 'others' \(there are: sequences, sequences_rejects\)"):
         query("SELECT 1", uri, "others")
     with pytest.raises(InputError, match="no table 'sequences'; check"):
@@ -205,7 +205,7 @@ def test_the_table_is_asked_for_by_name(uri, tmp_path):
         query("SELECT 1", uri, "../sequences")
 
 
-def test_text_is_aligned_cut_and_counted(uri):
+def test_text_output_is_aligned_truncated_and_counted(uri):
     with stream("SELECT * FROM (VALUES (1, 'a'), (20, NULL), (3, repeat('x', 99))) AS t(n, name)", uri) as rows:
         lines = format_table(rows, 2).splitlines()
     assert lines[:4] == [" n  name", "--  ----", " 1  a", "20"]
@@ -234,9 +234,11 @@ def test_files_hold_every_row(uri, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nested.csv", "rows.csv", "rows.parquet"]
 
 
-@pytest.mark.parametrize(("name", "says"), [("rows.txt", "pass FILE.csv"), ("no/rows.csv", "there is no directory")])
-def test_a_file_that_cannot_be_is_refused(uri, tmp_path, name, says):
-    with pytest.raises(InputError, match=says):
+@pytest.mark.parametrize(
+    ("name", "expected"), [("rows.txt", "pass FILE.csv"), ("no/rows.csv", "there is no directory")]
+)
+def test_invalid_output_files_are_rejected(uri, tmp_path, name, expected):
+    with pytest.raises(InputError, match=expected):
         write("SELECT 1", uri, "sequences", str(tmp_path / name))
 
 

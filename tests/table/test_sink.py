@@ -98,7 +98,7 @@ def unnamed_files(uri: Path | str) -> set[str]:
 # columns
 
 
-def test_the_table_has_our_columns_then_the_inputs():
+def test_own_columns_come_before_those_of_the_input():
     schema = vector_schema(pa.schema([("depth", pa.float32()), ("sequence_id", pa.large_string())]), 8, "float16")
     assert schema.names == ["sequence_id", "source_row", "vector", "depth"]
     assert [str(schema.field(i).type) for i in range(3)] == ["string", "uint64", "fixed_size_list<item: halffloat>[8]"]
@@ -134,7 +134,7 @@ COLUMNS = {
 }
 
 
-def test_every_type_that_is_taken_comes_back_with_its_values(tmp_path):
+def test_values_of_every_accepted_type_are_read_back(tmp_path):
     source = pa.table(COLUMNS)
     schema = vector_schema(source.schema, HIDDEN, "float32")
     rows = np.arange(3)
@@ -165,7 +165,7 @@ def test_every_type_that_is_taken_comes_back_with_its_values(tmp_path):
     ],
     ids=str,
 )
-def test_a_type_that_lance_cannot_store_is_refused_by_name(refused):
+def test_unstorable_types_are_rejected_by_column_name(refused):
     with pytest.raises(InputError, match=r"input column 'odd' has type .*, which Lance cannot store; cast or drop it"):
         vector_schema(pa.schema([("good", pa.int32()), ("odd", refused)]), HIDDEN, "float32")
 
@@ -183,7 +183,7 @@ def test_a_type_that_lance_cannot_store_is_refused_by_name(refused):
         (["a", "b", "a"], "the input has 2 columns named 'a'; rename all but one"),
     ],
 )
-def test_a_column_name_that_cannot_be_kept_is_refused(names, message):
+def test_invalid_column_names_are_rejected(names, message):
     with pytest.raises(InputError, match=message.replace(".", r"\.")):
         vector_schema(pa.schema([(name, pa.int32()) for name in names]), HIDDEN, "float32")
 
@@ -206,7 +206,7 @@ def test_the_plan_depends_on_the_facts_and_not_on_their_order(facts):
     assert Plan({**facts, "one more": 1}).sha256 != Plan(facts).sha256
 
 
-def test_the_tables_say_what_made_them(tmp_path):
+def test_metadata_records_plan_and_provenance(tmp_path):
     open_table(tmp_path, 10).close()
     for name in ("sequences", "sequences_rejects"):
         metadata = lance.dataset(f"{tmp_path}/{name}.lance").schema.metadata
@@ -229,7 +229,7 @@ def test_the_tables_say_what_made_them(tmp_path):
         ({**PLAN.facts, **{f"k{i}": i for i in range(8)}}, "k4 absent -> 4 and 3 more; pass"),
     ],
 )
-def test_another_plan_is_refused_with_what_differs(tmp_path, facts, said):
+def test_another_plan_is_rejected_naming_the_differences(tmp_path, facts, said):
     open_table(tmp_path, 10).close()
     with pytest.raises(InputError) as refused:
         open_table(tmp_path, 10, plan=Plan(facts))
@@ -241,7 +241,7 @@ def test_another_plan_is_refused_with_what_differs(tmp_path, facts, said):
     )
 
 
-def test_other_rows_or_columns_under_the_same_plan_are_refused(tmp_path):
+def test_other_rows_or_columns_under_the_same_plan_are_rejected(tmp_path):
     open_table(tmp_path, 10).close()
     with pytest.raises(InputError, match=r"another plan: table\.rows 10 -> 11;"):
         open_table(tmp_path, 11)
@@ -255,7 +255,7 @@ def test_other_rows_or_columns_under_the_same_plan_are_refused(tmp_path):
         open_table(tmp_path / "two", 10, schema=vector_schema(two[1], HIDDEN, "float32"))
 
 
-def test_a_table_of_somebody_else_is_refused_and_left_alone(tmp_path):
+def test_a_foreign_table_is_rejected_unchanged(tmp_path):
     lance.write_dataset(pa.table({"a": [1]}), f"{tmp_path}/sequences.lance")
     with pytest.raises(InputError, match=r"sequences\.lance was not made by bioscan_jax \(it has no plan\); pass"):
         open_table(tmp_path, 10)
@@ -364,7 +364,7 @@ def test_a_table_of_rejects_alone_and_one_of_no_rows(tmp_path):
         assert table.finish().vectors == 0
 
 
-def test_rejects_of_a_block_whose_vectors_were_not_committed_are_taken_back(tmp_path):
+def test_rejects_without_committed_vectors_are_removed(tmp_path):
     rows = 3 * BLOCK_ROWS
     wanted = blocks(rows)
     with open_table(tmp_path, rows) as table:
@@ -378,7 +378,7 @@ def test_rejects_of_a_block_whose_vectors_were_not_committed_are_taken_back(tmp_
 
 
 @pytest.mark.parametrize("lost", ["sequences", "sequences_rejects"])
-def test_a_kill_while_the_tables_are_made_is_mended(tmp_path, lost):
+def test_a_kill_during_creation_is_recovered(tmp_path, lost):
     open_table(tmp_path, 40).close()
     for manifest in (tmp_path / f"{lost}.lance" / "_versions").iterdir():
         manifest.unlink()  # what a kill before the first commit leaves: directories, no version
@@ -398,7 +398,7 @@ def test_files_of_a_killed_commit_are_removed(tmp_path):
     assert unnamed_files(tmp_path) == set()
 
 
-def test_versions_stay_few_and_commits_keep_what_other_hosts_have_written(tmp_path):
+def test_old_versions_are_removed_and_files_of_other_hosts_kept(tmp_path):
     rows = 130 * BLOCK_ROWS
     wanted = blocks(rows)
     with open_table(tmp_path, rows) as table:
@@ -429,7 +429,7 @@ def test_a_large_append_is_split_over_files_in_order(tmp_path):
 # other writers
 
 
-def test_a_second_writer_is_told_who_the_first_is(tmp_path):
+def test_a_second_writer_gets_the_name_of_the_first(tmp_path):
     hold = "import sys, test_sink; t = test_sink.open_table(sys.argv[1], 40); test_sink.say('open'); input()"
     with child(hold, str(tmp_path)) as run:
         assert run.stdout.readline() == "open\n"
@@ -445,7 +445,7 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path):
     open_table(tmp_path, 40).close()
 
 
-def test_the_lock_is_let_go_when_opening_fails(tmp_path):
+def test_the_lock_is_released_when_opening_fails(tmp_path):
     open_table(tmp_path, 40).close()
     for _ in range(2):
         with pytest.raises(InputError, match="another plan"):
@@ -454,14 +454,14 @@ def test_the_lock_is_let_go_when_opening_fails(tmp_path):
         open_table(tmp_path, 40)
 
 
-def test_a_holder_that_has_not_written_its_name(tmp_path):
+def test_a_lock_holder_without_a_written_name(tmp_path):
     with (tmp_path / ".sequences.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="is being written by another process; wait"):
             open_table(tmp_path, 40)
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
     def refuse(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -472,14 +472,14 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         open_table(tmp_path, 40)
 
 
-def test_the_lock_of_an_object_store_lies_on_this_machine(tmp_path):
+def test_the_lock_of_an_object_store_is_on_this_machine(tmp_path):
     assert lock_path("gs://bucket/db", "t") == lock_path("gs://bucket/db/", "t")
     assert lock_path("gs://bucket/db", "t").parent == Path(tempfile.gettempdir())
     assert len({lock_path(uri, table) for uri in ("gs://a/db", "gs://b/db") for table in "tu"}) == 4
     assert lock_path(f"file://{tmp_path}", "t") == lock_path(str(tmp_path), "t") == tmp_path / ".t.lock"
 
 
-def test_rows_of_a_second_writer_are_noticed_at_once(tmp_path):
+def test_rows_of_a_second_writer_are_detected_at_the_next_commit(tmp_path):
     rows = 3 * BLOCK_ROWS
     wanted = blocks(rows)
     with open_table(tmp_path, rows) as table:
@@ -493,7 +493,7 @@ def test_rows_of_a_second_writer_are_noticed_at_once(tmp_path):
         open_table(tmp_path, rows)
 
 
-def test_rejects_of_a_second_writer_are_noticed_at_once(tmp_path):
+def test_rejects_of_a_second_writer_are_detected_at_the_next_commit(tmp_path):
     rows = 3 * BLOCK_ROWS
     wanted = blocks(rows, lambda row: row < 9)  # later blocks do not touch the rejects
     with open_table(tmp_path, rows) as table:
@@ -503,7 +503,7 @@ def test_rejects_of_a_second_writer_are_noticed_at_once(tmp_path):
             table.append(wanted[1:2])
 
 
-def test_rows_of_a_second_writer_are_noticed_at_the_end(tmp_path):
+def test_rows_of_a_second_writer_are_detected_at_the_end(tmp_path):
     with open_table(tmp_path, 40) as table:
         table.append(blocks(40))
         lance.write_dataset(block(0, 40).vectors.cast(SCHEMA), f"{tmp_path}/sequences.lance", mode="append")
@@ -511,7 +511,7 @@ def test_rows_of_a_second_writer_are_noticed_at_the_end(tmp_path):
             table.finish()
 
 
-def test_a_table_that_lost_rows_is_refused(tmp_path):
+def test_a_table_that_lost_rows_is_rejected(tmp_path):
     rows = 3 * BLOCK_ROWS
     with open_table(tmp_path, rows) as table:
         table.append(blocks(rows)[:2])
@@ -523,7 +523,7 @@ def test_a_table_that_lost_rows_is_refused(tmp_path):
 # misuse by the caller
 
 
-def test_blocks_must_come_in_order_and_whole(tmp_path):
+def test_blocks_must_be_complete_and_in_order(tmp_path):
     rows = 3 * BLOCK_ROWS
     zero, one, two = blocks(rows)
     with open_table(tmp_path, rows) as table:
@@ -598,7 +598,7 @@ def test_a_worker_needs_the_table_of_the_writer(tmp_path):
     assert write_fragments(str(tmp_path), "sequences", data[:0], max_bytes_per_file=LARGE) == []
 
 
-def test_workers_that_write_the_wrong_rows_are_found_out_at_the_end(tmp_path):
+def test_wrong_rows_of_workers_are_detected_at_the_end(tmp_path):
     good = block(0, BLOCK_ROWS)
     rows = good.vectors["source_row"].to_pylist()
     shifted = pa.array([3 if row == 4 else row for row in rows], pa.uint64())  # 3 is a reject already
@@ -613,7 +613,7 @@ def test_workers_that_write_the_wrong_rows_are_found_out_at_the_end(tmp_path):
 # float16, LanceDB, indexes
 
 
-def test_float16_vectors_are_kept_bit_for_bit_and_found_by_lancedb(tmp_path):
+def test_float16_vectors_are_stored_exactly_and_found_by_lancedb(tmp_path):
     import lancedb
 
     rows = 40
@@ -693,7 +693,7 @@ def test_a_file_where_the_database_should_be(tmp_path, under):
         open_table(tmp_path / under, 40)
 
 
-def test_a_damaged_table_is_named(tmp_path):
+def test_a_damaged_table_is_reported(tmp_path):
     open_table(tmp_path, 40).close()
     for manifest in (tmp_path / "sequences.lance" / "_versions").glob("*.manifest"):
         manifest.write_bytes(manifest.read_bytes()[:100])
@@ -711,7 +711,7 @@ def file_size_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_an_append_that_the_disk_refuses_leaves_the_rows_before_it(tmp_path):
+def test_a_failed_append_keeps_earlier_rows(tmp_path):
     rows, hidden = 3 * BLOCK_ROWS, 4096
     wanted = blocks(rows, lambda row: row % 7 == 3, lambda good: vectors_of(good, hidden))
     schema = vector_schema(SOURCE, hidden, "float32")
@@ -753,7 +753,7 @@ LANCE = "LanceError(IO): {}, /home/runner/work/lance/lance/rust/lance-file/src/w
         ),
     ],
 )
-def test_what_the_storage_says_is_one_line_with_the_mend(error, said):
+def test_storage_errors_are_one_line_with_the_fix(error, said):
     message = str(storage_error("db", error, 64))
     assert said in message
     assert "\n" not in message
