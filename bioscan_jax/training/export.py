@@ -59,8 +59,9 @@ def export(
         ...     tracking=bj.TrackingConfig(mode="disabled"),
         ...     progress=False,
         ... )
-        >>> bj.export(f"{directory}/run", f"{directory}/adapter").split(": ")[1]
-        'peft of best parameters, after step 1, on random'
+        >>> line = bj.export(f"{directory}/run", f"{directory}/adapter")
+        >>> "peft of best parameters, after step 1" in line
+        True
     """
     directory, target = Path(run).expanduser(), Path(output).expanduser()
     record = read_record(directory)
