@@ -47,19 +47,17 @@ def export(
         InputError: The run or its base weights cannot be read, do not match, or the output cannot be written.
 
     Example:
-        >>> import tempfile
         >>> import bioscan_jax as bj
         >>> from bioscan_jax.barcodes.simulate import write_simulated
-        >>> directory = tempfile.mkdtemp()
-        >>> path = write_simulated(f"{directory}/barcodes.parquet", species=8, per_species=4, length=60, seed=0)
+        >>> _ = write_simulated("barcodes.parquet", species=8, per_species=4, length=60, seed=0)
         >>> _ = bj.finetune(
         ...     bj.ModelConfig(checkpoint="random:tiny-v2"),
-        ...     bj.ExamplesConfig(path=str(path), validation=0.25),
-        ...     train=bj.TrainConfig(output_dir=f"{directory}/run", epochs=1, max_shapes=1),
+        ...     bj.ExamplesConfig(path="barcodes.parquet", validation=0.25),
+        ...     train=bj.TrainConfig(output_dir="runs/coi", epochs=1, max_shapes=1),
         ...     tracking=bj.TrackingConfig(mode="disabled"),
         ...     progress=False,
         ... )
-        >>> line = bj.export(f"{directory}/run", f"{directory}/adapter")
+        >>> line = bj.export("runs/coi", "adapter")
         >>> "peft of best parameters, after step 1" in line
         True
     """

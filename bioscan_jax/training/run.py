@@ -43,7 +43,34 @@ _SHOWN_CONFLICTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """Outcome of a call of `finetune`."""
+    """Outcome of a call of `finetune`; printed as a table.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> from bioscan_jax.training.state import Progress
+        >>> summary = bj.TrainingSummary(
+        ...     directory="runs/coi",
+        ...     progress=Progress(step=58, finished="all epochs done", seconds=67.0),
+        ...     before=29,
+        ...     rows={"train": 463},
+        ...     taxa={"genus": 198, "species": 258},
+        ...     conflicts=(),
+        ...     trained_parameters=33_152,
+        ...     all_parameters=428_224,
+        ...     peak_host_bytes=1 << 30,
+        ...     peak_device_bytes=None,
+        ... )
+        >>> print(summary)
+               run  runs/coi
+             steps  58 (29 of them before this run)
+             ended  all epochs done, 67 s in training
+              rows  463 train
+              taxa  198 genus, 258 species
+         conflicts  0
+           trained  33,152 of 428,224 parameters (7.74%)
+              best  none: there are no validation rows
+            memory  host 1.00 GiB
+    """
 
     directory: str
     progress: Progress
@@ -128,15 +155,13 @@ def finetune(
         Interrupted: Ctrl-C or SIGTERM; the same call resumes.
 
     Example:
-        >>> import tempfile
         >>> import bioscan_jax as bj
         >>> from bioscan_jax.barcodes.simulate import write_simulated
-        >>> directory = tempfile.mkdtemp()
-        >>> path = write_simulated(f"{directory}/barcodes.parquet", species=8, per_species=4, length=60, seed=0)
+        >>> _ = write_simulated("barcodes.parquet", species=8, per_species=4, length=60, seed=0)
         >>> summary = bj.finetune(
         ...     bj.ModelConfig(checkpoint="random:tiny-v2"),
-        ...     bj.ExamplesConfig(path=str(path), validation=0.25),
-        ...     train=bj.TrainConfig(output_dir=f"{directory}/run", epochs=1, max_shapes=1),
+        ...     bj.ExamplesConfig(path="barcodes.parquet", validation=0.25),
+        ...     train=bj.TrainConfig(output_dir="runs/coi", epochs=1, max_shapes=1),
         ...     tracking=bj.TrackingConfig(mode="disabled"),
         ...     progress=False,
         ... )
