@@ -23,6 +23,7 @@ from .config import (
     TrainConfig,
 )
 from .devices.sharding import Layout, make_layout
+from .embedding.encoder import Encoder, StreamBlock, load
 from .embedding.run import embed
 from .embedding.summary import RunSummary
 from .errors import InputError, Interrupted
@@ -43,6 +44,7 @@ __all__ = [
     "ConversionSummary",
     "DataConfig",
     "EmbedConfig",
+    "Encoder",
     "ExamplesConfig",
     "IdentifyConfig",
     "IdentifySummary",
@@ -63,6 +65,7 @@ __all__ = [
     "RunSummary",
     "SimulateConfig",
     "SinkConfig",
+    "StreamBlock",
     "Table",
     "TrackingConfig",
     "TrainConfig",
@@ -77,6 +80,7 @@ __all__ = [
     "export",
     "finetune",
     "identify",
+    "load",
     "load_weights",
     "make_layout",
     "open_table",

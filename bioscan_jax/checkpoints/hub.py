@@ -84,6 +84,30 @@ def resolve_checkpoint(checkpoint: str, revision: str | None) -> ResolvedCheckpo
     return ResolvedCheckpoint(directory, checkpoint, revision, _license(directory, checkpoint))
 
 
+def newest_commit(name: str) -> str:
+    """Returns the newest commit of a hub id; where the hub cannot be reached, the newest one in the local cache.
+
+    Raises:
+        InputError: Neither knows it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError as TransportError  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        commit = HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS).sha
+        assert commit is not None
+        return commit
+    except (HfHubHTTPError, TransportError, OfflineModeIsEnabled, OSError) as error:
+        try:
+            return Path(snapshot_download(name, local_files_only=True, allow_patterns=[_NEEDED[0]])).name
+        except LocalEntryNotFoundError:
+            raise InputError(
+                f"the newest commit of {name} cannot be asked of the hub ({' '.join(str(error).split())[:200]}); pass "
+                f"revision=COMMIT from https://huggingface.co/{name}/commits/main, or a local directory"
+            ) from error
+
+
 def _from_directory(directory: Path, checkpoint: str, revision: str | None) -> ResolvedCheckpoint:
     if revision is not None:
         raise InputError(

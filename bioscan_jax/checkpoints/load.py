@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.typing import DTypeLike
@@ -25,6 +27,7 @@ from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.model.transformer import NucleotideTransformer
 
 RANDOM = "random:"
+_RECORDED_RANDOM = re.compile(rf"({RANDOM}\S+) \(seeded random weights, seed (\d+): not trained\)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,16 @@ def load_weights(
     adapter = read_adapter(directory, loaded.model, layout, base=loaded.provenance)
     provenance = dataclasses.replace(loaded.provenance, adapter=model.adapter, adapter_sha256=adapter.sha256)
     return dataclasses.replace(loaded, get_provenance=lambda: provenance, adapter=adapter)
+
+
+def recorded_model(facts: Mapping[str, Any]) -> config.ModelConfig:
+    """Returns the config that loads the model described by a provenance, as a table or an adapter records it."""
+    name = facts["model"]
+    settings: dict[str, Any] = {"revision": facts.get("revision"), "adapter": facts.get("adapter")}
+    settings["dtype"] = facts.get("dtype", "auto")
+    if found := _RECORDED_RANDOM.fullmatch(name):
+        return config.ModelConfig(checkpoint=found[1], seed=int(found[2]), **settings)
+    return config.ModelConfig(checkpoint=name, **settings)
 
 
 def _load_base(

@@ -161,6 +161,21 @@ def read_adapter(directory: Path, model: NucleotideTransformer, layout: Layout, 
     return Adapter(lora=lora, sha256=digest, facts=facts)
 
 
+def adapter_base(directory: Path) -> dict[str, Any]:
+    """Returns `model` and `revision` of the checkpoint that an adapter was trained on, as the adapter names them.
+
+    Raises:
+        InputError: A file is missing or damaged, or does not name the checkpoint.
+    """
+    if (facts := read_facts(directory)) is not None:
+        return facts["base"]
+    parsed = _read_config(directory)
+    name = parsed.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{directory / CONFIG_FILE} does not name its base model; pass the checkpoint and the adapter")
+    return {"model": name, "revision": parsed.get("revision")}
+
+
 def _stems(transformer: TransformerConfig) -> dict[str, str]:
     """Returns the published name of each adaptable layer, with `{}` for the layer number."""
     table = {row.path: row.name for row in published_names(transformer, lm_head=False)}

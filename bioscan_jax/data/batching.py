@@ -1,4 +1,4 @@
-"""Rows of tokens to padded batches of a few shapes."""
+"""Packs rows of tokens into padded batches of a few shapes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from bioscan_jax.barcodes.schemas import TokenBatch, TokenRows
 WIDTH_STEP = 8
 """Widths are multiples of a TPU's eight sublanes."""
 START_TOKENS = 8
-"""What starting a batch is taken to cost, in computed tokens a device; so a shape is not split without need.
+"""Assumed cost of starting a batch, in computed tokens per device; keeps shapes from being split without need.
 
-Of the 2.5B model they take 0.7 ms on a core of a v3 at its peak.
+The 2.5B model computes them in 0.7 ms on a core of a v3 at its peak.
 """
 _SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
 _STARTS = (1.0, 0.25)
@@ -22,26 +22,32 @@ _SEARCHED_BLOCKS = 16
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One compiled shape."""
+    """Rows and tokens per row of a batch; each shape is compiled once."""
 
     rows: int
     tokens: int
 
 
-def choose_widths(lengths: Int[np.ndarray, " rows"], limit: int, most: int) -> tuple[int, ...]:
-    """The widths that pad a sample of rows least.
+def choose_widths(
+    lengths: Int[np.ndarray, " rows"], limit: int, most: int, among: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Chooses the widths that pad a sample of rows least.
 
-    Exact dynamic programming over the multiples of `WIDTH_STEP`: a row is padded to the least width that holds it.
+    Exact dynamic programming; each row is padded to the smallest width that holds it.
 
     Args:
         lengths: Tokens of each sampled row, CLS included.
-        limit: No row is longer; the last width holds that many, for rows longer than any in the sample.
-        most: Number of widths at most.
+        limit: Longest row, in the sample or not.
+        most: Largest number of widths.
+        among: Ascending widths to choose from, the last of them at least `limit`; all multiples of `WIDTH_STEP` below
+            `limit`, and `limit`, if absent.
 
     Returns:
-        Ascending widths; the last is `limit`.
+        Ascending widths; the last is the last one of `among`.
     """
-    widths = np.minimum(np.arange(WIDTH_STEP, limit + WIDTH_STEP, WIDTH_STEP), limit)
+    if among is None:
+        among = np.minimum(np.arange(WIDTH_STEP, limit + WIDTH_STEP, WIDTH_STEP), limit).tolist()
+    widths = np.array(among)
     rows = np.searchsorted(np.sort(lengths), widths, side="right").astype(np.float64)
     step = np.maximum(rows[None, :] - rows[:, None], 0) * widths[None, :]
     step[np.tril_indices(len(widths))] = np.inf
@@ -65,13 +71,13 @@ def choose_widths(lengths: Int[np.ndarray, " rows"], limit: int, most: int) -> t
 def batch_shapes(
     widths: Sequence[int], *, devices: int, tokens_per_device: int, most_rows: int
 ) -> tuple[BatchShape, ...]:
-    """Rows per batch for each width: a token budget a device, equal rows a device.
+    """Fits the rows of each width's batches to a token budget per device; every device gets equally many.
 
     Args:
-        widths: Tokens of each shape.
+        widths: Tokens per row of each shape.
         devices: Devices along the batch.
-        tokens_per_device: Budget, padding included; a shape has at least one row a device.
-        most_rows: Rows that a block is expected to have; a batch is not made larger than that needs.
+        tokens_per_device: Budget, padding included; a shape has at least one row per device.
+        most_rows: Expected rows of a block; no batch is larger than these need.
     """
     shapes = []
     for width in widths:
@@ -82,20 +88,62 @@ def batch_shapes(
     return tuple(shapes)
 
 
+def fixed_widths(limit: int) -> list[int]:
+    """Returns the multiples of `WIDTH_STEP` up to 8 of it, four per doubling beyond, and `limit`, below or at `limit`.
+
+    Example:
+        >>> fixed_widths(100)
+        [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]
+    """
+    widths, step = [WIDTH_STEP], WIDTH_STEP
+    while widths[-1] < limit:
+        step *= 2 if widths[-1] == 8 * step else 1
+        widths.append(widths[-1] + step)
+    return [*(width for width in widths if width < limit), limit]
+
+
+def fixed_shapes(
+    lengths: Int[np.ndarray, " rows"], longest: int, limit: int, *, most: int, devices: int, tokens_per_device: int
+) -> tuple[BatchShape, ...]:
+    """Chooses shapes from a set that does not depend on the rows, so that many inputs share a few compiled shapes.
+
+    Widths are `fixed_widths`, rows per device powers of two.
+
+    Args:
+        lengths: Tokens of each row, CLS included.
+        longest: No row is longer.
+        limit: Longest row that the settings allow.
+        most: Largest number of shapes.
+        devices: Devices along the batch.
+        tokens_per_device: Budget of a batch, padding included; a shape has at least one row per device.
+    """
+    among = fixed_widths(limit)
+    among = among[: int(np.searchsorted(among, longest)) + 1]
+    widths = choose_widths(lengths, longest, most, among)
+    counts = np.bincount(np.searchsorted(widths, lengths), minlength=len(widths)).tolist()
+    shapes = []
+    for width, count in zip(widths, counts, strict=True):
+        budget, needed = max(1, tokens_per_device // width), max(1, -(-count // devices))
+        # The power of two at or above what is needed, or else at or below the budget.
+        per_device = 1 << (needed - 1).bit_length()
+        shapes.append(BatchShape(devices * min(per_device, 1 << (budget.bit_length() - 1)), width))
+    return tuple(shapes)
+
+
 def choose_shapes(
     blocks: Sequence[Int[np.ndarray, " _"]], limit: int, *, most: int, devices: int, tokens_per_device: int
 ) -> tuple[BatchShape, ...]:
-    """The shapes that compute fewest tokens for blocks of rows like these, what is left of each block included.
+    """Chooses the shapes that compute fewest tokens for blocks of rows like these, the last batch of each included.
 
-    A width that few rows of a block have gets batches below the budget, since an almost empty one costs as much as a
-    full one. Descent over widths and rows from several starts; no optimum is promised.
+    A width that few rows of a block have gets smaller batches, since an almost empty batch costs as much as a full one.
+    Descent over widths and rows from several starts; the result need not be optimal.
 
     Args:
         blocks: Tokens of the rows of some blocks, CLS included.
         limit: No row is longer; the last shape holds that many tokens.
-        most: Number of shapes at most.
-        devices: Along the batch.
-        tokens_per_device: Budget of a batch, padding included; a shape has at least one row a device.
+        most: Largest number of shapes.
+        devices: Devices along the batch.
+        tokens_per_device: Budget of a batch, padding included; a shape has at least one row per device.
     """
     seen, most_rows = np.concatenate(blocks), max(1, *(len(block) for block in blocks))
     picked = np.unique(np.linspace(0, len(blocks) - 1, _SEARCHED_BLOCKS).astype(int))
@@ -143,12 +191,13 @@ def choose_shapes(
 def _fill_tails(
     counts: Int[np.ndarray, "blocks shapes"], shapes: Sequence[BatchShape], start_tokens: int
 ) -> tuple[Int[np.ndarray, " blocks"], Int[np.ndarray, "shapes blocks"]]:
-    """Where the rows left over from each shape's full batches go: into one more batch, or up to the next shape.
+    """Decides where the rows left over from each shape's full batches go: one more batch, or up to the next shape.
 
-    Exact dynamic programming over the shapes whose rest fills a batch; the rests of those between move up.
+    Exact dynamic programming over the shapes that get such a last batch; the leftover rows of those between move up.
 
     Returns:
-        Fewest tokens computed for each block, and for a rest filled at shape k the first shape whose rest is in it.
+        Fewest tokens computed for each block; and, for a last batch at shape k, the first shape whose leftover rows are
+        in it.
     """
     waiting = np.zeros((len(shapes), len(counts)), np.int64)
     spent, first, best = np.zeros_like(waiting), np.zeros_like(waiting), np.zeros(len(counts), np.int64)
@@ -164,16 +213,16 @@ def _fill_tails(
 
 
 def make_batches(tokens: TokenRows, shapes: Sequence[BatchShape], *, cls: int, pad: int) -> list[TokenBatch]:
-    """Pads rows into batches, each row once.
+    """Packs rows into padded batches, each row once.
 
-    What is left of a width after its full batches moves up to the next width where that costs fewer computed tokens,
-    over all widths, than filling a batch with empty rows.
+    Rows left over after a width's full batches move up to the next width where that computes fewer tokens, over all
+    widths, than filling a batch with empty rows.
 
     Args:
-        tokens: None longer than the last shape.
+        tokens: The rows; none is longer than the last shape.
         shapes: Ascending in tokens.
-        cls: Id that filler rows hold alone.
-        pad: Id to the right of each row.
+        cls: Id of CLS, all that filler rows hold.
+        pad: Id that pads each row on the right.
     """
     bucket = np.searchsorted([shape.tokens for shape in shapes], tokens.lengths)
     first = _fill_tails(np.bincount(bucket, minlength=len(shapes))[None], shapes, 0)[1][:, 0]
@@ -196,7 +245,7 @@ def make_batches(tokens: TokenRows, shapes: Sequence[BatchShape], *, cls: int, p
 def pad_rows(
     tokens: TokenRows, chosen: Int[np.ndarray, " used"], rows: int, width: int, *, cls: int, pad: int
 ) -> Int[np.ndarray, "rows width"]:
-    """Some rows as a rectangle, padded on the right and cut at its width; rows past them hold CLS alone."""
+    """Copies rows into a rectangle, padded on the right and cut at its width; the rows beyond them hold CLS alone."""
     ids = np.full((rows, width), pad, np.int32)
     ids[:, 0] = cls
     column = np.arange(width)

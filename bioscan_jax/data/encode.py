@@ -1,4 +1,4 @@
-"""A block of rows to batches of tokens, rejects, and the way back to row order."""
+"""Cleans, deduplicates and tokenises a block of rows, and keeps how to return to row order."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,12 +14,12 @@ from bioscan_jax.barcodes.views import Views, cut_views
 from bioscan_jax.data.parquet import Block
 
 TOO_LONG = "too_long"
-"""Reject reason under `overlong: error`; the others are `sequences.clean`'s."""
+"""Reject reason under `overlong: error`; the others are those of `barcodes.cleaning.REASONS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """All that decides the tokens of a sequence."""
+    """The settings that decide the tokens of a sequence."""
 
     sequence_column: str
     vocabulary: Vocabulary
@@ -32,7 +32,7 @@ class Encoding:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCounts:
-    """What was seen in a block; sums over blocks are the run's."""
+    """Counts of one block, or summed over the blocks of a run."""
 
     rows: int = 0
     vectors: int = 0
@@ -45,7 +45,7 @@ class BlockCounts:
     changes: CleaningCounts = field(default_factory=lambda: CleaningCounts(0, 0, 0, 0))
 
     def __add__(self, other: "BlockCounts") -> "BlockCounts":
-        """Sums each count."""
+        """Adds count by count."""
         reasons = self.rejects.keys() | other.rejects.keys()
         return BlockCounts(
             rows=self.rows + other.rows,
@@ -60,21 +60,21 @@ class BlockCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedBlock:
-    """A block ready for the model."""
+    """A block whose sequences are tokenised."""
 
     block: Block
     kept: Int[np.ndarray, " vectors"]
     """Rows of the block that get a vector, ascending."""
     sequence_of: Int[np.ndarray, " vectors"]
-    """Index of the embedded sequence whose vector each kept row gets."""
+    """Which of the block's distinct sequences each kept row has."""
     views: Views
-    """Of the embedded sequences; `owner` counts them from 0."""
+    """The views of the distinct sequences; `owner` counts these from 0."""
     rejects: pa.Table
     counts: BlockCounts
 
 
 def encode_block(block: Block, encoding: Encoding) -> EncodedBlock:
-    """Cleans, de-duplicates and tokenises the sequences of a block."""
+    """Cleans, deduplicates and tokenises the sequences of a block."""
     given = block.table[encoding.sequence_column]
     cleaned = clean(given)
     usable = np.flatnonzero(cleaned.reasons.is_null().to_numpy(zero_copy_only=False))

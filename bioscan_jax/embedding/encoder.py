@@ -1,130 +1,714 @@
-"""Token batches to vectors: the jitted step, its executables, and views back to sequences."""
+"""The object that turns sequences into vectors; every command that needs vectors is built on it."""
 
-import time
-from collections.abc import Callable, Sequence
+import dataclasses
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+from tqdm import tqdm
 
-from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import REASONS
+from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.barcodes.schemas import TokenBatch
+from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.barcodes.views import Views
-from bioscan_jax.data.batching import BatchShape
-from bioscan_jax.devices.sharding import Layout
-from bioscan_jax.model.pooling import Pooling, pool
+from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads, read_heads
+from bioscan_jax.checkpoints.hub import Provenance, newest_commit, resolve_checkpoint
+from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights, recorded_model
+from bioscan_jax.checkpoints.peft import CONFIG_FILE, adapter_base, write_adapter
+from bioscan_jax.checkpoints.publish import write_merged
+from bioscan_jax.config import DataConfig, EmbedConfig, MeshConfig, ModelConfig
+from bioscan_jax.data.batching import BatchShape, fixed_shapes, make_batches
+from bioscan_jax.data.encode import EncodedBlock, Encoding, encode_block
+from bioscan_jax.data.parquet import Block
+from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
+from bioscan_jax.embedding.repeats import VectorCache, Window, window_blocks
+from bioscan_jax.embedding.sample import Blocks, Sample, sample_blocks
+from bioscan_jax.embedding.step import CompiledSteps, collect, make_embed_step, sequence_vectors
+from bioscan_jax.errors import InputError, logger
+from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.model.heads import predict
+from bioscan_jax.model.pooling import Pooling
 from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.table.columns import check_values
 
-CACHED_TOKENS = 512
-"""Tokens that a layer takes at a time in float32 on one CPU device, so that what is between its products stays cached.
+MOST_SHAPES = 64
+"""From so many compiled shapes on, calls take theirs from a fixed set alone, so that their number stays bounded."""
+_BLOCKS_AHEAD = 1
+_COLUMN = "dna_sequence"
+_HEAD_ROWS = 4096
 
-On 2 cores with 2 MiB of L2, of batches of 72 x 112 tokens: v2-50M 1.16 times the rate of whole batches, v1-500M 1.0.
-"""
+Overlong = Literal["truncate", "window", "error"]
+Sequences = Sequence[str | None] | np.ndarray | pa.Array | pa.ChunkedArray | Any
+"""DNA as a list or tuple of str, a numpy array of them, an Arrow column or a pandas Series."""
 
 
-def make_embed_step(
-    model: NucleotideTransformer, layout: Layout, embed: config.EmbedConfig
-) -> tuple[Callable[[nnx.State, Int[Array, "b s"]], Float[Array, "b d"]], nnx.State]:
-    """The jitted step, and the parameters it takes.
+@dataclass(frozen=True, kw_only=True)
+class BlockEncoder:
+    """An encoder for one input: its settings, its batch shapes and their executables."""
 
-    The step maps token ids, split over the batch, to one float32 vector a row, split likewise.
+    steps: CompiledSteps
+    encoding: Encoding
+    embed: EmbedConfig
+    shapes: tuple[BatchShape, ...]
+
+    def batches(self, views: Views) -> list[TokenBatch]:
+        """Packs views into padded batches, to be passed to `steps`."""
+        vocabulary = self.encoding.vocabulary
+        return make_batches(views.tokens, self.shapes, cls=vocabulary.cls_id, pad=vocabulary.pad_id)
+
+    def collect(
+        self, results: Sequence[tuple[TokenBatch, Array]], views: Views, sequences: int
+    ) -> Float32[np.ndarray, "sequences d"]:
+        """Waits for the batches of some sequences' views and returns one vector per sequence."""
+        by_view = collect(results, len(views.owner), self.steps.model.config.hidden_size)
+        return sequence_vectors(by_view, views, sequences, self.embed.pooling)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamBlock:
+    """Consecutive rows of a file with their vectors; unpacks as `rows, vectors`."""
+
+    rows: pa.Table
+    """The rows that have a vector: sequence_id and the file's other columns."""
+    vectors: Float[np.ndarray, "rows d"]
+    rejects: pa.Table
+    """The rows that have none: sequence_id, source_row, reason, detail, sequence."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the rows, then the vectors."""
+        return iter((self.rows, self.vectors))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoder:
+    """A model that turns DNA into vectors; made by `bioscan_jax.load`.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> model = bj.load("random:tiny-v2")
+        >>> vectors = model.encode(["ACGTTGCA" * 20, "TTGACA" * 30], normalize=True)
+        >>> vectors.shape, vectors.dtype
+        ((2, 64), dtype('float32'))
+        >>> model.similarity(vectors, vectors).shape
+        (2, 2)
+    """
+
+    loaded: LoadedModel
+    settings: EmbedConfig = EmbedConfig()
+    """Used where a call does not say otherwise."""
+    max_tokens: int | None = None
+    """Longest token row, CLS included, where a call does not say otherwise; None for the model's limit."""
+    overlong: Overlong = "truncate"
+    """What happens to longer sequences, where a call does not say otherwise."""
+    heads: Heads | None = None
+    """Taxonomic heads, for `predict`."""
+    wanted: ModelConfig | None = None
+    """Where the weights came from, for `save_pretrained`."""
+    make_steps: Callable[[NucleotideTransformer, Layout, EmbedConfig], CompiledSteps] = CompiledSteps
+    """Compiles the step; replaced where only what surrounds the model is measured."""
+    _steps: dict[tuple[str, int], CompiledSteps] = field(default_factory=dict, repr=False)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The architecture."""
+        return self.loaded.config
+
+    @property
+    def layout(self) -> Layout:
+        """The devices, and how arrays are laid over them."""
+        return self.loaded.layout
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The token ids."""
+        return self.loaded.vocabulary
+
+    @property
+    def provenance(self) -> Provenance:
+        """Which weights these are; waits until their files are hashed."""
+        return self.loaded.provenance
+
+    @property
+    def dimension(self) -> int:
+        """Numbers per vector."""
+        return self.loaded.config.hidden_size
+
+    def encode(
+        self,
+        sequences: Sequences,
+        *,
+        pooling: Pooling | None = None,
+        layer: int | None = None,
+        strand: Literal["forward", "both"] | None = None,
+        phases: int | None = None,
+        max_tokens: int | None = None,
+        overlong: Overlong | None = None,
+        batch_tokens: int | None = None,
+        block_rows: int = DataConfig.block_rows,
+        deduplicate: bool | None = None,
+        normalize: bool = False,
+        dtype: DTypeLike = "float32",
+        on_error: Literal["raise", "nan"] = "raise",
+        progress: bool = False,
+    ) -> Float[np.ndarray, "*n d"]:
+        """Embeds DNA sequences.
+
+        The vectors are, to the last bit, those that `embed` writes into a table for the same sequences in the same
+        order with the same settings on the same single device. Other batch shapes, which follow from the sequences of
+        a call, change them by rounding alone.
+
+        Args:
+            sequences: A string, or a list, tuple, numpy array, Arrow column or pandas Series of strings.
+            pooling: `mean` (CLS counts, as in the model card), `mean_no_cls`, `cls` or `max` over tokens.
+            layer: Hidden state to pool: 0 the embeddings, k after layer k, -1 after the final LayerNorm.
+            strand: `both` averages a sequence and its reverse complement.
+            phases: Average over so many start offsets (1 to 6) of the 6-mer frame.
+            max_tokens: Longest token row, CLS included; at most the model's limit.
+            overlong: A longer sequence is cut (`truncate`), embedded in windows (`window`) or an error (`error`).
+            batch_tokens: Tokens per device in one batch, padding included.
+            block_rows: Sequences tokenised and batched together.
+            deduplicate: Embed a repeated sequence once.
+            normalize: Scale each vector to length 1.
+            dtype: Of the result.
+            on_error: `raise` at a sequence without a vector (None, empty, not DNA), or return a row of NaN for it.
+            progress: Show a bar on the terminal.
+
+        Returns:
+            One vector per sequence, in order; a single vector for a string.
+
+        Raises:
+            InputError: A ValueError that names the position of the first sequence that has no vector, or a setting
+                does not fit the model.
+
+        Example:
+            >>> import bioscan_jax as bj
+            >>> model = bj.load("random:tiny-v2")
+            >>> model.encode("ACGTTGCA" * 20, strand="both", phases=6).shape
+            (64,)
+            >>> model.encode(["ACGTTGCA" * 20, None], on_error="nan")[1, :2]
+            array([nan, nan], dtype=float32)
+        """
+        embed = _changed(
+            self.settings,
+            pooling=pooling,
+            layer=layer,
+            strand=strand,
+            phases=phases,
+            batch_tokens=batch_tokens,
+            deduplicate=deduplicate,
+        )
+        column = _as_column([sequences] if isinstance(sequences, str) else sequences)
+        encoding = self.encoding(embed, _COLUMN, max_tokens=max_tokens, overlong=overlong)
+        vectors = np.full((len(column), self.dimension), np.nan, np.dtype(dtype))
+        source = _InMemory(column, block_rows)
+        with tqdm(total=len(column), unit="seq", desc="encode", disable=not progress) as bar:
+            for encoded, found in self.encode_blocks(
+                source, encoding, embed, check=_refuse_rejects if on_error == "raise" else lambda block: None
+            ):
+                found = unit(found) if normalize else found
+                vectors[encoded.kept + encoded.block.first_row] = found
+                bar.update(encoded.block.table.num_rows)
+        return vectors[0] if isinstance(sequences, str) else vectors
+
+    def encode_stream(
+        self,
+        path: str,
+        *,
+        sequence_column: str = DataConfig.sequence_column,
+        id_column: str = DataConfig.id_column,
+        pooling: Pooling | None = None,
+        layer: int | None = None,
+        strand: Literal["forward", "both"] | None = None,
+        phases: int | None = None,
+        max_tokens: int | None = None,
+        overlong: Overlong | None = None,
+        batch_tokens: int | None = None,
+        block_rows: int = DataConfig.block_rows,
+        deduplicate: bool | None = None,
+        normalize: bool = False,
+        dtype: DTypeLike = "float32",
+        on_error: Literal["reject", "raise"] = "reject",
+        progress: bool = False,
+    ) -> Iterator[StreamBlock]:
+        """Embeds the sequences of files block by block, in bounded memory.
+
+        Args:
+            path: Parquet, FASTA or FASTQ (plain or gzipped): a file, a directory, a glob or an fsspec URL.
+            sequence_column: Parquet column with the DNA.
+            id_column: Parquet column with unique ids; where there is no `sequence_id`, ids are FILE:ROW.
+            pooling: As for `encode`, like those that follow.
+            layer: Hidden state to pool.
+            strand: `forward` or `both`.
+            phases: Start offsets to average over.
+            max_tokens: Longest token row.
+            overlong: What happens to longer sequences.
+            batch_tokens: Tokens per device in one batch.
+            block_rows: Rows per block.
+            deduplicate: Embed a repeated sequence once.
+            normalize: Scale each vector to length 1.
+            dtype: Of the vectors.
+            on_error: Rows without a vector (null, empty, not DNA) are in the `rejects` of their block, and a warning at
+                the end counts them (`reject`); or the first one is an error (`raise`).
+            progress: Show a bar on the terminal.
+
+        Yields:
+            One block per `block_rows` rows: `for rows, vectors in ...`, or use its `rows`, `vectors` and `rejects`.
+
+        Raises:
+            InputError: The files cannot be read, a setting does not fit the model, or a row has no vector.
+        """
+        import tempfile
+
+        from bioscan_jax.data.parquet import open_source
+
+        embed = _changed(
+            self.settings,
+            pooling=pooling,
+            layer=layer,
+            strand=strand,
+            phases=phases,
+            batch_tokens=batch_tokens,
+            deduplicate=deduplicate,
+        )
+        data = DataConfig(path=path, sequence_column=sequence_column, id_column=id_column, block_rows=block_rows)
+        rejected: Counter[str] = Counter()
+        with tempfile.TemporaryDirectory(prefix="bioscan_jax-") as scratch:
+            source = open_source(data, scratch=Path(scratch))
+            encoding = self.encoding(embed, source.sequence_column, max_tokens=max_tokens, overlong=overlong)
+            check = _refuse_rejects if on_error == "raise" else lambda block: None
+            with tqdm(total=source.rows, unit="row", desc="encode", disable=not progress) as bar:
+                for encoded, vectors in self.encode_blocks(source, encoding, embed, check=check):
+                    rejected.update(encoded.counts.rejects)
+                    yield StreamBlock(
+                        rows=encoded.block.table.take(pa.array(encoded.kept)),
+                        vectors=(unit(vectors) if normalize else vectors).astype(np.dtype(dtype), copy=False),
+                        rejects=encoded.rejects,
+                    )
+                    bar.update(encoded.block.table.num_rows)
+        if rejected:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()))
+            logger.warning(
+                "%s: %s of %s rows have no vector (%s); they are in the rejects of their blocks",
+                path,
+                rejected.total(),
+                source.rows,
+                reasons,
+            )
+
+    def encode_blocks(
+        self,
+        source: Blocks,
+        encoding: Encoding,
+        embed: EmbedConfig,
+        *,
+        check: Callable[[EncodedBlock], object] = lambda block: None,
+    ) -> Iterator[tuple[EncodedBlock, Float32[np.ndarray, "kept d"]]]:
+        """Embeds blocks of rows in order; one is on the devices while the next one is tokenised.
+
+        Args:
+            source: The blocks.
+            encoding: From `encoding`.
+            embed: The same settings as it was made from.
+            check: Called with each block before it is computed.
+
+        Yields:
+            Each block, and one vector per row that was kept.
+
+        Raises:
+            InputError: A value cannot be read, or a vector is not finite.
+        """
+        if not len(source):
+            return
+        blocks = self.block_encoder(sample_blocks(source, encoding, embed), encoding, embed)
+        remembered = window_blocks(embed, source.block_rows)
+        window, cache, started = Window(remembered), VectorCache(remembered), deque()
+
+        def finished() -> tuple[EncodedBlock, Float32[np.ndarray, "kept d"]]:
+            prepared, results = started.popleft()
+            vectors = cache.complete(prepared, blocks.collect(results, prepared.views, prepared.fresh))
+            encoded = prepared.encoded
+            finite = np.atleast_1d(np.isfinite(vectors).all(axis=1))
+            bad = np.flatnonzero(~finite[encoded.sequence_of])
+            if len(bad):
+                raise InputError(
+                    f"the vector of {source.locate(encoded.block.first_row + int(encoded.kept[bad[0]]))} is not finite; "
+                    "load the model with dtype float32, or check the weights"
+                )
+            return encoded, vectors[encoded.sequence_of]
+
+        for index in range(len(source)):
+            block = source[index]
+            check_values(block.table, lambda row, first=block.first_row: source.locate(first + row))
+            prepared = window.prepare(encode_block(block, encoding))
+            check(prepared.encoded)
+            started.append((prepared, [(batch, blocks.steps(batch.ids)) for batch in blocks.batches(prepared.views)]))
+            if len(started) > _BLOCKS_AHEAD:
+                yield finished()
+        while started:
+            yield finished()
+
+    def encoding(
+        self, embed: EmbedConfig, column: str, *, max_tokens: int | None = None, overlong: Overlong | None = None
+    ) -> Encoding:
+        """Settles how the sequences of a column become tokens.
+
+        Raises:
+            InputError: `max_tokens` or the layer is more than the model has.
+        """
+        limit, wanted = self.config.max_tokens, max_tokens or self.max_tokens
+        if wanted is not None and wanted > limit:
+            raise InputError(
+                f"--data.max_tokens {wanted} exceeds the {limit} positions of {self.provenance.model}; "
+                f"pass at most {limit}"
+            )
+        self.config.resolve_layer(embed.layer)
+        return Encoding(
+            sequence_column=column,
+            vocabulary=self.vocabulary,
+            max_tokens=wanted or limit,
+            overlong=overlong or self.overlong,
+            strand=embed.strand,
+            phases=embed.phases,
+            deduplicate=embed.deduplicate,
+        )
+
+    def block_encoder(self, sample: Sample, encoding: Encoding, embed: EmbedConfig) -> BlockEncoder:
+        """Settles the batch shapes for an input that starts with `sample`."""
+        key, devices = (embed.pooling, self.config.resolve_layer(embed.layer)), self.layout.data_devices
+        if key not in self._steps:
+            self._steps[key] = self.make_steps(self.loaded.model, self.layout, embed)
+        steps = self._steps[key]
+        shapes = sample.shapes(embed, devices)
+        if len({*steps.shapes, *shapes}) > MOST_SHAPES:
+            shapes = sample.fixed_shapes(embed, devices, embed.max_shapes)
+        return BlockEncoder(steps=steps, encoding=encoding, embed=embed, shapes=shapes)
+
+    def similarity(
+        self, a: Float[np.ndarray, "*n d"], b: Float[np.ndarray, "*m d"]
+    ) -> Float32[np.ndarray, "rows columns"]:
+        """Returns the cosine similarity of every vector of `a` with every vector of `b`.
+
+        Example:
+            >>> import bioscan_jax as bj
+            >>> model = bj.load("random:tiny-v2")
+            >>> vector = model.encode("ACGTTGCA" * 20)
+            >>> model.similarity(vector, vector).round(4)
+            array([[1.]], dtype=float32)
+        """
+        left, right = (unit(np.atleast_2d(np.asarray(x, np.float32))) for x in (a, b))
+        return left @ right.T
+
+    def hidden_states(
+        self, sequences: Sequences, *, layer: int | None = None, max_tokens: int | None = None
+    ) -> list[Float32[np.ndarray, "*layers tokens d"]]:
+        """Computes the states of every token, one array per sequence, CLS first.
+
+        Args:
+            sequences: As for `encode`, of one strand and phase; a sequence over `max_tokens` is cut.
+            layer: One hidden state as for `encode`; all of them, stacked from the embeddings to the last, if absent.
+            max_tokens: Longest token row, CLS included.
+
+        Raises:
+            InputError: A sequence has no tokens, or a setting does not fit the model.
+
+        Example:
+            >>> import bioscan_jax as bj
+            >>> [states.shape for states in bj.load("random:tiny-v2").hidden_states(["ACGTAC" * 4, "ACGTAC"])]
+            [(3, 5, 64), (3, 2, 64)]
+        """
+        embed = EmbedConfig(layer=-1 if layer is None else layer, deduplicate=False)
+        encoding = self.encoding(embed, _COLUMN, max_tokens=max_tokens, overlong="truncate")
+        column = _as_column([sequences] if isinstance(sequences, str) else sequences)
+        found: list[Any] = [None] * len(column)
+        kept = 1 if layer is not None else self.config.num_hidden_layers + 1
+        step, state = self._hidden_step
+        for block in _InMemory(column, DataConfig.block_rows):
+            encoded = encode_block(block, encoding)
+            _refuse_rejects(encoded)
+            tokens = encoded.views.tokens
+            if not len(tokens):
+                continue
+            shapes = fixed_shapes(
+                tokens.lengths,
+                int(tokens.lengths.max()),
+                encoding.max_tokens,
+                most=2,
+                devices=self.layout.data_devices,
+                tokens_per_device=max(1, self.settings.batch_tokens // kept),
+            )
+            ids = {"cls": self.vocabulary.cls_id, "pad": self.vocabulary.pad_id}
+            for batch in make_batches(tokens, shapes, **ids):
+                placed = jax.device_put(batch.ids, self.layout.batched(2))
+                states = np.asarray(step(state, placed, layer), np.float32)
+                for i, row in enumerate(batch.rows.tolist()):
+                    found[block.first_row + row] = states[..., i, : int(tokens.lengths[row]), :]
+        return found
+
+    @cached_property
+    def _hidden_step(self) -> tuple[Callable[..., Array], nnx.State]:
+        graph, _ = nnx.split(self.loaded.model)
+        _, state = make_embed_step(self.loaded.model, self.layout, self.settings)
+
+        @partial(jax.jit, static_argnums=2)
+        def hidden_step(state: nnx.State, ids: Int[Array, "b s"], layer: int | None) -> Float[Array, "*layers b s d"]:
+            model = nnx.merge(graph, state)
+            return model.hidden_states(ids) if layer is None else model.hidden_state(ids, layer=layer)
+
+        return hidden_step, state
+
+    def predict(
+        self,
+        sequences: Sequences,
+        *,
+        strand: Literal["forward", "both"] | None = None,
+        phases: int | None = None,
+        on_error: Literal["raise", "nan"] = "raise",
+    ) -> pa.Table:
+        """Names sequences by the taxonomic heads that were trained with the model.
+
+        Args:
+            sequences: As for `encode`.
+            strand: As for `encode`.
+            phases: As for `encode`.
+            on_error: As for `encode`; a sequence without a vector has nulls.
+
+        Returns:
+            The seven ranks, null where the tree ends above, and the probability of each as RANK_confidence.
+
+        Raises:
+            InputError: The model has no heads, or a sequence has no vector.
+        """
+        if self.heads is None:
+            raise InputError(
+                f"{self.provenance.model} has no taxonomic heads; load the directory of an export that has "
+                f"{HEADS_FILE}, or pass it as heads="
+            )
+        heads = self.heads
+        given = [sequences] if isinstance(sequences, str) else sequences
+        vectors = self.encode(given, pooling=heads.pooling, layer=-1, strand=strand, phases=phases, on_error=on_error)
+        there = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+        taxa = np.full((len(vectors), len(RANKS)), -1, np.int32)
+        confidence = np.full((len(vectors), len(RANKS)), np.nan, np.float64)
+        for first in range(0, len(there), _HEAD_ROWS):
+            rows = there[first : first + _HEAD_ROWS]
+            # Padded to a power of two: each number of rows compiles.
+            padded = np.zeros((1 << (len(rows) - 1).bit_length(), vectors.shape[1]), np.float32)
+            padded[: len(rows)] = vectors[rows]
+            chosen, sure = self._apply_heads(padded)
+            taxa[rows], confidence[rows] = np.asarray(chosen)[: len(rows)], np.asarray(sure)[: len(rows)]
+        columns: dict[str, pa.Array] = {}
+        for rank, names in enumerate(heads.space.names):
+            column = pa.array(taxa[:, rank], mask=taxa[:, rank] < 0)
+            columns[RANKS[rank]] = pa.array(names, pa.string()).take(column)
+        for rank, name in enumerate(RANKS):
+            columns[f"{name}_confidence"] = pa.array(confidence[:, rank], mask=np.isnan(confidence[:, rank]))
+        return pa.table(columns)
+
+    @cached_property
+    def _apply_heads(self) -> Callable[..., tuple[Array, Array]]:
+        heads = self.heads
+        assert heads is not None
+        return jax.jit(lambda vectors: predict(heads.head(vectors), heads.tree, heads.kind))
+
+    def save_pretrained(self, directory: str | Path, *, merge: bool = True) -> None:
+        """Writes the model with its heads, so that `bioscan_jax.load(directory)` gives it back.
+
+        Args:
+            directory: Is created, whole or not at all.
+            merge: Write a whole checkpoint in Hugging Face's format, with any adapter merged into its weights; or the
+                adapter alone in PEFT's format, which `load` puts on the checkpoint it was trained on.
+
+        Raises:
+            InputError: The directory is not empty or cannot be written, or there is no adapter to write alone.
+
+        Example:
+            >>> import tempfile, bioscan_jax as bj
+            >>> model = bj.load("random:tiny-v2")
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     model.save_pretrained(f"{directory}/saved")
+            ...     again = bj.load(f"{directory}/saved")
+            >>> bool((again.encode("ACGTAC") == model.encode("ACGTAC")).all())
+            True
+        """
+        target, loaded = Path(directory).expanduser(), self.loaded
+        base = dataclasses.replace(loaded.provenance, adapter=None, adapter_sha256=None)
+        if not merge:
+            if loaded.adapter is None:
+                raise InputError(f"{base.model} has no adapter to write alone; pass merge=True")
+            write_adapter(target, loaded.model, loaded.adapter.lora, provenance=base, heads=self.heads)
+            return
+        made_by = loaded.provenance
+        facts = (
+            {} if made_by.adapter is None else {"adapter": made_by.adapter, "adapter_sha256": made_by.adapter_sha256}
+        )
+        write_merged(
+            target,
+            self._with_lm_head(),
+            loaded.vocabulary,
+            provenance=base,
+            base=self._base_directory(),
+            heads=self.heads,
+            facts=facts,
+        )
+
+    def _with_lm_head(self) -> NucleotideTransformer:
+        """The model with its language-model head, which published checkpoints have and vectors do not need."""
+        if self.loaded.model.lm_head is not None:
+            return self.loaded.model
+        if self.wanted is None:
+            raise InputError("this model was not made by load, so its language-model head cannot be read")
+        base = load_weights(dataclasses.replace(self.wanted, adapter=None), self.layout, lm_head=True)
+        model = nnx.merge(*nnx.split(self.loaded.model))
+        model.lm_head = nnx.data(base.model.lm_head)
+        return model
+
+    def _base_directory(self) -> Path | None:
+        if self.wanted is None or self.wanted.checkpoint.startswith(RANDOM):
+            return None
+        return resolve_checkpoint(self.wanted.checkpoint, self.wanted.revision).directory
+
+
+def load(
+    checkpoint: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    heads: str | os.PathLike[str] | None = None,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    seed: int = 0,
+    attention: Literal["auto", "dense", "splash", "cudnn"] = "auto",
+    mesh: MeshConfig | None = None,
+    progress: bool = False,
+) -> Encoder:
+    """Loads a model to embed sequences with.
 
     Args:
-        model: Its arrays may be abstract; then only lowering works.
-        layout: Where arrays live.
-        embed: Pooling and layer.
+        checkpoint: A hub id, a directory with a checkpoint (Hugging Face's format or converted), with an adapter or
+            with what `save_pretrained` wrote, or random:PRESET for seeded random weights.
+        revision: Commit of the hub id; without it the newest one is taken, with a warning.
+        adapter: Directory with a LoRA adapter for the checkpoint, in PEFT's format.
+        heads: Directory with taxonomic heads; those beside the adapter or the checkpoint if absent.
+        dtype: Of parameters and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU.
+        seed: Of random:PRESET weights.
+        attention: As `ModelConfig.attention`.
+        mesh: Devices; all of them if absent.
+        progress: Show a bar on the terminal.
+
+    Raises:
+        InputError: Anything about the checkpoint, the adapter or the heads is wrong.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> bj.load("random:tiny-v2", seed=1).dimension
+        64
     """
-    graph, state = nnx.split(model)
-    if layout.mesh.devices.flat[0].platform == "cpu":
-        state = kept_narrow(state)
-    pad = model.config.pad_token_id
-    in_cache = layout.is_single_cpu and model.word_embeddings.dtype == jnp.float32
+    mesh = mesh or MeshConfig()
+    name, adapter_name = os.fspath(checkpoint), None if adapter is None else os.fspath(adapter)
+    given = Path(name).expanduser()
+    wanted = ModelConfig(
+        checkpoint=name, revision=revision, dtype=dtype, seed=seed, adapter=adapter_name, attention=attention
+    )
+    if adapter is None and (given / CONFIG_FILE).is_file() and not (given / "config.json").is_file():
+        base = recorded_model(adapter_base(given))
+        wanted = dataclasses.replace(
+            wanted, checkpoint=base.checkpoint, revision=revision or base.revision, seed=base.seed, adapter=name
+        )
+    if wanted.revision is None and _is_hub_id(wanted.checkpoint):
+        commit = newest_commit(wanted.checkpoint)
+        logger.warning(
+            "%s is loaded at its newest commit; pass revision=%r to get the same weights again",
+            wanted.checkpoint,
+            commit,
+        )
+        wanted = dataclasses.replace(wanted, revision=commit)
+    start_devices(mesh)
+    with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
+        loaded = load_weights(wanted, make_layout(mesh), on_bytes=bar.update)
+    beside = [Path(p).expanduser() for p in (wanted.adapter, name) if p is not None and heads is None]
+    found = next((directory for directory in beside if (directory / HEADS_FILE).is_file()), None)
+    where = found if heads is None else Path(heads).expanduser()
+    return Encoder(loaded=loaded, heads=None if where is None else read_heads(where, loaded.layout), wanted=wanted)
 
-    def embed_step(state: nnx.State, ids: Int[Array, "b s"]) -> Float[Array, "b d"]:
-        rows = cached_rows(*ids.shape) if in_cache else None
-        hidden = nnx.merge(graph, state).hidden_state(ids, layer=embed.layer, layout=layout, rows=rows)
-        return pool(layout.on_batch(hidden), ids, embed.pooling, pad)
 
-    return jax.jit(embed_step, out_shardings=layout.batched(2)), state
+def _is_hub_id(checkpoint: str) -> bool:
+    directory = Path(checkpoint).expanduser()
+    return not (checkpoint.startswith((RANDOM, ".", "~", os.sep)) or directory.exists()) and checkpoint.count("/") == 1
 
 
-def cached_rows(rows: int, tokens: int) -> int:
-    """The most rows within `CACHED_TOKENS`, at least one, of which a batch is a multiple."""
-    most = max(1, CACHED_TOKENS // tokens)
-    return max(some for some in range(1, min(rows, most) + 1) if rows % some == 0)
+def _changed(settings: EmbedConfig, **wanted: Any) -> EmbedConfig:
+    """Replaces the settings that a call gives."""
+    return dataclasses.replace(settings, **{name: value for name, value in wanted.items() if value is not None})
 
 
-def kept_narrow(state: nnx.State) -> nnx.State:
-    """The same bits with the layers' bfloat16 as 16-bit integers, without a copy; for CPU devices.
+def unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Scales vectors to length 1; a vector of zeros stays."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(length, np.finfo(np.float32).tiny)
 
-    XLA has no bfloat16 products there, and widens the whole stack of layers before its loop: a float32 copy of the
-    model. It leaves integers alone, and one layer is made bfloat16 at a time.
+
+def _as_column(sequences: Sequences) -> pa.Array | pa.ChunkedArray:
+    """Converts what a user holds to an Arrow column of strings.
+
+    Raises:
+        InputError: It is not one-dimensional, or an element is neither a string nor missing.
     """
-
-    def narrow(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        array = variable.get_value()
-        if array.dtype != jnp.bfloat16 or "layers" not in path:
-            return variable
-        if isinstance(array, jax.ShapeDtypeStruct):
-            return variable.replace(jax.ShapeDtypeStruct(array.shape, jnp.uint16, sharding=array.sharding))
-        shards = [jax.device_put(np.asarray(s.data).view(np.uint16), s.device) for s in array.addressable_shards]
-        return variable.replace(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
-
-    return nnx.from_flat_state([(path, narrow(path, variable)) for path, variable in nnx.to_flat_state(state)])
+    if isinstance(sequences, pa.Array | pa.ChunkedArray):
+        return sequences
+    values = [None if _is_missing(value) else value for value in sequences]
+    for i, value in enumerate(values):
+        if not isinstance(value, str | None):
+            raise InputError(f"sequence {i} is of type {type(value).__name__}; pass strings of DNA")
+    return pa.array(values, pa.large_string())
 
 
-@dataclass
-class CompiledSteps:
-    """One executable per batch shape, compiled at first use; nothing can recompile behind it."""
-
-    model: NucleotideTransformer
-    layout: Layout
-    embed: config.EmbedConfig
-    seconds: float = 0.0
-    shapes: dict[BatchShape, Callable] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._step, self._state = make_embed_step(self.model, self.layout, self.embed)
-
-    def __call__(self, ids: Int[np.ndarray, "b s"]) -> Float[Array, "b d"]:
-        """Starts a batch on the devices and returns at once."""
-        sharding = self.layout.batched(2)
-        shape = BatchShape(*ids.shape)
-        if shape not in self.shapes:
-            start = time.perf_counter()
-            abstract = jax.ShapeDtypeStruct(ids.shape, jnp.int32, sharding=sharding)
-            self.shapes[shape] = self._step.lower(self._state, abstract).compile()
-            self.seconds += time.perf_counter() - start
-        return self.shapes[shape](self._state, jax.device_put(ids, sharding))
+def _is_missing(value: object) -> bool:
+    """Whether a value is None, NaN or pandas.NA."""
+    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
 
 
-def collect(batches: Sequence[tuple[TokenBatch, Array]], views: int, width: int) -> Float[np.ndarray, "views d"]:
-    """Waits for the batches' vectors and puts them in the order of the views."""
-    vectors = np.empty((views, width), np.float32)
-    for batch, result in batches:
-        vectors[batch.rows] = np.asarray(result)[: len(batch.rows)]
-    return vectors
+@dataclass(frozen=True)
+class _InMemory:
+    """Sequences in memory, as blocks of rows."""
+
+    column: pa.Array | pa.ChunkedArray
+    block_rows: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.column)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.block_rows)
+
+    def __getitem__(self, index: int, /) -> Block:
+        first = index * self.block_rows
+        if index >= len(self):
+            raise IndexError(index)
+        column = self.column.slice(first, self.block_rows)
+        ids = pa.array(range(first, first + len(column)), pa.int64()).cast(pa.string())
+        return Block(index, first, pa.table({"sequence_id": ids, _COLUMN: column}))
+
+    def locate(self, row: int) -> str:
+        return f"sequence {row}"
 
 
-def sequence_vectors(
-    vectors: Float[np.ndarray, "views d"], views: Views, sequences: int, pooling: Pooling
-) -> Float[np.ndarray, "sequences d"]:
-    """One vector a sequence: the mean of its views, each weighted by the tokens it was pooled over.
-
-    The sum is formed in float64, so that a single view passes unchanged.
-
-    Args:
-        vectors: One a view.
-        views: Whose they are.
-        sequences: Number of sequences; each has at least one view.
-        pooling: `mean_no_cls` does not count CLS in the weights.
-    """
-    if len(views.owner) == sequences:
-        return vectors
-    weights = views.tokens.lengths - (pooling == "mean_no_cls")
-    first = np.searchsorted(views.owner, np.arange(sequences))
-    total = np.add.reduceat(vectors.astype(np.float64) * weights[:, None], first, axis=0)
-    return (total / np.add.reduceat(weights, first)[:, None]).astype(np.float32)
+def _refuse_rejects(encoded: EncodedBlock) -> None:
+    if not encoded.rejects.num_rows:
+        return
+    first = encoded.rejects.slice(0, 1).to_pylist()[0]
+    reason = REASONS.get(first["reason"], first["detail"] or first["reason"])
+    text = "None" if first["sequence"] is None else repr(first["sequence"][:60])
+    raise InputError(
+        f"sequence {first['source_row']} ({text}) has no vector: {reason}; pass DNA, or let on_error keep its place"
+    )

@@ -1,14 +1,15 @@
-"""Sequences that were embedded a few blocks ago: their vectors are copied, not computed again.
+"""Copies the vectors of sequences that were embedded in one of the last few blocks, instead of computing them again.
 
-What is copied depends on the input alone: a sequence is if one of the last blocks has it, since all its occurrences
-there have one and the same vector. After a restart those blocks are read again, and their vectors are those in the
-table. So a run that was stopped gives, to the last bit, what it would have given.
+The input alone decides what is copied: a sequence is copied if one of the last blocks has it, since all its occurrences
+there have the same vector. After a restart those blocks are read again and their vectors are taken from the table, so
+that an interrupted run gives the same bits as an uninterrupted one.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
@@ -25,7 +26,7 @@ _DIGEST_BYTES = 16
 
 @dataclass(frozen=True)
 class Repeats:
-    """Which sequences of a block an earlier block has, and where."""
+    """Which sequences of a block an earlier block has, and where there."""
 
     copied: Bool[np.ndarray, " sequences"]
     blocks: Int[np.ndarray, " copied"]
@@ -35,21 +36,49 @@ class Repeats:
 
     @classmethod
     def none(cls, sequences: int) -> "Repeats":
-        """No sequence of the block is copied."""
+        """Returns the repeats of a block none of whose sequences is copied."""
         return cls(np.zeros(sequences, bool), np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+class PreparedBlock(NamedTuple):
+    """A tokenised block, divided into what is copied and what is computed."""
+
+    encoded: EncodedBlock
+    repeats: Repeats
+    """Sequences whose vectors are copied from earlier blocks."""
+    views: Views
+    """The views of the other sequences; `owner` counts these from 0."""
+
+    @property
+    def fresh(self) -> int:
+        """Number of sequences to compute."""
+        return len(self.repeats.copied) - int(self.repeats.copied.sum())
 
 
 @dataclass(frozen=True)
 class Window:
-    """The digests of the last blocks; `see` must be called for one block after another."""
+    """Finds the sequences of a block among those of the last blocks; blocks must be looked up in order."""
 
     blocks: int
     """How many blocks are remembered."""
     _latest: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     _seen: dict[int, Sequence[bytes]] = field(default_factory=dict)
 
-    def see(self, index: int, digests: Sequence[bytes]) -> Repeats:
-        """Looks a block's sequences up among the last blocks', and remembers them."""
+    def prepare(self, encoded: EncodedBlock, names: Sequence[bytes] | None = None) -> PreparedBlock:
+        """Looks up a block's sequences.
+
+        Args:
+            encoded: The block.
+            names: Its `digests`, where they have been computed already.
+        """
+        count = encoded.counts.distinct
+        if not self.blocks:
+            return PreparedBlock(encoded, Repeats.none(count), encoded.views)
+        repeats = self.look_up(encoded.block.index, digests(encoded.views, count) if names is None else names)
+        return PreparedBlock(encoded, repeats, fresh_views(encoded.views, repeats.copied))
+
+    def look_up(self, index: int, digests: Sequence[bytes]) -> Repeats:
+        """Finds a block's sequences among those of the last blocks, and remembers them."""
         found = [self._latest.get(digest) for digest in digests]
         if self.blocks:
             self._seen[index] = digests
@@ -64,32 +93,40 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Known:
+class VectorCache:
     """The vectors of the last blocks, as they are stored."""
 
-    sink: config.SinkConfig
     blocks: int
     """How many blocks are kept."""
+    sink: config.SinkConfig | None = None
+    """The table with the vectors of blocks that an earlier run committed."""
     _held: dict[int, Float[np.ndarray, "sequences d"]] = field(default_factory=dict)
     _committed: dict[int, UInt64[np.ndarray, " sequences"]] = field(default_factory=dict)
 
-    def committed(self, index: int, source_rows: UInt64[np.ndarray, " sequences"]) -> None:
-        """Remembers where the table has the vectors of a block that an earlier run committed."""
+    def add_committed(self, index: int, source_rows: UInt64[np.ndarray, " sequences"]) -> None:
+        """Records which rows of the table hold the vectors of a block that an earlier run committed."""
         self._committed[index] = source_rows
 
-    def keep(self, index: int, values: Float[np.ndarray, "sequences d"]) -> None:
-        """Keeps the vectors of a block's sequences, and lets the oldest go."""
-        if self.blocks:
-            self._held[index] = values
-        if len(self._held) > self.blocks:
-            del self._held[next(iter(self._held))]
-
-    def copy_into(self, values: Float[np.ndarray, "sequences d"], repeats: Repeats) -> None:
-        """Fills in the vectors of the copied sequences.
+    def complete(
+        self, prepared: PreparedBlock, fresh: Float[np.ndarray, "fresh d"]
+    ) -> Float[np.ndarray, "sequences d"]:
+        """Adds the copied vectors of a block to those just computed, and keeps all of them for later blocks.
 
         Raises:
-            InputError: The table, which holds those of an earlier run, cannot be read or was altered.
+            InputError: The table, which holds the vectors of an earlier run, cannot be read or was altered.
         """
+        values, copied = fresh, prepared.repeats.copied
+        if copied.any():
+            values = np.empty((len(copied), fresh.shape[1]), fresh.dtype)
+            values[~copied] = fresh
+            self._copy_into(values, prepared.repeats)
+        if self.blocks:
+            self._held[prepared.encoded.block.index] = values
+        if len(self._held) > self.blocks:
+            del self._held[next(iter(self._held))]
+        return values
+
+    def _copy_into(self, values: Float[np.ndarray, "sequences d"], repeats: Repeats) -> None:
         targets = np.flatnonzero(repeats.copied)
         stored = np.isin(repeats.blocks, list(self._committed))
         for block in np.unique(repeats.blocks[~stored]):
@@ -100,10 +137,15 @@ class Known:
             rows = np.array([self._committed[block][place] for block, place in places], np.uint64)
             values[targets[stored]] = self._read(rows, values.shape[1])
 
+    @property
+    def _table_path(self) -> str:
+        assert self.sink is not None
+        return table_path(self.sink.uri, self.sink.table)
+
     @cached_property
     def _table_rows(self) -> UInt64[np.ndarray, " rows"]:
-        """`source_row` of each row of the table when it was first needed; later rows are appended."""
-        path = table_path(self.sink.uri, self.sink.table)
+        """`source_row` of each row that the table had at the first use; rows added since come after them."""
+        path = self._table_path
         with storage_errors(path):
             dataset = open_dataset(path)
             if dataset is None:
@@ -111,31 +153,30 @@ class Known:
             return dataset.to_table(columns=["source_row"])["source_row"].to_numpy()
 
     def _read(self, rows: UInt64[np.ndarray, " copied"], width: int) -> Float[np.ndarray, "copied d"]:
-        path = table_path(self.sink.uri, self.sink.table)
+        path = self._table_path
         with storage_errors(path):
             dataset = open_dataset(path)
             positions = np.minimum(np.searchsorted(self._table_rows, rows), len(self._table_rows) - 1)
             wanted, back = np.unique(positions, return_inverse=True)
             found = None if dataset is None else dataset.take(wanted.tolist(), columns=["source_row", "vector"])
         if found is None or not np.array_equal(found["source_row"].to_numpy()[back], rows):
-            raise InputError(f"{path} was altered while this run went on; run the same command again")
+            raise InputError(f"{path} was altered during this run; run the same command again")
         return found["vector"].combine_chunks().flatten().to_numpy().reshape(-1, width)[back]
 
 
 def window_blocks(embed: config.EmbedConfig, block_rows: int) -> int:
-    """Blocks whose sequences are remembered: those that `cache_rows` rows fill."""
+    """Returns how many blocks are remembered: as many as `cache_rows` rows fill."""
     return embed.cache_rows // block_rows if embed.deduplicate else 0
 
 
 def digests(views: Views, sequences: int) -> list[bytes]:
-    """128 bits for each sequence that tell it from all others, by the ids of its views.
+    """Hashes the token ids of each sequence's views to 128 bits (BLAKE2b, RFC 7693).
 
-    Different ones among n sequences share theirs by chance with a probability of n^2 / 2^129 (BLAKE2b, RFC 7693): for
-    10^9 sequences 10^-21.
+    The probability that any two of n different sequences share a digest is n^2 / 2^129: 10^-21 for 10^9 sequences.
 
     Args:
-        views: Of the sequences; each view starts with CLS, so that their ids one after another tell them apart.
-        sequences: Their number; each has at least one view.
+        views: The views; each starts with CLS, so that joining the ids of a sequence's views is unambiguous.
+        sequences: Number of sequences; each has at least one view.
     """
     first = views.tokens.offsets[np.searchsorted(views.owner, np.arange(sequences + 1))]
     data = memoryview(views.tokens.ids.tobytes())
@@ -147,7 +188,7 @@ def digests(views: Views, sequences: int) -> list[bytes]:
 
 
 def fresh_views(views: Views, copied: Bool[np.ndarray, " sequences"]) -> Views:
-    """The views of the sequences that are not copied, their owners counted from 0."""
+    """Returns the views of the sequences that are not copied; `owner` counts these from 0."""
     if not copied.any():
         return views
     keep = ~copied[views.owner]
@@ -157,6 +198,6 @@ def fresh_views(views: Views, copied: Bool[np.ndarray, " sequences"]) -> Views:
 
 
 def first_rows(encoded: EncodedBlock) -> UInt64[np.ndarray, " sequences"]:
-    """`source_row` of the first row of each of a block's sequences."""
+    """Returns the `source_row` of the first row with each of a block's sequences."""
     first = np.unique(encoded.sequence_of, return_index=True)[1]
     return (encoded.kept[first] + encoded.block.first_row).astype(np.uint64)

@@ -1,4 +1,4 @@
-"""The main job: blocks of barcodes in, an exactly-once table of vectors out."""
+"""Embeds an input into a Lance table, each row exactly once across restarts."""
 
 import dataclasses
 import json
@@ -11,18 +11,17 @@ from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import CleaningCounts
-from bioscan_jax.checkpoints.load import LoadedModel, load_weights
+from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.data.encode import BlockCounts
 from bioscan_jax.data.parquet import check_unique_ids, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import stop_on_signals
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
-from bioscan_jax.embedding.encoder import CompiledSteps
+from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.job import Job, prepare, scratch_directory
 from bioscan_jax.embedding.pipeline import Work, run_rounds
-from bioscan_jax.embedding.summary import Clock, RunSummary, peak_device_bytes, peak_host_bytes, versions
+from bioscan_jax.embedding.summary import RunSummary, StageClock, peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.errors import InputError, Interrupted
-from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.sink import VectorTable
 from bioscan_jax.table.storage import drop_if_empty, sidecar_path, storage_errors, table_exists, table_path, write_whole
@@ -37,7 +36,7 @@ def embed(
     *,
     progress: bool = True,
 ) -> RunSummary:
-    """Embeds every sequence of the input into a Lance table, once, going on where an earlier run stopped.
+    """Embeds every sequence of the input into a Lance table, once, continuing where an earlier run stopped.
 
     Args:
         model: Which weights.
@@ -48,20 +47,21 @@ def embed(
         progress: Show bars on the terminal.
 
     Raises:
-        InputError: Something the user can mend; nothing is half-written.
-        Interrupted: Ctrl-C or SIGTERM; the same call goes on.
+        InputError: An input, setting or table is wrong; nothing is left half written.
+        Interrupted: Ctrl-C or SIGTERM; the same call continues.
     """
 
-    def load_model(layout: Layout) -> LoadedModel:
-        return _load(model, layout, progress and jax.process_index() == 0)
+    def make_encoder(layout: Layout) -> Encoder:
+        shown = progress and jax.process_index() == 0
+        with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not shown, leave=False) as bar:
+            return Encoder(loaded=load_weights(model, layout, on_bytes=bar.update))
 
-    return embed_with(load_model, CompiledSteps, data, sink, embed, mesh, progress=progress)
+    return embed_with(make_encoder, data, sink, embed, mesh, progress=progress)
 
 
 @propagate_failure()
 def embed_with(
-    load_model: Callable[[Layout], LoadedModel],
-    make_steps: Callable[[NucleotideTransformer, Layout, config.EmbedConfig], CompiledSteps],
+    make_encoder: Callable[[Layout], Encoder],
     data: config.DataConfig,
     sink: config.SinkConfig,
     embed: config.EmbedConfig | None = None,
@@ -69,9 +69,9 @@ def embed_with(
     *,
     progress: bool = True,
 ) -> RunSummary:
-    """As `embed`, with a model that the caller loads and executables that the caller makes."""
+    """Does what `embed` does, with an encoder that the caller makes."""
     embed, mesh = embed or config.EmbedConfig(), mesh or config.MeshConfig()
-    clock, begun = Clock(), time.perf_counter()
+    clock, begun = StageClock(), time.perf_counter()
     start_devices(mesh)
     progress = progress and jax.process_index() == 0
     with ExitStack() as held:
@@ -81,9 +81,9 @@ def embed_with(
         with clock.stage("open"):
             source = open_source(data, scratch=scratch)
         with clock.stage("load"):
-            loaded = load_model(make_layout(mesh, local=jax.process_count() > 1))
+            encoder = make_encoder(make_layout(mesh, local=jax.process_count() > 1))
         with clock.stage("open"):
-            job = prepare(source, loaded, data, embed, sink)
+            job = prepare(source, encoder, data, embed, sink)
             if not table_exists(sink.uri, sink.table):
                 check_unique_ids(source)
         table = held.enter_context(_opened_table(job)) if jax.process_index() == 0 else None
@@ -93,7 +93,7 @@ def embed_with(
         bar = held.enter_context(
             tqdm(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress)
         )
-        work = run_rounds(job, table, first, make_steps, stop, bar, clock)
+        work = run_rounds(job, table, first, stop, bar, clock)
         bar.close()
         if work.stopping and work.next_block < len(source):
             raise Interrupted(
@@ -106,7 +106,7 @@ def embed_with(
             with clock.stage("index"):
                 finished = table.finish(sink.index)
             index = "; ".join([*finished.indexes, *finished.notes])
-        # Also keeps the others here while process 0 builds an index: one that left would take it down.
+        # Also keeps the other processes here while process 0 builds an index: one that exits would stop it.
         work, vectors, rejects = _totals(work, table)
         summary = _summary(job, work, vectors, rejects, resumed, index, clock, begun)
         if table is not None and resumed < source.rows:
@@ -115,14 +115,9 @@ def embed_with(
     return summary
 
 
-def _load(model: config.ModelConfig, layout: Layout, progress: bool) -> LoadedModel:
-    with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
-        return load_weights(model, layout, on_bytes=bar.update)
-
-
 @contextmanager
 def _opened_table(job: Job) -> Iterator[VectorTable]:
-    """The table; if it is new and fails before its first commit it is not left behind, as its plan may be at fault."""
+    """Opens the table; removes it again if it is new and fails before its first commit, as its plan may be wrong."""
     with VectorTable.open(
         job.sink.uri,
         job.sink.table,
@@ -143,7 +138,7 @@ def _opened_table(job: Job) -> Iterator[VectorTable]:
 
 
 def _totals(work: Work, table: VectorTable | None) -> tuple[Work, int, int]:
-    """What all processes did, and how many vectors and rejects process 0's tables hold."""
+    """Sums the work of all processes; also returns how many vectors and rejects process 0's tables hold."""
     summed = ("tokens_real", "tokens_computed", "model_flops")
     mine = {name: getattr(work, name) for name in summed} | {"counts": dataclasses.asdict(work.counts)}
     mine["table"] = (table.vectors, table.rejects) if table is not None else None
@@ -163,7 +158,7 @@ def _summary(
     rejects: int,
     resumed: int,
     index: str | None,
-    clock: Clock,
+    clock: StageClock,
     begun: float,
 ) -> RunSummary:
     total = time.perf_counter() - begun
@@ -180,8 +175,8 @@ def _summary(
         model_flops=work.model_flops,
         shapes=work.shapes,
         seconds={"total": total, "load": 0.0, "compile": 0.0} | clock.seconds,
-        device_busy=work.flight.share,
-        waiting_for_input=clock.seconds.get("wait for input", 0.0) / (work.flight.wall or 1.0),
+        device_busy=work.activity.share,
+        waiting_for_input=clock.seconds.get("wait for input", 0.0) / (work.activity.wall or 1.0),
         seconds_to_first_commit=None if work.first_commit is None else work.first_commit - begun,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(),

@@ -1,4 +1,4 @@
-"""What a run did: one table for the eyes, one JSON file for the record."""
+"""Measures an embedding run, and reports it as text and as JSON."""
 
 import dataclasses
 import json
@@ -20,15 +20,15 @@ VERSIONED = ("bioscan_jax", "jax", "jaxlib", "flax", "grain", "pyarrow", "pylanc
 
 
 @dataclass
-class Clock:
-    """Wall seconds by stage; stages run in several threads."""
+class StageClock:
+    """Wall seconds per stage; stages may run in several threads."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Counts the time inside the context to a stage."""
+        """Adds the time spent inside the context to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -36,22 +36,22 @@ class Clock:
             self.add(name, time.perf_counter() - start)
 
     def add(self, name: str, seconds: float) -> None:
-        """Counts seconds to a stage."""
+        """Adds seconds to a stage."""
         with self.lock:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 @dataclass
-class InFlight:
-    """How long the devices had work: from the handing over of a batch until its vectors are there.
+class DeviceActivity:
+    """Measures how long the devices had work, as the host sees it; safe to call from several threads.
 
-    Time in which the host compiles counts neither as busy nor at all. Threads may call it.
+    A batch counts from its start until its vectors are ready. Time while paused, as while compiling, does not count.
     """
 
     busy: float = 0.0
-    """Seconds with at least one batch handed over and not finished."""
+    """Seconds with at least one batch started and not finished."""
     wall: float = 0.0
-    """Seconds from `begin` to `end`."""
+    """Seconds between `resume` and `pause`."""
     _batches: int = 0
     _counting: bool = False
     _since: float = 0.0
@@ -59,26 +59,26 @@ class InFlight:
 
     @property
     def share(self) -> float:
-        """Of the wall time that the devices were busy."""
+        """Share of the measured time in which the devices were busy."""
         return self.busy / self.wall if self.wall else 0.0
 
-    def begin(self) -> None:
-        """Starts counting, or goes on after `end`."""
-        self._turn(0, True)
+    def resume(self) -> None:
+        """Starts measuring, or continues after `pause`."""
+        self._update(0, True)
 
-    def end(self) -> None:
-        """Stops counting."""
-        self._turn(0, False)
+    def pause(self) -> None:
+        """Stops measuring."""
+        self._update(0, False)
 
-    def given(self) -> None:
-        """A batch is about to be handed over."""
-        self._turn(1)
+    def batch_started(self) -> None:
+        """Records that a batch is being started."""
+        self._update(1)
 
-    def done(self) -> None:
-        """The vectors of a batch are there."""
-        self._turn(-1)
+    def batch_finished(self) -> None:
+        """Records that the vectors of a batch are ready."""
+        self._update(-1)
 
-    def _turn(self, batches: int, counting: bool | None = None) -> None:
+    def _update(self, batches: int, counting: bool | None = None) -> None:
         with self._lock:
             now = time.perf_counter()
             if self._counting:
@@ -90,62 +90,62 @@ class InFlight:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """Figures of one `embed` run; those about work done cover this run alone, not an earlier part it resumed.
+    """Figures of one `embed` run; those about work cover this run alone, not an earlier part that it resumed.
 
-    Counts are of all processes; seconds and memory are of this one.
+    Counts are summed over all processes; seconds and memory are those of this process.
     """
 
     table: str
-    """Where the vectors are."""
+    """Path of the vector table."""
     rows: int
-    """Of the input."""
+    """Rows of the input."""
     vectors: int
-    """In the table."""
+    """Rows of the vector table."""
     rejects: int
-    """In the rejects table."""
+    """Rows of the rejects table."""
     resumed_at: int
-    """Rows that were done when this run began."""
+    """Rows that were finished when this run began."""
     counts: BlockCounts
-    """Of the rows this run read."""
+    """Counts over the rows that this run read."""
     tokens_real: int
-    """Tokens of the views embedded, CLS included."""
+    """Tokens of the embedded views, CLS included."""
     tokens_computed: int
-    """The same with padding and filler rows."""
+    """The same with padding and filler rows included."""
     model_flops: int
     """Matrix-product FLOPs of the real tokens."""
     shapes: list[tuple[int, int]]
-    """Batches compiled, rows x tokens."""
+    """Compiled batch shapes, rows x tokens."""
     seconds: dict[str, float]
-    """Wall time in all, and by stage; stages overlap, so they do not add up."""
+    """Wall time in total and per stage; stages overlap, so they do not add up."""
     device_busy: float
-    """Share of the time after compiling in which a batch was on the devices, as the host sees it."""
+    """Share of the time, compiling left out, in which a batch was on the devices, as the host sees it."""
     waiting_for_input: float
-    """Share of that time in which no block was ready to be handed over."""
+    """Share of that time in which no block was ready for the devices."""
     seconds_to_first_commit: float | None
-    """From the call to the first block safe in the table; None where this process did not commit."""
+    """From the call to the first commit; None where this process did not commit."""
     peak_host_bytes: int
     peak_device_bytes: int | None
-    """Largest of the local devices; None where the platform does not tell."""
+    """Largest over the local devices; None where the platform does not report it."""
     devices: str
     processes: int
     versions: dict[str, str]
     provenance: dict[str, str | None]
     index: str | None
-    """What was indexed at the end."""
+    """The indexes built at the end."""
 
     @property
     def rows_per_second(self) -> float:
-        """Rows this run read, by its time after loading and compiling."""
+        """Rows that this run read, divided by its time without loading and compiling."""
         busy = self.seconds["total"] - self.seconds["load"] - self.seconds["compile"]
         return self.counts.rows / max(busy, 1e-9)
 
     def to_json(self) -> str:
-        """Every field and the rate."""
+        """Returns every field and the rate as JSON."""
         record = dataclasses.asdict(self) | {"rows_per_second": self.rows_per_second}
         return json.dumps(record, indent=2) + "\n"
 
     def __str__(self) -> str:
-        """The table that ends a run."""
+        """Formats the summary as the lines printed at the end of a run."""
         counts, changes = self.counts, self.counts.changes
         rejects = ", ".join(f"{n:,} {reason}" for reason, n in counts.rejects.items()) or "none"
         resumed = f" ({self.resumed_at:,} of them before this run)" if self.resumed_at else ""
@@ -188,27 +188,27 @@ def _gib(size: int) -> str:
 
 
 def peak_host_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Returns the largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_device_bytes() -> int | None:
-    """Largest memory in use on a local device so far, where the platform tells."""
+    """Returns the largest memory in use on a local device so far, where the platform reports it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) if peaks else None
 
 
 def device_bytes_in_use() -> int | None:
-    """Memory in use now on the fullest local device, where the platform tells."""
+    """Returns the memory now in use on the fullest local device, where the platform reports it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     used = [s["bytes_in_use"] for s in stats if "bytes_in_use" in s]
     return max(used) if used else None
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; its peak where the system has no /proc."""
+    """Returns the memory of this process now; its peak where the system has no /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -216,5 +216,5 @@ def resident_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what makes the vectors."""
+    """Returns the versions of the packages that make the vectors."""
     return {name: metadata.version(name) for name in VERSIONED}

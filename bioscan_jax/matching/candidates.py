@@ -16,9 +16,10 @@ from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads
 from bioscan_jax.checkpoints.readers import sha256_of
 from bioscan_jax.data.encode import EncodedBlock
 from bioscan_jax.data.parquet import ParquetBlocks
+from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.matching.alignment import Pool, align
 from bioscan_jax.matching.neighbours import by_index, exact, nearest, search_kind
-from bioscan_jax.matching.queries import Embedder, embed_blocks, make_embedder
+from bioscan_jax.matching.queries import encode_queries, encoder_of_table
 from bioscan_jax.matching.reference import Reference, Taxa, open_reference
 from bioscan_jax.matching.vote import NEAREST_COSINE_DISTANCE, HeadVotes, Votes, head_votes, open_heads, vote
 
@@ -32,7 +33,7 @@ class Matcher:
 
     reference: Reference
     taxa: Taxa
-    embedder: Embedder
+    encoder: Encoder
     heads: Heads | None
     heads_sha256: str | None
     settings: config.IdentifyConfig
@@ -79,11 +80,11 @@ def open_matcher(
     if settings.rerank == "alignment":
         opened.sequences(opened.chosen[:1])
     opened.lineages  # noqa: B018 - missing labels raise before the model is loaded, which takes longer
-    embedder = make_embedder(opened, model, mesh)
-    heads = None if settings.heads is None else open_heads(settings.heads, embedder)
+    encoder = encoder_of_table(opened, model, mesh)
+    heads = None if settings.heads is None else open_heads(settings.heads, encoder)
     digest = None if settings.heads is None else sha256_of([Path(settings.heads).expanduser() / HEADS_FILE])
     taxa = Taxa.of(opened) if heads is None else Taxa.of(opened, heads.space.names)
-    return Matcher(opened, taxa, embedder, heads, digest, settings, search)
+    return Matcher(opened, taxa, encoder, heads, digest, settings, search)
 
 
 def find_candidates(
@@ -100,7 +101,7 @@ def find_candidates(
     Raises:
         InputError: A value of the input cannot be read.
     """
-    for encoded, vectors in embed_blocks(matcher.embedder, source):
+    for encoded, vectors in encode_queries(matcher.encoder, source):
         texts = _cleaned(encoded.block.table[source.sequence_column].take(pa.array(encoded.kept)))
         found = nearest(vectors, matcher.reference, matcher.settings)
         rows, similarity = found.rows, found.similarity

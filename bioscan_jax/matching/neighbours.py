@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from bioscan_jax import config
+from bioscan_jax.embedding.encoder import unit
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.reference import Reference
 from bioscan_jax.table.reading import vector_index
@@ -32,12 +33,6 @@ class Neighbours:
     """Positions in the table; -1 past the last one found."""
     similarity: Float32[np.ndarray, "queries k"]
     """Cosine; -inf where there is no row."""
-
-
-def unit(vectors: Float32[np.ndarray, "rows hidden"]) -> Float32[np.ndarray, "rows hidden"]:
-    """Scales vectors to length 1; a zero vector stays zero."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(length, np.finfo(np.float32).tiny)
 
 
 def search_kind(reference: Reference, wanted: config.SearchKind) -> Literal["exact", "index"]:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int64
 
-from bioscan_jax.matching.neighbours import unit
+from bioscan_jax.embedding.encoder import unit
 
 GROUPS = pa.schema(
     [

@@ -1,4 +1,4 @@
-"""Nearest neighbours in a vector table: of a sequence, or of one of its rows."""
+"""Searches a vector table for the nearest neighbours of sequences or of its own rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,34 +9,36 @@ import pyarrow as pa
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS
+from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.neighbours import nearest as nearest_rows
-from bioscan_jax.matching.queries import Embedder, embed_sequences, make_embedder
+from bioscan_jax.matching.queries import encoder_of_table
 from bioscan_jax.matching.reference import Reference, open_reference
 from bioscan_jax.table.storage import table_path
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A vector table that answers to DNA; the model that made it is loaded at the first search."""
+    """A vector table that can be searched by DNA; its model is loaded at the first search."""
 
-    where: config.ReferenceConfig
+    location: config.ReferenceConfig
     model: config.ModelConfig | None = None
-    """Where that model is now, if not where the table says."""
+    """Where the model that made it is now, if not where the table says."""
     mesh: config.MeshConfig | None = None
 
     @cached_property
-    def _whole(self) -> Reference:
-        return open_reference(self.where)
+    def _reference(self) -> Reference:
+        return open_reference(self.location)
 
     @property
     def columns(self) -> list[str]:
         """Names of the table's columns."""
-        return self._whole.dataset.schema.names
+        return self._reference.dataset.schema.names
 
     @cached_property
-    def _embedder(self) -> Embedder:
-        return make_embedder(self._whole, self.model, self.mesh)
+    def encoder(self) -> Encoder:
+        """The model that made the table, with the table's settings."""
+        return encoder_of_table(self._reference, self.model, self.mesh)
 
     def search(
         self,
@@ -47,28 +49,28 @@ class Table:
         columns: Sequence[str] | None = None,
         search: config.SearchKind = "auto",
     ) -> pa.Table:
-        """The k rows nearest to a sequence, or to each of several.
+        """Finds the k rows nearest to a sequence, or to each of several.
 
         Args:
             sequence: DNA; cleaned as the table's was.
-            k: Rows for each sequence.
-            filter: SQL condition on the columns, such as "depth > 200"; other rows are not looked at.
-            columns: To give; all but the vector if absent.
-            search: `auto` takes the vector index, where there is one, from 50,000 rows on.
+            k: Rows per sequence.
+            filter: SQL condition on the columns, such as "depth > 200"; only rows that fulfil it are compared.
+            columns: Columns to return; all but the vector if absent.
+            search: `auto` uses the vector index, where there is one, from 50,000 rows on.
 
         Returns:
-            `query` (0 for the first sequence), the columns, and `similarity` (cosine), the nearest first.
+            `query` (0 for the first sequence), the columns, and `similarity` (cosine), the nearest row first.
 
         Raises:
-            InputError: The sequence has no vector, the filter or a column is wrong, or the model is another.
+            InputError: The sequence has no vector, the filter or a column is wrong, or the model is not the table's.
         """
         settings = config.IdentifyConfig(k=k, filter=filter, search=search)
-        reference = self._whole if filter is None else open_reference(self.where, filter)
-        there = reference.dataset.schema.names
-        wanted = [name for name in there if name != "vector"] if columns is None else list(columns)
-        if unknown := [name for name in wanted if name not in there]:
-            raise InputError(f"{reference.dataset.uri} has no column {unknown[0]!r}; choose from: {', '.join(there)}")
-        vectors = embed_sequences(self._embedder, [sequence] if isinstance(sequence, str) else list(sequence))
+        reference = self._reference if filter is None else open_reference(self.location, filter)
+        names = reference.dataset.schema.names
+        wanted = [name for name in names if name != "vector"] if columns is None else list(columns)
+        if unknown := [name for name in wanted if name not in names]:
+            raise InputError(f"{reference.dataset.uri} has no column {unknown[0]!r}; choose from: {', '.join(names)}")
+        vectors = self.encoder.encode([sequence] if isinstance(sequence, str) else sequence)
         found = nearest_rows(vectors, reference, settings)
         query, place = np.nonzero(found.rows >= 0)
         rows = found.rows[query, place]
@@ -86,31 +88,31 @@ def open_table(
     model: config.ModelConfig | None = None,
     mesh: config.MeshConfig | None = None,
 ) -> Table:
-    """Opens a vector table to search it: `open_table(uri).search("ACGT...")`.
+    """Opens a vector table for searching: `open_table(uri).search("ACGT...")`.
 
     Args:
         uri: Database directory or URL.
         table: Name of the vector table.
-        model: Where the model that made it is now, if not where the table says.
+        model: Where the model that made the table is now, if not where the table says.
         mesh: Devices.
 
     Raises:
         InputError: There is no such table, or it has no vectors.
     """
     found = Table(config.ReferenceConfig(uri=uri, table=table), model, mesh)
-    _ = found._whole
+    _ = found._reference
     return found
 
 
 def short_columns(table: Table) -> list[str]:
-    """Those that fit a terminal: the id, the marker, and the lineage or what there is of the ranks."""
+    """Returns the columns that fit a terminal: id, marker, and the lineage or the ranks that the table has."""
     names = table.columns
     lineage = [LINEAGE_COLUMN] if LINEAGE_COLUMN in names else [rank for rank in RANKS if rank in names]
     return [name for name in ("sequence_id", "marker_gene", *lineage) if name in names]
 
 
 def nearest(uri: str, table: str, row: int, k: int) -> pa.Table:
-    """The k nearest rows to one row of the table by cosine distance, that row left out.
+    """Finds the k rows nearest to one row of the table by cosine distance, that row left out.
 
     Args:
         uri: Database directory or URL.
@@ -133,7 +135,7 @@ def nearest(uri: str, table: str, row: int, k: int) -> pa.Table:
 
 
 def describe_neighbours(uri: str, table: str, k: int) -> str:
-    """The k nearest neighbours of a table's first row, as lines of text."""
+    """Describes the k nearest neighbours of a table's first row, as lines of text."""
     import lance
 
     first = lance.dataset(table_path(uri, table)).take([0], columns=_shown(uri, table)).to_pylist()[0]

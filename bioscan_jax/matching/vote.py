@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Float32, Float64, Int32
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.head_files import Heads, read_heads
+from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError
-from bioscan_jax.matching.queries import Embedder
 from bioscan_jax.matching.reference import Taxa, name_codes
 
 POWER = 32.0
@@ -139,21 +139,21 @@ def _descend(
     return taxa, share
 
 
-def open_heads(directory: str, embedder: Embedder) -> Heads:
+def open_heads(directory: str, encoder: Encoder) -> Heads:
     """Reads taxonomic heads that were trained on vectors like the table's.
 
     Raises:
         InputError: There are none, or they were trained on vectors of another kind.
     """
-    heads = read_heads(Path(directory).expanduser(), embedder.loaded.layout)
-    last = embedder.loaded.config.num_hidden_layers
-    if heads.pooling != embedder.embed.pooling or embedder.embed.layer != last:
+    heads = read_heads(Path(directory).expanduser(), encoder.layout)
+    last = encoder.config.num_hidden_layers
+    if heads.pooling != encoder.settings.pooling or encoder.settings.layer != last:
         raise InputError(
             f"--heads {directory}: they were trained on {heads.pooling} pooling of the last layer, the table has "
-            f"{embedder.embed.pooling} pooling of layer {embedder.embed.layer} of {last}; embed the reference the same way, "
+            f"{encoder.settings.pooling} pooling of layer {encoder.settings.layer} of {last}; embed the reference the same way, "
             "or leave --heads out"
         )
-    width = embedder.loaded.config.hidden_size
+    width = encoder.config.hidden_size
     if heads.hidden_size != width:
         raise InputError(
             f"--heads {directory}: they were trained on vectors of {heads.hidden_size} numbers, the table has {width}; "

@@ -13,7 +13,7 @@ from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.sharding import Layout, stored_shardings
-from bioscan_jax.embedding.encoder import make_embed_step
+from bioscan_jax.embedding.step import make_embed_step
 from bioscan_jax.model.attention import AttentionChoice
 from bioscan_jax.model.classifier import abstract_classifier
 from bioscan_jax.model.config import TransformerConfig
@@ -29,7 +29,7 @@ _STEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedProgram:
-    """The embedding step, `bioscan_jax.embedding.encoder.make_embed_step`."""
+    """The embedding step, `bioscan_jax.embedding.step.make_embed_step`."""
 
     name: ClassVar[str] = "embed"
     by_host: ClassVar[bool] = True

@@ -14,7 +14,7 @@ from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, choose_widths, make_batches
 from bioscan_jax.data.encode import Encoding
 from bioscan_jax.data.parquet import ParquetBlocks, open_source
-from bioscan_jax.embedding.job import SAMPLED_ROWS, sample_blocks
+from bioscan_jax.embedding.sample import SAMPLED_ROWS, sample_blocks
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.training.batches import epoch_order
@@ -61,6 +61,7 @@ def embedding_workload(
             deduplicate=embed.deduplicate,
         )
         sample = sample_blocks(source, encoding, embed)
+    sample.check(source.sequence_column)
     shapes = sample.shapes(embed, devices)
     ids = {"cls": vocabulary.cls_id, "pad": vocabulary.pad_id}
     batches = Counter(

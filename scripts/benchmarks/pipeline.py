@@ -23,8 +23,9 @@ from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.sharding import Layout
-from bioscan_jax.embedding.encoder import CompiledSteps
+from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.run import embed_with
+from bioscan_jax.embedding.step import CompiledSteps
 from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.table.storage import open_dataset, table_path
@@ -148,7 +149,6 @@ def run_once(data: dict[str, Any], sink: str, embed: dict[str, Any], stop_at: in
     try:
         summary = embed_with(
             _sized_like_the_largest,
-            NoCompute,
             config.DataConfig(**data),
             config.SinkConfig(uri=sink),
             config.EmbedConfig(**embed),
@@ -180,9 +180,9 @@ def _stop_at(sink: str, rows: int, ended: threading.Event) -> None:
             return
 
 
-def _sized_like_the_largest(layout: Layout) -> LoadedModel:
+def _sized_like_the_largest(layout: Layout) -> Encoder:
     transformer = PRESETS[_SIZED_LIKE]
-    return LoadedModel(
+    loaded = LoadedModel(
         model=abstract_model(transformer, jnp.float32, lm_head=False),
         config=transformer,
         vocabulary=Vocabulary.published("v1"),
@@ -191,3 +191,4 @@ def _sized_like_the_largest(layout: Layout) -> LoadedModel:
             model="zeros instead of a model", revision=None, weights_sha256="none", license=None, dtype="float32"
         ),
     )
+    return Encoder(loaded=loaded, make_steps=NoCompute)

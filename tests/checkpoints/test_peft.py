@@ -41,6 +41,7 @@ from bioscan_jax.checkpoints.peft import CONFIG_FILE, read_adapter, write_adapte
 from bioscan_jax.checkpoints.readers import sha256_of, weight_files
 from bioscan_jax.data.parquet import open_source
 from bioscan_jax.devices.sharding import make_layout
+from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.job import prepare
 from bioscan_jax.model.lora import TARGETS, add_adapters
 
@@ -408,12 +409,14 @@ def test_the_plan_of_a_table_has_the_adapter(tmp_path):
     jobs = [
         prepare(
             open_source(data, scratch=tmp_path / "scratch"),
-            LoadedModel(
-                model=golden_model("v2"),
-                config=golden_config("v2"),
-                vocabulary=Vocabulary.published("v2"),
-                layout=make_layout(ONE),
-                get_provenance=partial(dataclasses.replace, BASE, **changes),
+            Encoder(
+                loaded=LoadedModel(
+                    model=golden_model("v2"),
+                    config=golden_config("v2"),
+                    vocabulary=Vocabulary.published("v2"),
+                    layout=make_layout(ONE),
+                    get_provenance=partial(dataclasses.replace, BASE, **changes),
+                )
             ),
             data,
             EmbedConfig(),

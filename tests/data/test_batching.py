@@ -11,6 +11,8 @@ from bioscan_jax.data.batching import (
     batch_shapes,
     choose_shapes,
     choose_widths,
+    fixed_shapes,
+    fixed_widths,
     make_batches,
 )
 
@@ -43,6 +45,17 @@ def test_widths_are_the_optimum(lengths, most):
 def test_a_limit_that_is_no_multiple_is_the_last_width():
     assert choose_widths(np.array([5, 30]), 30, 8) == (8, 30)
     assert choose_widths(np.array([3]), 5, 8) == (5,)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 3), st.integers(1, 4))
+def test_fixed_shapes_come_from_a_set_that_does_not_depend_on_the_rows(lengths, most, devices):
+    shapes = fixed_shapes(np.array(lengths), max(lengths), 300, most=most, devices=devices, tokens_per_device=1024)
+    allowed = {BatchShape(devices << k, width) for width in fixed_widths(300) for k in range(8)}
+    assert set(shapes) <= allowed
+    assert len(shapes) <= most
+    assert shapes[-1].tokens >= max(lengths)
+    assert all(shape.tokens * shape.rows <= 1024 * devices or shape.rows == devices for shape in shapes)
+    assert make_batches(rows_of(lengths), shapes, cls=CLS, pad=PAD)
 
 
 def test_batch_shapes_keep_the_budget_and_divide_over_devices():

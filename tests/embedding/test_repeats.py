@@ -15,9 +15,12 @@ from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelCo
 from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.barcodes.views import Views
 from bioscan_jax.checkpoints.load import load_weights
-from bioscan_jax.embedding.encoder import CompiledSteps
-from bioscan_jax.embedding.repeats import Known, Repeats, Window, digests, fresh_views
+from bioscan_jax.data.encode import BlockCounts, EncodedBlock
+from bioscan_jax.data.parquet import Block
+from bioscan_jax.embedding.encoder import Encoder
+from bioscan_jax.embedding.repeats import PreparedBlock, Repeats, VectorCache, Window, digests, fresh_views
 from bioscan_jax.embedding.run import embed, embed_with
+from bioscan_jax.embedding.step import CompiledSteps
 from bioscan_jax.table.sink import VectorTable
 
 MODEL, MESH = ModelConfig(checkpoint="random:tiny-v2"), MeshConfig(compilation_cache=None, data=1)
@@ -28,7 +31,7 @@ BLOCK_ROWS, ROWS = 16, 320
 def test_a_window_finds_what_the_last_blocks_have(blocks, size):
     window = Window(size)
     for index, block in enumerate(blocks):
-        repeats = window.see(index, [bytes([s]) for s in block])
+        repeats = window.look_up(index, [bytes([s]) for s in block])
         near = range(max(0, index - size), index)
         assert repeats.copied.tolist() == [any(s in blocks[i] for i in near) for s in block]
         copied = [s for s, known in zip(block, repeats.copied, strict=True) if known]
@@ -113,7 +116,11 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(barcodes, tmp_path, monkeyp
     def once(uri):
         data, sink, wanted, mesh = settings(barcodes, uri, **cache)
         sink = SinkConfig(uri=sink.uri, vector_dtype=dtype)
-        return embed_with(lambda at: load_weights(MODEL, at), Companions, data, sink, wanted, mesh, progress=False)
+
+        def make_encoder(layout):
+            return Encoder(loaded=load_weights(MODEL, layout), make_steps=Companions)
+
+        return embed_with(make_encoder, data, sink, wanted, mesh, progress=False)
 
     whole = once(tmp_path / "whole")
     assert whole.counts.copied > 30
@@ -160,20 +167,28 @@ def test_each_sequence_is_embedded_once_where_all_are_remembered(barcodes, tmp_p
     assert computed[-1] == len(rows)
 
 
-def test_a_table_altered_behind_the_run_is_told(tmp_path):
+def test_a_table_altered_during_the_run_is_an_error(tmp_path):
     stored = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(6, dtype=np.float32)), 2)
     rows = pa.array([0, 1, 3], pa.uint64())
     lance.write_dataset(pa.table({"source_row": rows, "vector": stored}), str(tmp_path / "sequences.lance"))
     repeats = Repeats(np.array([False, True]), np.array([4]), np.array([1]))
-    known = Known(SinkConfig(uri=str(tmp_path)), 1)
-    known.committed(4, np.array([0, 3], np.uint64))
-    values = np.zeros((2, 2), np.float32)
-    known.copy_into(values, repeats)
-    assert values.tolist() == [[0, 0], [4, 5]]
-    known.committed(4, np.array([0, 2], np.uint64))
-    with pytest.raises(InputError, match=r"sequences\.lance was altered while this run went on; run the same command"):
-        known.copy_into(values, repeats)
-    absent = Known(SinkConfig(uri=str(tmp_path / "absent")), 1)
-    absent.committed(4, np.array([0, 3], np.uint64))
+    views = views_of([[3, 7]], [0])
+    block = EncodedBlock(
+        block=Block(5, 0, pa.table({})),
+        kept=np.arange(2),
+        sequence_of=np.arange(2),
+        views=views,
+        rejects=pa.table({}),
+        counts=BlockCounts(),
+    )
+    prepared, fresh = PreparedBlock(block, repeats, views), np.zeros((1, 2), np.float32)
+    cache = VectorCache(1, SinkConfig(uri=str(tmp_path)))
+    cache.add_committed(4, np.array([0, 3], np.uint64))
+    assert cache.complete(prepared, fresh).tolist() == [[0, 0], [4, 5]]
+    cache.add_committed(4, np.array([0, 2], np.uint64))
+    with pytest.raises(InputError, match=r"sequences\.lance was altered .*run the same command"):
+        cache.complete(prepared, fresh)
+    absent = VectorCache(1, SinkConfig(uri=str(tmp_path / "absent")))
+    absent.add_committed(4, np.array([0, 3], np.uint64))
     with pytest.raises(InputError, match=r"absent/sequences\.lance is absent; pass a --sink\.uri"):
-        absent.copy_into(values, repeats)
+        absent.complete(prepared, fresh)

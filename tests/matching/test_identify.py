@@ -242,7 +242,7 @@ def test_search_finds_a_row_by_its_dna(world: World):
     assert family not in other["family"].to_pylist()
     with pytest.raises(InputError, match="has no column 'depht'; choose from: "):
         table.search("ACGT" * 20, columns=["depht"])
-    with pytest.raises(InputError, match="^sequence 'protein' has no vector"):
+    with pytest.raises(InputError, match=r"sequence 0 \('protein'\) has no vector"):
         table.search("protein")
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bioscan_jax import config
 from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.devices.sharding import make_layout
-from bioscan_jax.embedding.encoder import make_embed_step
+from bioscan_jax.embedding.step import make_embed_step
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.attention import (
     FLASH_MIN_TOKENS,

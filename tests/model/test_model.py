@@ -21,7 +21,7 @@ from bioscan_jax.barcodes.tokenizer import encode
 from bioscan_jax.checkpoints.keys import abstract_model, random_model
 from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.devices.sharding import make_layout
-from bioscan_jax.embedding.encoder import make_embed_step
+from bioscan_jax.embedding.step import make_embed_step
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import PRESETS, TransformerConfig, parse_config, read_config
 from bioscan_jax.model.pooling import pool

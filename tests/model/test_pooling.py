@@ -4,7 +4,7 @@ import pytest
 
 from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.barcodes.views import Views
-from bioscan_jax.embedding.encoder import sequence_vectors
+from bioscan_jax.embedding.step import sequence_vectors
 from bioscan_jax.model.pooling import pool
 
 IDS = jnp.array([[3, 7, 8, 9], [3, 7, 1, 1], [3, 1, 1, 1]])

@@ -14,7 +14,7 @@ from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.keys import random_model
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.sharding import make_layout
-from bioscan_jax.embedding.encoder import make_embed_step
+from bioscan_jax.embedding.step import make_embed_step
 from bioscan_jax.model.classifier import make_classifier, named_arrays
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, argument_bytes, regular_tree

@@ -1,0 +1,117 @@
+"""The start of an input: how long its sequences are, and the batch shapes that suit them."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from bioscan_jax import config
+from bioscan_jax.barcodes.schemas import TokenRows
+from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, choose_shapes, fixed_shapes
+from bioscan_jax.data.encode import BlockCounts, Encoding, encode_block
+from bioscan_jax.data.parquet import Block
+from bioscan_jax.embedding.repeats import Window, window_blocks
+from bioscan_jax.errors import InputError
+
+SAMPLED_ROWS = 65536
+"""Rows from the start of the input whose lengths choose the batch shapes."""
+FEW_ROWS = 256
+"""An input with fewer usable rows takes its shapes from a fixed set: compiling others costs more than padding."""
+_FEW_SHAPES = 2
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """Rows of an input, a block at a time: files (`ParquetBlocks`), or sequences in memory."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all blocks."""
+        ...
+
+    @property
+    def block_rows(self) -> int:
+        """Rows per block."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Block:
+        """Reads a block."""
+        ...
+
+    def locate(self, row: int) -> str:
+        """Names a row in messages."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The first blocks of an input."""
+
+    blocks: list[TokenRows]
+    """The token rows of each block that are computed, not copied from an earlier block."""
+    counts: BlockCounts
+    whole: bool
+    """Whether these blocks are the whole input."""
+    max_tokens: int
+    """Longest token row allowed."""
+
+    @property
+    def lengths(self) -> list[Int[np.ndarray, " _"]]:
+        """Tokens of each token row of each block."""
+        return [tokens.lengths for tokens in self.blocks]
+
+    def shapes(self, embed: config.EmbedConfig, devices: int) -> tuple[BatchShape, ...]:
+        """Chooses the batch shapes for an input that starts like this.
+
+        They depend on the input and the settings alone, so that the same input always gives the same vectors to the
+        last bit.
+        """
+        if self.whole and self.counts.vectors < FEW_ROWS:
+            return self.fixed_shapes(embed, devices, min(_FEW_SHAPES, embed.max_shapes))
+        limit = min(self.max_tokens, self._widest) if self.whole else self.max_tokens
+        return choose_shapes(
+            self.lengths, limit, most=embed.max_shapes, devices=devices, tokens_per_device=embed.batch_tokens
+        )
+
+    def fixed_shapes(self, embed: config.EmbedConfig, devices: int, most: int) -> tuple[BatchShape, ...]:
+        """Chooses at most so many shapes from a fixed set, which is the same for all inputs."""
+        return fixed_shapes(
+            np.concatenate(self.lengths),
+            self._widest if self.whole else self.max_tokens,
+            self.max_tokens,
+            most=most,
+            devices=devices,
+            tokens_per_device=embed.batch_tokens,
+        )
+
+    @property
+    def _widest(self) -> int:
+        longest = max(int(lengths.max(initial=1)) for lengths in self.lengths)
+        return -(-longest // WIDTH_STEP) * WIDTH_STEP
+
+    def check(self, column: str) -> None:
+        """Raises InputError if none of the sequences can be embedded."""
+        if not self.counts.vectors:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.rejects.items())
+            raise InputError(
+                f"no sequence in column {column!r} can be embedded ({reasons}); "
+                "is it DNA? pass another --data.sequence_column"
+            )
+
+
+def sample_blocks(source: Blocks, encoding: Encoding, embed: config.EmbedConfig) -> Sample:
+    """Reads the first blocks, until they hold SAMPLED_ROWS rows and at least one usable sequence."""
+    blocks: list[TokenRows] = []
+    counts, window = BlockCounts(), Window(window_blocks(embed, source.block_rows))
+    for index in range(len(source)):
+        prepared = window.prepare(encode_block(source[index], encoding))
+        counts += prepared.encoded.counts
+        blocks.append(prepared.views.tokens)
+        if counts.rows >= SAMPLED_ROWS and counts.vectors:
+            break
+    return Sample(blocks=blocks, counts=counts, whole=counts.rows == source.rows, max_tokens=encoding.max_tokens)
