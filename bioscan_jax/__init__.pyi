@@ -2,8 +2,10 @@
 
 from .barcodes.cleaning import clean
 from .barcodes.tokenizer import Vocabulary, encode
-from .checkpoints.convert import ConversionSummary, convert
-from .checkpoints.load import LoadedModel, load_weights
+from .bundles.bundle import bundle
+from .bundles.manifest import verify_bundle
+from .bundles.merge import import_bundle
+from .checkpoints.convert import convert
 from .config import (
     CalibrateConfig,
     CheckpointConfig,
@@ -34,6 +36,8 @@ from .model.config import PRESETS, TransformerConfig
 from .model.transformer import NucleotideTransformer
 from .planning.plan import Plan, plan
 from .reports.run import ReportSummary, report
+from .table.annotate import annotate
+from .table.query import query
 from .training.export import export
 from .training.run import TrainingSummary, finetune
 
@@ -41,7 +45,6 @@ __all__ = [
     "CalibrateConfig",
     "CalibrationSummary",
     "CheckpointConfig",
-    "ConversionSummary",
     "DataConfig",
     "EmbedConfig",
     "Encoder",
@@ -52,7 +55,6 @@ __all__ = [
     "Interrupted",
     "Layout",
     "LoRAConfig",
-    "LoadedModel",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
@@ -72,6 +74,8 @@ __all__ = [
     "TrainingSummary",
     "TransformerConfig",
     "Vocabulary",
+    "annotate",
+    "bundle",
     "calibrate",
     "clean",
     "convert",
@@ -80,10 +84,12 @@ __all__ = [
     "export",
     "finetune",
     "identify",
+    "import_bundle",
     "load",
-    "load_weights",
     "make_layout",
     "open_table",
     "plan",
+    "query",
     "report",
+    "verify_bundle",
 ]

@@ -27,7 +27,14 @@ _CLASSES = {"taxa": "data"}
 
 @dataclass(frozen=True)
 class Layout:
-    """How arrays are split over a mesh: batches over `data`, parameters by the rules above."""
+    """How arrays are split over a mesh: batches over `data`, parameters by the rules above.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> layout = bj.make_layout(bj.MeshConfig(data=1))
+        >>> layout.batched(2).spec
+        P('data', None)
+    """
 
     mesh: jax.sharding.Mesh
     params: Literal["replicated", "fsdp"] = "replicated"

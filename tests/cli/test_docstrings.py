@@ -16,7 +16,8 @@ WITHOUT = {"PRESETS"}
 def test_the_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     value = getattr(bj, name)
-    found = doctest.DocTestFinder(exclude_empty=True).find(value, name, globs={"bj": bj})
+    names = {"bj": bj} | {public: getattr(bj, public) for public in bj.__all__}
+    found = doctest.DocTestFinder(exclude_empty=True).find(value, name, extraglobs=names)
     if inspect.isclass(value):
         found = [one for one in found if one.examples]
     assert any(one.examples for one in found), f"{name} has no example"
