@@ -1,1 +1,1 @@
-"""Sequences to vectors, and a table of them."""
+"""Turns sequences into vectors, in memory or into a table."""

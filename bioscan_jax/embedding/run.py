@@ -98,7 +98,7 @@ def embed_with(
         if work.stopping and work.next_block < len(source):
             raise Interrupted(
                 f"stopped with {work.next_block * source.block_rows:,} of {source.rows:,} rows safe in "
-                f"{table_path(sink.uri, sink.table)}; the same command goes on from there",
+                f"{table_path(sink.uri, sink.table)}; the same command continues from there",
                 stop.signal_number,
             )
         index = None

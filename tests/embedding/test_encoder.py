@@ -79,7 +79,7 @@ def test_the_demo_is_encoded_to_the_bits_of_its_table(tmp_path, model):
 @pytest.mark.parametrize("count", [3, 40, 300])
 def test_vectors_are_those_of_a_table(tmp_path, family, count):
     """Few and many rows, repeats within a block and across blocks, rejects, both strands and all phases."""
-    sequences = dna(count, 900, seed=count)
+    sequences = dna(count, 900 if count < 300 else 250, seed=count)
     for row in range(2, count, 3):
         sequences[row] = sequences[row // 2]
     sequences[1] = "protein"
@@ -176,8 +176,8 @@ def test_settings_of_a_call(model):
         assert relative(model.encode(DNA, **changed), plain) > 1e-3
     np.testing.assert_allclose(np.linalg.norm(model.encode([DNA, "ACGT"], normalize=True), axis=1), 1, rtol=1e-6)
     assert model.encode(DNA, dtype="float16").dtype == np.float16
-    whole = model.encode(DNA, max_tokens=9, overlong="window")
-    assert relative(whole, model.encode(DNA, max_tokens=9)) > 1e-3
+    whole = model.encode(DNA, max_tokens=7, overlong="window")
+    assert relative(whole, model.encode(DNA, max_tokens=7)) > 1e-3
     with pytest.raises(bj.InputError, match="more than 9 tokens"):
         model.encode(DNA, max_tokens=9, overlong="error")
     with pytest.raises(bj.InputError, match="max_tokens 5000 exceeds the 2048 positions"):
@@ -199,7 +199,7 @@ def test_a_thousand_calls_compile_a_bounded_number_of_shapes():
     random = np.random.default_rng(0)
     pool = dna(200, 300)
     for _ in range(1000):
-        model.encode([pool[i] for i in random.integers(0, len(pool), random.integers(1, 9))], layer=1)
+        model.encode([pool[i] for i in random.integers(0, len(pool), random.integers(1, 9))], layer=0)
     (steps,) = model._steps.values()
     widths = [width for width in fixed_widths(2048) if width <= 56]
     assert set(steps.shapes) <= {BatchShape(rows, width) for rows in (1, 2, 4, 8) for width in widths}
