@@ -77,7 +77,16 @@ class BlockEncoder:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamBlock:
-    """Consecutive rows of a file with their vectors; unpacks as `rows, vectors`."""
+    r"""Consecutive rows of a file with their vectors; unpacks as `rows, vectors`.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> from pathlib import Path
+        >>> _ = Path("barcodes.fasta").write_text(">a\nACGTTGCAACGT\n>b\nTTGACATTGACA\n")
+        >>> block = next(bj.load("random:tiny-v2").encode_stream("barcodes.fasta"))
+        >>> block.rows["sequence_id"].to_pylist(), block.vectors.shape, block.rejects.num_rows
+        (['a', 'b'], (2, 64), 0)
+    """
 
     rows: pa.Table
     """The rows that have a vector: sequence_id and the file's other columns."""

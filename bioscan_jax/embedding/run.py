@@ -36,7 +36,7 @@ def embed(
     *,
     progress: bool = True,
 ) -> RunSummary:
-    """Embeds every sequence of the input into a Lance table, once, continuing where an earlier run stopped.
+    r"""Embeds every sequence of the input into a Lance table, once, continuing where an earlier run stopped.
 
     Args:
         model: Which weights.
@@ -49,6 +49,14 @@ def embed(
     Raises:
         InputError: An input, setting or table is wrong; nothing is left half written.
         Interrupted: Ctrl-C or SIGTERM; the same call continues.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> from pathlib import Path
+        >>> _ = Path("barcodes.fasta").write_text(">a\nACGTTGCAACGT\n>b\nTTGACATTGACA\n")
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path="barcodes.fasta")
+        >>> bj.embed(model, data, bj.SinkConfig(uri="vectors"), progress=False).vectors
+        2
     """
 
     def make_encoder(layout: Layout) -> Encoder:

@@ -90,9 +90,18 @@ class DeviceActivity:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """Figures of one `embed` run; those about work cover this run alone, not an earlier part that it resumed.
+    r"""Figures of one `embed` run; those about work cover this run alone, not an earlier part that it resumed.
 
     Counts are summed over all processes; seconds and memory are those of this process.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> from pathlib import Path
+        >>> _ = Path("barcodes.fasta").write_text(">a\nACGTTGCAACGT\n>b\n\n")
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path="barcodes.fasta")
+        >>> summary = bj.embed(model, data, bj.SinkConfig(uri="vectors"), progress=False)
+        >>> summary.rows, summary.vectors, summary.counts.rejects
+        (2, 1, {'empty': 1})
     """
 
     table: str

@@ -19,7 +19,17 @@ from bioscan_jax.table.storage import table_path
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A vector table that can be searched by DNA; its model is loaded at the first search."""
+    r"""A vector table that can be searched by DNA; its model is loaded at the first search.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> from pathlib import Path
+        >>> _ = Path("barcodes.fasta").write_text(">a\nACGTTGCAACGT\n>b\nTTGACATTGACA\n")
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path="barcodes.fasta")
+        >>> _ = bj.embed(model, data, bj.SinkConfig(uri="vectors"), progress=False)
+        >>> bj.Table(bj.ReferenceConfig(uri="vectors")).search("ACGTTGCAACGT", k=1)["sequence_id"].to_pylist()
+        ['a']
+    """
 
     location: config.ReferenceConfig
     model: config.ModelConfig | None = None
@@ -88,7 +98,7 @@ def open_table(
     model: config.ModelConfig | None = None,
     mesh: config.MeshConfig | None = None,
 ) -> Table:
-    """Opens a vector table for searching: `open_table(uri).search("ACGT...")`.
+    r"""Opens a vector table for searching: `open_table(uri).search("ACGT...")`.
 
     Args:
         uri: Database directory or URL.
@@ -98,6 +108,15 @@ def open_table(
 
     Raises:
         InputError: There is no such table, or it has no vectors.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> from pathlib import Path
+        >>> _ = Path("barcodes.fasta").write_text(">a\nACGTTGCAACGT\n>b\nTTGACATTGACA\n")
+        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path="barcodes.fasta")
+        >>> _ = bj.embed(model, data, bj.SinkConfig(uri="vectors"), progress=False)
+        >>> bj.open_table("vectors").search("ACGTTGCAACGT", k=1)["sequence_id"].to_pylist()
+        ['a']
     """
     found = Table(config.ReferenceConfig(uri=uri, table=table), model, mesh)
     _ = found._reference

@@ -26,10 +26,9 @@ from support.places import GOLDEN, ROOT, SCRIPTS
 from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, embed
 from bioscan_jax.cli import finetune
 from bioscan_jax.cli._command import parse
-from bioscan_jax.embedding import job
+from bioscan_jax.embedding import encoder, sample
 from bioscan_jax.table.lock import writer_lock
 
-ROUNDS = import_module("bioscan_jax.embedding.pipeline")
 EMBED = import_module("bioscan_jax.embedding.run")  # the package's name `embed` is the function
 CHECKPOINTS = {family: GOLDEN / family for family in ("v1", "v2")}
 ALL = {"cache_rows": 0, "max_shapes": 1}
@@ -77,14 +76,14 @@ def refused(tmp_path: Path, data: dict | None = None, **settings) -> str:
 @contextmanager
 def spoilt_after(monkeypatch, blocks: int) -> Iterator[list]:
     """Has the model give NaN once so many blocks have been fetched; yields the calls that fetched."""
-    fetch, calls = ROUNDS.collect, []
+    fetch, calls = encoder.collect, []
 
     def collect(*arguments):
         calls.append(arguments)
         return fetch(*arguments) * (1.0 if len(calls) <= blocks else np.nan)
 
     with monkeypatch.context() as changed:
-        changed.setattr(ROUNDS, "collect", collect)
+        changed.setattr(encoder, "collect", collect)
         yield calls
 
 
@@ -209,7 +208,7 @@ def test_a_parquet_file_damaged_inside(tmp_path, monkeypatch):
     whole, group = path.read_bytes(), pq.ParquetFile(path).metadata.row_group(6)
     page = group.column(1).data_page_offset
     path.write_bytes(whole[: page + 30] + bytes(200) + whole[page + 230 :])
-    monkeypatch.setattr(job, "SAMPLED_ROWS", 50)
+    monkeypatch.setattr(sample, "SAMPLED_ROWS", 50)
     monkeypatch.setattr(EMBED, "check_unique_ids", lambda source: None)
     with pytest.raises(InputError) as error:
         embed_here(tmp_path, {"block_rows": 50})

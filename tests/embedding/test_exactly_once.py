@@ -68,10 +68,18 @@ def test_the_uninterrupted_table_holds_each_row_once_with_its_reason(whole):
     assert all(row in by_row for row in range(5 * BLOCK_ROWS, 7 * BLOCK_ROWS))
 
 
+def paused_job(whole: Uninterrupted, tmp_path: Path) -> tuple[Job, Path]:
+    """A run that waits after its second commit until the file exists, however fast or slow the machine is."""
+    python, script, *flags = whole.command(tmp_path / "t")
+    resume = tmp_path / f"resume-{len(list(tmp_path.iterdir()))}"
+    job = Job([python, *paused(Path(script), resume, 2), *flags])
+    job.wait_for(lambda: reached(resume))
+    return job, resume
+
+
 def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(whole, tmp_path):
-    first = Job(whole.command(tmp_path))
-    first.wait_for(lambda: (tmp_path / ".sequences.lock").exists() and "load weights" in first.stderr)
-    second = run(whole.command(tmp_path))
+    first, resume = paused_job(whole, tmp_path)
+    second = run(whole.command(tmp_path / "t"))
     assert second.returncode == 2
     message = lines(second.stderr)
     assert len(message) == 1
@@ -80,22 +88,15 @@ def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(whole, tmp_pa
         rf"error: .*table sequences is being written by process {pid} on .*wait for it or stop it", message[0]
     )
     assert "table " not in second.stdout
+    resume.touch()
     assert first.end()[0] == 0
-    assert whole.compare(tmp_path) == []
+    assert whole.compare(tmp_path / "t") == []
 
 
 def test_interrupted_runs_say_what_is_safe_and_go_on(whole, tmp_path):
-    def paused_job() -> tuple[Job, Path]:
-        """A run that waits after its second commit until the file exists, however fast or slow the machine is."""
-        python, script, *flags = whole.command(tmp_path / "t")
-        resume = tmp_path / f"resume-{len(list(tmp_path.iterdir()))}"
-        job = Job([python, *paused(Path(script), resume, 2), *flags])
-        job.wait_for(lambda: reached(resume))
-        return job, resume
-
     uri, safe = tmp_path / "t", 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        job, resume = paused_job()
+        job, resume = paused_job(whole, tmp_path)
         job.process.send_signal(number)
         job.wait_for(lambda job=job: "stopping after the current block" in job.stderr)
         resume.touch()
@@ -113,7 +114,7 @@ def test_interrupted_runs_say_what_is_safe_and_go_on(whole, tmp_path):
     half_written = [uri / "sequences.lance" / "_versions" / name for name in (".tmpA1b2C3", "9.manifest#1")]
     for file in half_written:
         file.write_bytes(b"what a kill leaves of a manifest")
-    job, _ = paused_job()
+    job, _ = paused_job(whole, tmp_path)
     job.process.send_signal(signal.SIGINT)
     job.wait_for(lambda: "stopping after the current block" in job.stderr)
     job.process.send_signal(signal.SIGINT)  # the second one ends it in the middle
