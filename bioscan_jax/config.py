@@ -1,5 +1,6 @@
 """The settings of a run: frozen dataclasses, one per subject, checked when they are created."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -435,9 +436,16 @@ class IdentifyConfig:
     k: int = 50
     """Nearest neighbours per barcode."""
     rerank: Literal["none", "alignment"] = "none"
-    """alignment re-orders the k neighbours by their identity in an alignment."""
+    """alignment scores each of the k neighbours by cosine + identity_weight * identity, the share of its aligned bases
+    that agree; none by the cosine alone."""
+    identity_weight: float | None = None
+    """Weight of the identity in that score; 0 is the cosine alone. Fitted by calibrate if absent; 4 without a
+    calibration."""
+    temperature: float | None = None
+    """A neighbour whose score is lower by this has 1/e of the best one's weight in the vote. Fitted by calibrate if
+    absent; 0.02 without a calibration. With rerank alignment only."""
     aligned: int = 32
-    """Neighbours aligned in full, which then vote: the best of the k by edit distance."""
+    """Aligned neighbours that vote: the best of the k by their score."""
     filter: str | None = None
     """SQL condition on the reference's columns, such as "marker_gene = 'COI'"; only matching rows are used."""
     search: SearchKind = "auto"
@@ -454,6 +462,12 @@ class IdentifyConfig:
     def __post_init__(self) -> None:
         _at_least("k", self.k, 1)
         _at_least("aligned", self.aligned, 1)
+        if self.rerank == "none" and (self.identity_weight, self.temperature) != (None, None):
+            raise InputError("--identity_weight and --temperature belong to --rerank alignment; pass it with them")
+        if not 0 <= (self.identity_weight or 0) < math.inf:
+            raise InputError(f"--identity_weight {self.identity_weight} is no weight; pass 0 or more")
+        if not 0 < (1 if self.temperature is None else self.temperature) < math.inf:
+            raise InputError(f"--temperature {self.temperature} is no temperature; pass a number above 0")
         _at_least("nprobes", self.nprobes, 1)
         _at_least("refine_factor", self.refine_factor, 1)
         _at_least("processes", self.processes, 1)

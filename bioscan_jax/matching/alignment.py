@@ -1,8 +1,8 @@
 """Aligns queries with their candidates: how many bases of two barcodes agree where both have been sequenced.
 
 Edlib (Sosic & Sikic 2017, doi:10.1093/bioinformatics/btw753) finds the alignment with the least edit distance
-by bit-parallel dynamic programming: about ten times faster on barcodes than a scored alignment, and faster still with
-a bound on the distance.
+by bit-parallel dynamic programming: about ten times faster on barcodes than a scored alignment, and faster still where
+only the distance is asked for, which is what scores a candidate.
 """
 
 import os
@@ -12,40 +12,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 _QUERIES = 64
 """Queries per task of a worker process."""
+_WORD, _WORDS = 12, 16
+"""Length of the words by which two sequences are put in register, and how many are looked up: 12 bases occur by chance
+once in 25,000 barcodes."""
 _STEP = re.compile(r"(\d+)([=XID])")
 _N_MATCHES = [("N", base) for base in "ACGT"]
 Counts = TypeVar("Counts", int, np.ndarray)
-
-
-@dataclass(frozen=True, eq=False)
-class Aligned:
-    """Full alignments of each query with its best candidates, best first."""
-
-    index: Int64[np.ndarray, "queries aligned"]
-    """Index of the candidate among the query's; -1 past the last."""
-    matches: Int64[np.ndarray, "queries aligned"]
-    columns: Int64[np.ndarray, "queries aligned"]
-    """Alignment columns, without gaps at either end and without N."""
-
-    @property
-    def identity(self) -> Float32[np.ndarray, "queries aligned"]:
-        """Matches / columns (VSEARCH's --iddef 2, without N); NaN past the last."""
-        share = self.matches / np.maximum(self.columns, 1)
-        return np.where(self.index >= 0, share, np.nan).astype(np.float32)
-
-    @property
-    def distances(self) -> Float64[np.ndarray, "queries aligned"]:
-        """Distance by `distance`; inf past the last."""
-        return np.where(self.index >= 0, distance(self.matches, self.columns), np.inf)
 
 
 def align_pair(one: str, other: str) -> tuple[int, int]:
@@ -121,42 +101,64 @@ def distance(matches: Counts, columns: Counts) -> Any:
     return (columns - matches + 0.5) / (columns + 1)
 
 
+def _distance(counts: tuple[int, int]) -> float:
+    edits, known = counts
+    return distance(known - edits, known)
+
+
 def _equalities(one: str, other: str) -> list[tuple[str, str]] | None:
     return _N_MATCHES if "N" in one or "N" in other else None
 
 
-def best_candidates(query: str, candidates: Sequence[str], most: int) -> list[tuple[int, int, int]]:
-    """Finds the `most` best candidates by `distance`: index, matches and columns of each.
+def edit_counts(query: str, candidates: Sequence[str], at_most: float = float("inf")) -> list[tuple[int, int] | None]:
+    """Counts edits and known bases of each candidate's alignment, without the alignment itself.
 
-    All candidates are first ranked by edit distance per known base of the shorter sequence, with the distance of the
-    `most`-th best so far as the bound; then by that of the overlapping parts, where that at least halves it. The best
-    are aligned in full. Of equal candidates the first, which is the nearer one by vector, stays first.
+    The shorter sequence is placed inside the longer one; its known bases are those that face no N. Where it extends past
+    an end of the longer one, the overlapping parts count instead, if that at least halves the distance.
+
+    Args:
+        query: Cleaned DNA.
+        candidates: Cleaned DNA; equal ones are aligned once.
+        at_most: A bound that saves time: None is returned for a candidate with more edits per known base.
     """
-    shares: dict[str, float] = {}
-    best: list[float] = []
+    found: dict[str, tuple[int, int] | None] = {}
     for candidate in dict.fromkeys(candidates):
-        shares[candidate] = _edits(query, candidate, best[-1] if len(best) == most else float("inf"))
-        best = sorted([*best, shares[candidate]])[:most]
-    if len(best) == most < len(shares):
-        for candidate in shares:
-            enough = min(shares[candidate], best[-1]) / 2
-            if parts := overlapping_parts(query, candidate, enough):
-                shares[candidate] = min(shares[candidate], _edits(*parts, enough))
-    order = sorted((shares[candidate], place) for place, candidate in enumerate(candidates))[:most]
-    full = [(place, *align_pair(query, candidates[place])) for share, place in order if share < float("inf")]
-    return sorted(full, key=lambda one: (distance(one[1], one[2]), one[0]))
+        counts = _edits(query, candidate, at_most)
+        if (counts is None or counts[0] > 0) and not _in_register(query, candidate):
+            enough = min(at_most if counts is None else counts[0] / counts[1], 1.0) / 2
+            parts = overlapping_parts(query, candidate, enough)
+            over = None if parts is None else _edits(*parts, enough)
+            if over is not None and (counts is None or 2 * _distance(over) <= _distance(counts)):
+                counts = over
+        found[candidate] = counts
+    return [found[candidate] for candidate in candidates]
 
 
-def _edits(one: str, other: str, most: float) -> float:
-    """Edits per known base to place the shorter sequence inside the longer one; inf if more than `most`."""
+def _edits(one: str, other: str, at_most: float = float("inf")) -> tuple[int, int] | None:
+    """Counts edits to place the shorter sequence inside the longer one, and its known bases; None if over the bound."""
     import edlib
 
     short, long = sorted((one, other), key=len)
-    known = max(len(short) - short.count("N") - long.count("N"), 1)
-    bound = -1 if most == float("inf") else int(most * known)
     same = _equalities(short, long)
-    edits = edlib.align(short, long, mode="HW", task="distance", k=bound, additionalEqualities=same)["editDistance"]
-    return float("inf") if edits < 0 else edits / known
+    bound = -1 if at_most == float("inf") else int(at_most * len(short))
+    found = edlib.align(short, long, mode="HW", task="distance", k=bound, additionalEqualities=same)
+    edits, known = found["editDistance"], max(len(short), 1)
+    if edits < 0:
+        return None
+    if same is not None:
+        end = found["locations"][0][1] + 1
+        known = max(known - short.count("N") - long.count("N", max(0, end - known), end), 1)
+    return (edits, known) if edits <= at_most * known else None
+
+
+def _in_register(one: str, other: str) -> bool:
+    """Tells whether a word that both have shows that the shorter sequence lies inside the longer one."""
+    short, long = sorted((one, other), key=len)
+    for start in range(0, len(short) - _WORD + 1, max(len(short) // _WORDS, 1)):
+        place = long.find(short[start : start + _WORD])
+        if place >= 0:
+            return 0 <= place - start <= len(long) - len(short)
+    return False
 
 
 Pool = ProcessPoolExecutor | None
@@ -169,7 +171,14 @@ def worker_pool(processes: int) -> Iterator[Pool]:
         yield None
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
+        for _ in range(processes):
+            pool.submit(_start)
         yield pool
+
+
+def _start() -> None:
+    """Makes a worker ready while its parent does other work."""
+    import edlib  # noqa: F401
 
 
 def _end_with_parent() -> None:
@@ -185,50 +194,101 @@ def _end_with_parent() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def align(
+def edit_distances(
     queries: Sequence[str],
     rows: Int64[np.ndarray, "queries k"],
     distinct: Int64[np.ndarray, " distinct"],
     sequences: Sequence[str],
-    most: int,
     pool: Pool,
     on_rows: Callable[[int], Any] = lambda rows: None,
-) -> Aligned:
-    """Aligns each query with its best candidates.
+) -> Float64[np.ndarray, "queries k"]:
+    """Returns the `distance` of each query to each of its candidates by `edit_counts`; inf where there is none.
 
     Args:
         queries: Cleaned DNA.
         rows: Table rows of each query's candidates; -1 for none.
         distinct: All rows that occur, ascending.
         sequences: Cleaned DNA of the distinct rows.
-        most: Candidates of each query that are aligned in full.
         pool: From `worker_pool`.
         on_rows: Called with the number of queries just finished.
     """
+    found = np.full(rows.shape, np.inf)
+    for query, counts in enumerate(_in_parts(_count_some, queries, rows, distinct, sequences, pool, on_rows)):
+        edits, known = np.array(counts, np.int64).reshape(-1, 2).T
+        found[query, rows[query] >= 0] = np.minimum(distance(known - edits, known), 1.0)
+    return found
+
+
+def identities(
+    queries: Sequence[str],
+    rows: Int64[np.ndarray, "queries k"],
+    distinct: Int64[np.ndarray, " distinct"],
+    sequences: Sequence[str],
+    pool: Pool,
+) -> Float32[np.ndarray, "queries k"]:
+    """Aligns queries and candidates in full; returns matches / columns (VSEARCH's --iddef 2, without N).
+
+    Arguments as those of `edit_distances`; NaN where there is no candidate.
+    """
+    found = np.full(rows.shape, np.nan, np.float32)
+    for query, counts in enumerate(_in_parts(_align_some, queries, rows, distinct, sequences, pool)):
+        matches, columns = np.array(counts, np.int64).reshape(-1, 2).T
+        found[query, rows[query] >= 0] = matches / np.maximum(columns, 1)
+    return found
+
+
+_Job = tuple[list[str], list[np.ndarray], list[str]]
+"""Queries, the indices of the candidates of each, and the candidates' DNA."""
+
+
+def _in_parts(
+    work: Callable[[_Job], list[list[tuple[int, int]]]],
+    queries: Sequence[str],
+    rows: np.ndarray,
+    distinct: np.ndarray,
+    sequences: Sequence[str],
+    pool: Pool,
+    on_rows: Callable[[int], Any] = lambda rows: None,
+) -> Iterator[list[tuple[int, int]]]:
+    """Yields the results of each query, in order; the processes of the pool work on some queries at a time."""
     jobs = []
     for start in range(0, len(queries), _QUERIES):
         part = rows[start : start + _QUERIES]
         used = np.unique(part[part >= 0])
         texts = [sequences[i] for i in np.searchsorted(distinct, used)]
-        candidates = [np.searchsorted(used, row[row >= 0]) for row in part]
-        jobs.append((list(queries[start : start + _QUERIES]), candidates, texts, most))
-    results = map(_align_some, jobs) if pool is None else pool.map(_align_some, jobs)
-    shape = (len(queries), min(most, rows.shape[1]))
-    index, matches, columns = (np.full(shape, fill, np.int64) for fill in (-1, 0, 0))
-    query = 0
-    for finished in results:
-        for alignments in finished:
-            # The index is valid for `rows` too: its candidates come before its -1.
-            for i, alignment in enumerate(alignments):
-                index[query, i], matches[query, i], columns[query, i] = alignment
-            query += 1
+        jobs.append((list(queries[start : start + _QUERIES]), [np.searchsorted(used, r[r >= 0]) for r in part], texts))
+    for finished in map(work, jobs) if pool is None else pool.map(work, jobs):
+        yield from finished
         on_rows(len(finished))
-    return Aligned(index, matches, columns)
 
 
-def _align_some(job: tuple[list[str], list[np.ndarray], list[str], int]) -> list[list[tuple[int, int, int]]]:
-    queries, candidates, texts, most = job
-    return [
-        best_candidates(query, [texts[i] for i in indices], most)
-        for query, indices in zip(queries, candidates, strict=True)
-    ]
+def _count_some(job: _Job) -> list[list[tuple[int, int]]]:
+    queries, candidates, texts = job
+    found = [edit_counts(query, [texts[i] for i in some]) for query, some in zip(queries, candidates, strict=True)]
+    return [[counts for counts in one if counts is not None] for one in found]
+
+
+def _align_some(job: _Job) -> list[list[tuple[int, int]]]:
+    queries, candidates, texts = job
+    return [[align_pair(query, texts[i]) for i in some] for query, some in zip(queries, candidates, strict=True)]
+
+
+def none_nearer(
+    queries: Sequence[str], distances: Sequence[float], sequences: Sequence[str], pool: Pool
+) -> Bool[np.ndarray, " queries"]:
+    """Tells of each query whether none of some sequences is nearer, by `edit_counts`, than a known distance."""
+    parts = [slice(start, start + _QUERIES) for start in range(0, len(queries), _QUERIES)]
+    jobs = [(list(queries[part]), list(distances[part]), list(sequences)) for part in parts]
+    found = map(_none_nearer, jobs) if pool is None else pool.map(_none_nearer, jobs)
+    return np.array([one for some in found for one in some], bool)
+
+
+def _none_nearer(job: tuple[list[str], list[float], list[str]]) -> list[bool]:
+    queries, distances, texts = job
+
+    def is_nearest(query: str, least: float) -> bool:
+        # Up to one edit per two bases, edits / known is at most the distance: the bound loses none that is nearer.
+        counts = (one for one in edit_counts(query, texts, min(least, 0.5)) if one is not None)
+        return all(_distance(one) >= least for one in counts)
+
+    return [is_nearest(query, least) for query, least in zip(queries, distances, strict=True)]

@@ -18,15 +18,24 @@ from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, logger
 from bioscan_jax.matching.alignment import worker_pool
-from bioscan_jax.matching.candidates import Candidates, Matcher, count_votes, find_candidates, open_matcher
+from bioscan_jax.matching.candidates import (
+    Candidates,
+    Matcher,
+    count_votes,
+    find_candidates,
+    open_matcher,
+    rank_candidates,
+)
 from bioscan_jax.matching.queries import open_queries
-from bioscan_jax.matching.vote import HeadVotes, Votes
+from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, default_voting
 from bioscan_jax.table.storage import read_if_exists, sidecar_path, storage_errors, write_whole
 
-FORMAT = "bioscan_jax calibration 1"
+FORMAT = "bioscan_jax calibration 2"
 _POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)
+_IDENTITY_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
 _HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 _THRESHOLD_STEP = 0.02
 """Share of the rows by which the answers grow from one tried threshold to the next."""
@@ -63,9 +72,8 @@ class Calibration:
     """The table it is valid for; see `table_binding`."""
     settings: dict[str, Any]
     """The settings it is valid for; see `settings_binding`."""
-    power: float
-    """Power of the vote's weights; see `vote.vote`."""
-    head_weight: float
+    voting: Voting
+    """How candidates are scored and weighted."""
     ranks: tuple[RankFit, ...]
     novelty: Logistic | None
     """None if the labelled barcodes were all of species in the reference, or all of others."""
@@ -109,7 +117,7 @@ def calibrate(
     """Fits a calibration on labelled barcodes and writes it beside the table, to TABLE.calibration.json.
 
     The barcodes are split by a seeded hash of their sequence: a share is held out for the figures; of the rest, one
-    half determines the vote's power and the confidences, the other the thresholds (see `calibration.fit_ranks`).
+    half determines the weights of the vote and the confidences, the other the thresholds (see `calibration.fit_ranks`).
     Calibrations of the same table for other settings stay in the file.
 
     Args:
@@ -140,8 +148,8 @@ def calibrate(
     settings, fit = settings or config.IdentifyConfig(), fit or config.CalibrateConfig()
     with ExitStack() as held:
         source = open_queries(query, Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-"))))
-        matcher = open_matcher(reference, settings, model, mesh)
         pool = held.enter_context(worker_pool(settings.processes if settings.rerank == "alignment" else 1))
+        matcher = open_matcher(reference, settings, model, mesh)
         bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="calibrate", disable=not progress))
         blocks = []
         for block in find_candidates(matcher, source, pool, bar.update):
@@ -150,15 +158,14 @@ def calibrate(
             blocks.append(dataclasses.replace(block, vectors=block.vectors[:, :0]))
     everything = _concatenated(blocks)
     parts = [_rows(everything, rows) for rows in split_labelled(everything.texts, fit)]
-    power, head_weight = _best_weights(matcher, parts[1])
-    held_out, fitting, testing = (_Labelled(count_votes(matcher, part, power, head_weight), part) for part in parts)
+    voting = _best_voting(matcher, parts[1])
+    held_out, fitting, testing = (_Labelled(_votes(matcher, part, voting), part) for part in parts)
     ranks = fit_ranks((fitting.votes, fitting.truth), (testing.votes, testing.truth), fit)
     novelty, novelty_at = _fit_novelty(fitting, testing, fit)
     fitted = Calibration(
         table=table_binding(matcher.reference.facts, matcher.reference.dataset.count_rows()),
         settings=settings_binding(settings, matcher.search, matcher.heads_sha256),
-        power=power,
-        head_weight=head_weight,
+        voting=voting,
         ranks=ranks,
         novelty=novelty,
         novelty_threshold=novelty_at,
@@ -242,7 +249,11 @@ def _truth(candidates: Candidates) -> Int32[np.ndarray, "rows 7"]:
     return candidates.truth
 
 
-_BY_QUERY = ("vectors", "rows", "similarity", "identity", "distances", "truth")
+_BY_QUERY = ("vectors", "rows", "similarity", "edit_distances", "truth")
+
+
+def _by_query(candidates: Candidates) -> list[str]:
+    return [name for name in _BY_QUERY if getattr(candidates, name) is not None]
 
 
 def _concatenated(blocks: list[Candidates]) -> Candidates:
@@ -250,7 +261,7 @@ def _concatenated(blocks: list[Candidates]) -> Candidates:
     return dataclasses.replace(
         blocks[0],
         texts=[text for block in blocks for text in block.texts],
-        **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in _BY_QUERY},
+        **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in _by_query(blocks[0])},
         heads=HeadVotes(*map(np.concatenate, zip(*heads, strict=True))) if heads else None,
     )
 
@@ -260,7 +271,7 @@ def _rows(candidates: Candidates, rows: np.ndarray) -> Candidates:
     return dataclasses.replace(
         candidates,
         texts=[candidates.texts[row] for row in rows.tolist()],
-        **{name: getattr(candidates, name)[rows] for name in _BY_QUERY},
+        **{name: getattr(candidates, name)[rows] for name in _by_query(candidates)},
         heads=None if heads is None else HeadVotes(*(field[rows] for field in _fields(heads))),
     )
 
@@ -269,15 +280,32 @@ def _fields(heads: HeadVotes) -> tuple[Any, ...]:
     return heads.lineages, heads.probabilities, heads.entropy
 
 
-def _best_weights(matcher: Matcher, fitting: Candidates) -> tuple[float, float]:
-    """Returns the power and the head's weight with the most correct guesses over all ranks; the first of equals."""
+def _votes(matcher: Matcher, candidates: Candidates, voting: Voting) -> Votes:
+    return count_votes(matcher, rank_candidates(candidates, voting, matcher.settings.aligned), voting, candidates.heads)
 
-    def correct(weights: tuple[float, float]) -> int:
-        taxa = count_votes(matcher, fitting, *weights).taxa
+
+def _best_voting(matcher: Matcher, fitting: Candidates) -> Voting:
+    """Returns the weights with the most correct guesses over all ranks; the first of equals, the default before others."""
+
+    def correct(voting: Voting) -> int:
+        taxa = _votes(matcher, fitting, voting).taxa
         return int(((taxa == _truth(fitting)) & (taxa >= 0)).sum())
 
-    head_weights = (0.0,) if fitting.heads is None else _HEAD_WEIGHTS
-    return max(((power, head_weight) for head_weight in head_weights for power in _POWERS), key=correct)
+    settings = matcher.settings
+    tried = []
+    for head in (0.0,) if fitting.heads is None else _HEAD_WEIGHTS:
+        if settings.rerank == "none":
+            tried += [Voting(power=power, head_weight=head) for power in _POWERS]
+            continue
+        tried.append(default_voting(settings, head))
+        weights = _IDENTITY_WEIGHTS if settings.identity_weight is None else (settings.identity_weight,)
+        temperatures = _TEMPERATURES if settings.temperature is None else (settings.temperature,)
+        tried += [
+            Voting(identity_weight=weight, temperature=temperature, head_weight=head)
+            for weight in weights
+            for temperature in temperatures
+        ]
+    return max(tried, key=correct)
 
 
 def _fit_novelty(
@@ -295,7 +323,7 @@ def _fit_novelty(
 def _lines(held_out: _Labelled, fitted: Calibration) -> list[str]:
     """Describes how the calibration does on the held-out barcodes."""
     sure = answered(fitted.ranks, confidences(fitted.ranks, held_out.votes))
-    lines = [f"        vote  power {fitted.power:g}, weight of the heads {fitted.head_weight:g}"]
+    lines = [f"        vote  {fitted.voting}"]
     lines.append(
         f"    held out  {len(held_out.candidates.texts):,} barcodes, with the thresholds for precision {fitted.precision}:"
     )
@@ -451,6 +479,8 @@ def settings_binding(settings: config.IdentifyConfig, search: str, heads: str | 
         "k": settings.k,
         "rerank": settings.rerank,
         "aligned": settings.aligned if settings.rerank == "alignment" else None,
+        "identity_weight": settings.identity_weight if settings.rerank == "alignment" else None,
+        "temperature": settings.temperature if settings.rerank == "alignment" else None,
         "filter": settings.filter,
         "search": search,
         "nprobes": settings.nprobes if search == "index" else None,
@@ -496,9 +526,17 @@ def find_calibration(
 
 
 def save_calibration(reference: config.ReferenceConfig, fitted: Calibration) -> str:
-    """Writes a calibration to the file beside its table; replaces those of other rows or of the same settings."""
+    """Writes a calibration to the file beside its table.
+
+    Replaces those of other rows or of the same settings, and a file that cannot be used.
+    """
     where = sidecar_path(reference.uri, reference.table, "calibration")
-    others = [e for e in _load(where) if e.table == fitted.table and e.settings != fitted.settings]
+    try:
+        before = _load(where)
+    except InputError as error:
+        logger.warning("%s; it is replaced", error)
+        before = ()
+    others = [e for e in before if e.table == fitted.table and e.settings != fitted.settings]
     with storage_errors(where):
         write_whole(where, to_json([*others, fitted]).encode())
     return where
@@ -524,12 +562,17 @@ def from_json(text: str | bytes, where: str) -> tuple[Calibration, ...]:
     """Reads the file that `to_json` formats.
 
     Raises:
-        InputError: The file is damaged or has another format.
+        InputError: The file is damaged, or another version made it.
     """
     try:
         body = json.loads(text)
-        if body.pop("sha256") != _digest(body) or body["format"] != FORMAT:
-            raise ValueError("its checksum or format is wrong")
+        if body.pop("sha256") != _digest(body):
+            raise ValueError("its checksum is wrong")
+        if body["format"] != FORMAT:
+            raise InputError(
+                f"{where} was fitted for the vote of another version ({body['format']}, here {FORMAT}); run bioscan "
+                "calibrate again"
+            )
         return tuple(_read(entry) for entry in body["calibrations"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where} is damaged or was edited ({error}); run bioscan calibrate again") from error
@@ -541,7 +584,7 @@ def _read(entry: dict[str, Any]) -> Calibration:
 
     ranks = tuple(RankFit(logistic(fit["logistic"]), fit["threshold"]) for fit in entry["ranks"])
     novelty = None if entry["novelty"] is None else logistic(entry["novelty"])
-    return Calibration(**entry | {"ranks": ranks, "novelty": novelty})
+    return Calibration(**entry | {"ranks": ranks, "novelty": novelty, "voting": Voting(**entry["voting"])})
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Finds the candidates of each query: embeds it, searches the table, aligns, and runs the taxonomic heads."""
+"""Finds and ranks the candidates of each query: embeds it, searches the table, aligns, runs the taxonomic heads."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,16 @@ from bioscan_jax.checkpoints.readers import sha256_of
 from bioscan_jax.data.encode import EncodedBlock
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import Encoder
-from bioscan_jax.matching.alignment import Pool, align
+from bioscan_jax.matching.alignment import Pool, edit_distances, identities, none_nearer
 from bioscan_jax.matching.neighbours import by_index, exact, nearest, search_kind
 from bioscan_jax.matching.queries import encode_queries, encoder_of_table
 from bioscan_jax.matching.reference import Reference, Taxa, open_reference
-from bioscan_jax.matching.vote import NEAREST_COSINE_DISTANCE, HeadVotes, Votes, head_votes, open_heads, vote
+from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, head_votes, open_heads, vote
 
+_NEAREST_COSINE_DISTANCE = 1e-6
+"""Smallest cosine distance that float32 resolves."""
+_RANKED = 512
+"""Queries whose candidates are ordered at a time, which bounds the memory with many candidates."""
 _SAME_COSINE = 1e-6
 """Cosines that differ by less count as equal: float32 sums depend on their order."""
 
@@ -42,7 +46,7 @@ class Matcher:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Queries with their candidates, best first."""
+    """Queries with their candidates, nearest by vector first."""
 
     ids: pa.Array
     """Ids of all rows, including rejected ones."""
@@ -55,10 +59,8 @@ class Candidates:
     rows: Int64[np.ndarray, "queries candidates"]
     """Positions in the table; -1 past the last."""
     similarity: Float32[np.ndarray, "queries candidates"]
-    identity: Float32[np.ndarray, "queries candidates"]
-    """NaN where nothing was aligned."""
-    distances: Float64[np.ndarray, "queries candidates"]
-    """Distances that weight the vote; inf past the last."""
+    edit_distances: Float64[np.ndarray, "queries candidates"] | None
+    """1 - identity by `alignment.edit_distances`; None with `rerank` none."""
     heads: HeadVotes | None
     truth: Int32[np.ndarray, "queries 7"] | None
     """Codes of the labels that the queries came with, if any; see `Taxa.truth`."""
@@ -104,12 +106,10 @@ def find_candidates(
     for encoded, vectors in encode_queries(matcher.encoder, source):
         texts = _cleaned(encoded.block.table[source.sequence_column].take(pa.array(encoded.kept)))
         found = nearest(vectors, matcher.reference, matcher.settings)
-        rows, similarity = found.rows, found.similarity
+        edits = None
         if matcher.settings.rerank == "alignment":
-            rows, similarity, identity, distances = _align_candidates(matcher, texts, rows, similarity, pool, on_rows)
+            edits = edit_distances(texts, found.rows, *_sequences(matcher, found.rows), pool, on_rows)
         else:
-            identity = _nearest_identity(matcher, texts, rows, pool)
-            distances = np.maximum(1 - similarity.astype(np.float64), NEAREST_COSINE_DISTANCE)
             on_rows(len(texts))
         on_rows(encoded.block.table.num_rows - len(texts))
         kept = np.zeros(encoded.block.table.num_rows, bool)
@@ -120,56 +120,87 @@ def find_candidates(
             rejects=encoded.rejects,
             texts=texts,
             vectors=vectors,
-            rows=rows,
-            similarity=similarity,
-            identity=identity,
-            distances=distances,
+            rows=found.rows,
+            similarity=found.similarity,
+            edit_distances=edits,
             heads=None if matcher.heads is None else head_votes(matcher.heads, vectors, matcher.taxa),
             truth=_truth(matcher, encoded),
         )
 
 
-def count_votes(matcher: Matcher, candidates: Candidates, power: float, head_weight: float) -> Votes:
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """The candidates that vote, best first."""
+
+    rows: Int64[np.ndarray, "queries voters"]
+    """Positions in the table; -1 past the last."""
+    similarity: Float32[np.ndarray, "queries voters"]
+    distances: Float64[np.ndarray, "queries voters"]
+    """By `rank_candidates`; inf past the last."""
+
+
+def rank_candidates(candidates: Candidates, voting: Voting, most: int) -> Ranked:
+    """Orders candidates by their score: cosine + identity_weight * identity.
+
+    Its complement is the distance, (1 - cosine) + identity_weight * (1 - identity), which is above 0. Of equal scores
+    the first in the table comes first. Without alignment all candidates vote, at distance 1 - cosine.
+
+    Args:
+        candidates: Queries with their candidates, nearest by vector first.
+        voting: The weight of the identity.
+        most: Most candidates to keep where they are aligned.
+    """
+    if candidates.edit_distances is None or voting.identity_weight is None:
+        return Ranked(candidates.rows, candidates.similarity, _cosine_distances(candidates.similarity))
+    fields = candidates.rows, candidates.similarity, candidates.edit_distances
+    parts = [slice(start, start + _RANKED) for start in range(0, max(len(candidates.rows), 1), _RANKED)]
+    ranked = [_best(*(field[part] for field in fields), voting.identity_weight, most) for part in parts]
+    return Ranked(*(np.concatenate(field) for field in zip(*ranked, strict=True)))
+
+
+def _best(
+    rows: np.ndarray, similarity: np.ndarray, edit_distances: np.ndarray, identity_weight: float, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    with np.errstate(invalid="ignore"):
+        distances = _cosine_distances(similarity) + identity_weight * edit_distances
+        distances = np.where(rows >= 0, distances, np.inf)
+        order = np.argsort(distances, axis=1, kind="stable")
+        steps = np.diff(np.take_along_axis(distances, order, 1), axis=1, prepend=0.0) > _SAME_COSINE
+    equal_first = np.lexsort((np.take_along_axis(rows, order, 1), steps.cumsum(axis=1)), axis=1)
+    order = np.take_along_axis(order, equal_first, 1)[:, :most]
+    rows, similarity, distances = (np.take_along_axis(field, order, 1) for field in (rows, similarity, distances))
+    return rows, similarity, distances
+
+
+def _cosine_distances(similarity: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - similarity.astype(np.float64), _NEAREST_COSINE_DISTANCE)
+
+
+def count_votes(matcher: Matcher, ranked: Ranked, voting: Voting, heads: HeadVotes | None) -> Votes:
     """Names each query by the vote of its candidates; see `vote.vote`."""
-    lineages = np.where(candidates.rows[:, :, None] >= 0, matcher.taxa.codes[candidates.rows], -1)
-    return vote(lineages, candidates.distances, power, candidates.heads, head_weight)
+    lineages = np.where(ranked.rows[:, :, None] >= 0, matcher.taxa.codes[ranked.rows], -1)
+    return vote(lineages, ranked.distances, voting, heads)
+
+
+def nearest_identity(
+    matcher: Matcher, texts: Sequence[str], ranked: Ranked, pool: Pool
+) -> Float32[np.ndarray, " queries"]:
+    """Aligns each query with its nearest reference in full; NaN where there is none, or the table has no DNA."""
+    if matcher.reference.sequence_column not in matcher.reference.dataset.schema.names or not len(texts):
+        return np.full(len(texts), np.nan, np.float32)
+    rows = ranked.rows[:, :1]
+    return identities(texts, rows, *_sequences(matcher, rows), pool)[:, 0]
+
+
+def _sequences(matcher: Matcher, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Returns the distinct rows and their DNA."""
+    distinct = np.unique(rows[rows >= 0])
+    return distinct, _cleaned(pa.array(matcher.reference.sequences(distinct), pa.string()))
 
 
 def _cleaned(column: pa.ChunkedArray | pa.Array) -> list[str]:
-    """Returns DNA as the model reads it: upper-case A, C, G, T and N."""
-    return clean(column).sequences.to_pylist()
-
-
-def _align_candidates(
-    matcher: Matcher,
-    texts: Sequence[str],
-    rows: np.ndarray,
-    similarity: np.ndarray,
-    pool: Pool,
-    on_rows: Callable[[int], Any] = lambda rows: None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Aligns the candidates; returns rows, similarities, identities and distances of the best, best first."""
-    distinct = np.unique(rows[rows >= 0])
-    sequences = _cleaned(pa.array(matcher.reference.sequences(distinct), pa.string()))
-    references = [text or "" for text in sequences]
-    found = align(texts, rows, distinct, references, matcher.settings.aligned, pool, on_rows)
-    there = found.index >= 0
-    index = np.maximum(found.index, 0)
-    return (
-        np.where(there, np.take_along_axis(rows, index, 1), -1),
-        np.where(there, np.take_along_axis(similarity, index, 1), -np.inf).astype(np.float32),
-        found.identity,
-        found.distances,
-    )
-
-
-def _nearest_identity(matcher: Matcher, texts: Sequence[str], rows: np.ndarray, pool: Pool) -> np.ndarray:
-    """Aligns the nearest reference alone, where the table has its DNA, for its identity."""
-    identity = np.full(rows.shape, np.nan, np.float32)
-    if matcher.reference.sequence_column in matcher.reference.dataset.schema.names and len(rows):
-        only = _align_candidates(matcher, texts, rows[:, :1], np.zeros((len(rows), 1), np.float32), pool)
-        identity[:, 0] = only[2][:, 0]
-    return identity
+    """Returns DNA as the model reads it: upper-case A, C, G, T and N; nothing for a missing one."""
+    return [text or "" for text in clean(column).sequences.to_pylist()]
 
 
 def _truth(matcher: Matcher, encoded: EncodedBlock) -> Int32[np.ndarray, "queries 7"] | None:
@@ -191,11 +222,11 @@ def alignment_recall(
         sample: Indices of the sampled queries.
         pool: Processes for the alignments.
     """
-    chosen = matcher.reference.chosen
-    rows = np.broadcast_to(chosen, (len(sample), len(chosen)))
+    assert candidates.edit_distances is not None
     texts = [candidates.texts[i] for i in sample.tolist()]
-    *_, distances = _align_candidates(matcher, texts, rows, np.zeros(rows.shape, np.float32), pool)
-    return float(np.mean(candidates.distances[sample, 0] <= distances[:, 0]))
+    nearest = candidates.edit_distances[sample].min(axis=1, initial=np.inf).tolist()
+    _, references = _sequences(matcher, matcher.reference.chosen)
+    return float(np.mean(none_nearer(texts, nearest, list(dict.fromkeys(references)), pool)))
 
 
 def index_recall(matcher: Matcher, candidates: Candidates, sample: Int64[np.ndarray, " sample"]) -> float:

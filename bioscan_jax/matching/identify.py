@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float32
 from tqdm import tqdm
 
 from bioscan_jax import config
@@ -27,15 +28,18 @@ from bioscan_jax.matching.calibration import (
 from bioscan_jax.matching.candidates import (
     Candidates,
     Matcher,
+    Ranked,
     alignment_recall,
     count_votes,
     find_candidates,
     index_recall,
+    nearest_identity,
     open_matcher,
+    rank_candidates,
 )
 from bioscan_jax.matching.novel_groups import group_novel
 from bioscan_jax.matching.queries import open_queries
-from bioscan_jax.matching.vote import POWER, Votes
+from bioscan_jax.matching.vote import Votes, Voting, default_voting
 
 _HEAD_WEIGHT = 0.5
 """Weight of a head in the vote without a calibration."""
@@ -49,11 +53,12 @@ class IdentifySummary:
 
     Example:
         >>> counts = {"output": "names.tsv", "queries": 20, "rejects": {"empty": 1}, "novel": 3, "groups": None}
-        >>> notes = {"search": "exact", "calibration": "none", "by_rank": [], "recall": (), "seconds": 1.5}
+        >>> notes = {"search": "exact", "vote": "power 32, weight of the heads 0", "calibration": "none", "by_rank": [], "recall": (), "seconds": 1.5}
         >>> print(bj.IdentifySummary(**counts, **notes))
              answers  names.tsv
              queries  20; 1 without a vector: 1 empty
               search  exact
+                vote  power 32, weight of the heads 0
          calibration  none
                novel  3 queries are likely of species not in the reference
              seconds  1.5
@@ -64,6 +69,8 @@ class IdentifySummary:
     rejects: dict[str, int]
     """Number of queries without a vector, by reason."""
     search: str
+    vote: str
+    """The weights of the vote: fitted by the calibration, or the default."""
     calibration: str
     """The calibration that was used, or why there is none."""
     by_rank: list[str]
@@ -81,6 +88,7 @@ class IdentifySummary:
             f"     answers  {self.output}",
             f"     queries  {self.queries:,}; {sum(self.rejects.values()):,} without a vector{refused and f': {refused}'}",
             f"      search  {self.search}",
+            f"        vote  {self.vote}",
             f" calibration  {self.calibration}",
             *(f"              {line}" for line in self.by_rank),
         ]
@@ -156,6 +164,7 @@ def identify(
     with ExitStack() as held:
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-")))
         source = open_queries(query, scratch)
+        pool = held.enter_context(worker_pool(settings.processes if settings.rerank == "alignment" else 1))
         matcher = open_matcher(reference, settings, model, mesh)
         if check_recall and settings.rerank == "none" and matcher.search == "exact":
             raise InputError("--check_recall has nothing to measure; pass --rerank alignment or --search index with it")
@@ -164,15 +173,16 @@ def identify(
             raise InputError(
                 f"--groups needs a calibration with a novelty threshold: {note}; run bioscan calibrate first"
             )
-        pool = held.enter_context(worker_pool(settings.processes if settings.rerank == "alignment" else 1))
         bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="identify", disable=not progress))
         tables, judged, novel_vectors, rejects = [], [], [], Counter()
         sampled = _sample(source.rows, check_recall, seed)
         reached: dict[str, list[tuple[int, float]]] = {}
-        first = 0
+        first, voting = 0, _voting(found, matcher)
         for block in find_candidates(matcher, source, pool, bar.update):
-            result = count_votes(matcher, block, *_weights(found, matcher))
-            table, sure = answers(matcher, block, result, found)
+            ranked = rank_candidates(block, voting, settings.aligned)
+            result = count_votes(matcher, ranked, voting, block.heads)
+            identity = nearest_identity(matcher, block.texts, ranked, pool)
+            table, sure = answers(matcher, block, ranked, identity, result, found)
             tables.append(table)
             rejects.update(block.rejects["reason"].to_pylist())
             if block.truth is not None:
@@ -201,6 +211,7 @@ def identify(
         queries=rows.num_rows,
         rejects=dict(rejects),
         search=f"{matcher.search}, {len(matcher.reference.chosen):,} references, k {settings.k}, rerank {settings.rerank}",
+        vote=str(voting),
         calibration=note,
         by_rank=_by_rank(rows, judged, found),
         novel=None if rows["novel"].null_count == rows.num_rows else int(_is_novel(rows).sum()),
@@ -214,20 +225,26 @@ def _is_novel(rows: pa.Table) -> np.ndarray:
     return rows["novel"].fill_null(False).to_numpy()
 
 
-def _weights(found: Calibration | None, matcher: Matcher) -> tuple[float, float]:
+def _voting(found: Calibration | None, matcher: Matcher) -> Voting:
     if found is not None:
-        return found.power, found.head_weight
-    return POWER, 0.0 if matcher.heads is None else _HEAD_WEIGHT
+        return found.voting
+    return default_voting(matcher.settings, 0.0 if matcher.heads is None else _HEAD_WEIGHT)
 
 
 def answers(
-    matcher: Matcher, block: Candidates, result: Votes, found: Calibration | None
+    matcher: Matcher,
+    block: Candidates,
+    ranked: Ranked,
+    identity: Float32[np.ndarray, " queries"],
+    result: Votes,
+    found: Calibration | None,
 ) -> tuple[pa.Table, np.ndarray]:
     """Makes the rows of a block, and which ranks of its kept queries are answered (all, without a calibration)."""
     entropy = None if block.heads is None else block.heads.entropy
     confidence, sure = result.share, np.ones(result.share.shape, bool)
     abstained, novel = pa.nulls(len(confidence), pa.string()), pa.nulls(len(confidence), pa.bool_())
-    novelty = _distance(block).astype(np.float64)
+    similarity = ranked.similarity[:, 0]
+    novelty = np.where(np.isnan(identity), 1 - similarity, 1 - identity).astype(np.float64)
     if found is not None:
         confidence = confidences(found.ranks, result)
         sure = answered(found.ranks, confidence)
@@ -242,9 +259,9 @@ def answers(
         columns.append(names.take(pa.array(result.taxa[:, rank], mask=result.taxa[:, rank] < 0)))
     columns += [pa.array(confidence[:, rank]) for rank in range(len(RANKS))]
     columns += [
-        matcher.reference.take(block.rows[:, 0], "sequence_id").cast(pa.string()),
-        pa.array(block.similarity[:, 0]),
-        pa.array(block.identity[:, 0], mask=np.isnan(block.identity[:, 0])),
+        matcher.reference.take(ranked.rows[:, 0], "sequence_id").cast(pa.string()),
+        pa.array(similarity),
+        pa.array(identity, mask=np.isnan(identity)),
         pa.array(novelty),
         novel,
         abstained,
@@ -252,12 +269,6 @@ def answers(
     place = pa.array(np.cumsum(block.kept) - 1, mask=~block.kept)
     rows = [block.ids, *(column.take(place) for column in columns)]
     return pa.table([c.cast(f.type) for c, f in zip(rows, ANSWERS, strict=True)], schema=ANSWERS), sure
-
-
-def _distance(block: Candidates) -> np.ndarray:
-    """Returns 1 - identity of the nearest reference, or 1 - similarity where it was not aligned."""
-    identity = block.identity[:, 0]
-    return np.where(np.isnan(identity), 1 - block.similarity[:, 0], 1 - identity)
 
 
 def _by_rank(rows: pa.Table, judged: list[tuple[np.ndarray, ...]], found: Calibration | None) -> list[str]:

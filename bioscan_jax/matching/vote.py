@@ -1,5 +1,6 @@
 """Names queries by a vote of their nearest references and of taxonomic heads, from kingdom down to species."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,18 +9,70 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Float32, Float64, Int32
 
+from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.head_files import Heads, read_heads
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.reference import Taxa, name_codes
 
-POWER = 32.0
-"""Used without a calibration: a candidate a tenth farther away has a twentieth of the weight."""
-NEAREST_COSINE_DISTANCE = 1e-6
-"""Smallest cosine distance that float32 resolves."""
 _MOST_TAXA = 8
 """Number of most probable taxa per rank for which a head votes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voting:
+    """How candidates are scored and weighted; a calibration fits it.
+
+    Example:
+        >>> Voting(power=8.0).weights(np.array([[0.1, 0.2, np.inf]])).tolist()
+        [[1.0, 0.00390625, 0.0]]
+    """
+
+    identity_weight: float | None = None
+    """Weight of the identity beside the cosine in a candidate's score; None where nothing is aligned."""
+    power: float | None = None
+    """A candidate at distance d has weight (d_nearest / d) ** power: equal distances have equal weights, and the unit of
+    the distance does not matter, as cosines of different models differ in theirs."""
+    temperature: float | None = None
+    """In place of the power: weight exp((d_nearest - d) / temperature), the softmax of the scores."""
+    head_weight: float = 0.0
+    """Share of a head in the vote."""
+
+    def __str__(self) -> str:
+        """Describes the weights in one line."""
+        if self.identity_weight is None:
+            text = f"power {self.power:g}"
+        else:
+            text = f"cosine + {self.identity_weight:g} x identity, temperature {self.temperature:g}"
+        return f"{text}, weight of the heads {self.head_weight:g}"
+
+    def weights(
+        self, distances: Float64[np.ndarray, "queries candidates"]
+    ) -> Float64[np.ndarray, "queries candidates"]:
+        """Returns the weight of each candidate: 1 for the nearest, 0 where the distance is inf."""
+        nearest = distances.min(axis=1, initial=np.inf, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            if self.temperature is not None:
+                weights = np.exp((nearest - distances) / self.temperature)
+            else:
+                weights = (nearest / distances) ** self.power
+        return np.where(np.isfinite(distances), weights, 0.0)
+
+
+BY_SIMILARITY = Voting(power=32.0)
+"""Without alignment and calibration: a candidate a tenth farther away has a twentieth of the weight."""
+BY_SCORE = Voting(identity_weight=4.0, temperature=0.02)
+"""With alignment, without a calibration: best for the genus of species held out of 15,868 COI barcodes."""
+
+
+def default_voting(settings: config.IdentifyConfig, head_weight: float) -> Voting:
+    """Returns how candidates vote without a calibration, with what the settings fix."""
+    if settings.rerank == "none":
+        return dataclasses.replace(BY_SIMILARITY, head_weight=head_weight)
+    given = {"identity_weight": settings.identity_weight, "temperature": settings.temperature}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(BY_SCORE, head_weight=head_weight, **given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +105,14 @@ class Votes:
 def vote(
     lineages: Int32[np.ndarray, "queries candidates 7"],
     distances: Float64[np.ndarray, "queries candidates"],
-    power: float,
+    voting: Voting,
     heads: HeadVotes | None = None,
-    head_weight: float = 0.0,
 ) -> Votes:
     """Names each query by a weighted vote of its candidates, rank by rank.
 
-    A candidate at distance d has weight (d_nearest / d) ** power: the nearest has 1, and equal distances have equal
-    weights. The distance is (differences + 1/2) / (columns + 1) for an alignment, 1 - cosine otherwise. With a head,
-    the candidates' weights are scaled to sum to 1 at each rank and pooled linearly with its probabilities p (Stone
-    1961, doi:10.1214/aoms/1177704873): (1 - head_weight) * share + head_weight * p.
+    The candidates' weights are those of `voting`. With a head, they are scaled to sum to 1 at each rank and pooled
+    linearly with its probabilities p (Stone 1961, doi:10.1214/aoms/1177704873): (1 - head_weight) * share +
+    head_weight * p.
 
     From kingdom down, the taxon with the most weight wins; at the ranks below only candidates of its lineage can win.
     A candidate without a name at a rank does not vote there, but does at the ranks below. Of taxa with equal weight
@@ -72,22 +123,20 @@ def vote(
     Args:
         lineages: Codes of taxa, -1 where unknown; candidates sorted by distance.
         distances: Above 0; inf where there is no candidate.
-        power: How steeply the weight falls with the distance.
+        voting: How the weight falls with the distance, and the share of the head.
         heads: Taxa and probabilities of a head, if there is one.
-        head_weight: Its share in the vote.
     """
-    queries, candidates = distances.shape
+    queries = len(distances)
     nearest = distances.min(axis=1, initial=np.inf)
-    with np.errstate(invalid="ignore"):
-        weights = np.where(np.isfinite(distances), (nearest[:, None] / distances) ** power, 0.0)
-    by_rank = weights[:, :, None] * (lineages >= 0)
+    head_weight = 0.0 if heads is None else voting.head_weight
+    by_rank = voting.weights(distances)[:, :, None] * (lineages >= 0)
     every_lineage = lineages
     if heads is not None and head_weight > 0:
         total = by_rank.sum(axis=1, keepdims=True)
         by_rank = by_rank / np.where(total > 0, total, 1) * (1 - head_weight)
         by_rank = np.concatenate([by_rank, heads.probabilities * head_weight], axis=1)
         every_lineage = np.concatenate([lineages, heads.lineages], axis=1)
-    taxa, share = _descend(every_lineage, by_rank, normalised=heads is not None and head_weight > 0)
+    taxa, share = _descend(every_lineage, by_rank, normalised=head_weight > 0)
     far = np.where(np.isfinite(distances), distances, -np.inf).max(axis=1, initial=-np.inf)
     near, other = np.empty((queries, len(RANKS))), np.empty((queries, len(RANKS)))
     for rank in range(len(RANKS)):

@@ -1,18 +1,18 @@
 """Alignments of candidates, compared with plain dynamic programming."""
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bioscan_jax.matching.alignment import (
-    align,
     align_pair,
     align_within,
-    best_candidates,
     distance,
+    edit_counts,
+    edit_distances,
+    identities,
+    none_nearer,
     overlapping_parts,
     worker_pool,
 )
@@ -34,9 +34,10 @@ def least_distance(short: str, long: str) -> int:
     return min(row)
 
 
-def shared(one: str, other: str) -> float:
+def counted(one: str, other: str) -> int:
+    """Edits to place the shorter of two sequences inside the longer one."""
     short, long = sorted((one, other), key=len)
-    return least_distance(short, long) / max(len(short) - (one + other).count("N"), 1)
+    return least_distance(short, long)
 
 
 @settings(max_examples=300, deadline=None)
@@ -91,57 +92,83 @@ def test_barcodes_of_neighbouring_regions_are_compared_where_they_overlap() -> N
     changed = relative[:100] + ("A" if relative[100] != "A" else "C") + relative[101:]
     assert align_pair(query, changed) == align_pair(changed, query) == (299, 300)
     others = ["".join(random.choice(list("ACGT"), 600)) for _ in range(40)]
-    assert best_candidates(query, [*others, changed], 5)[0] == (40, 299, 300)
+    counts = edit_counts(query, [*others, changed])
+    assert counts[-1] == (1, 300)
+    assert all(found is not None and found[0] / found[1] > 0.3 for found in counts[:-1])
+    for start, end in ((0, 300), (100, 500)):  # one inside the other is in register, and is not cut
+        assert edit_counts(query, [gene[start:end]]) == [(0, end - start)]
+    # Equal lengths, as most barcodes have: 40 bases stick out at either end.
+    assert edit_counts(gene[:600], [gene[40:640]]) == edit_counts(gene[40:640], [gene[:600]]) == [(0, 560)]
 
 
-@settings(max_examples=150, deadline=None)
-@given(DNA, st.lists(DNA, min_size=1, max_size=8), st.integers(1, 4))
-def test_the_best_by_edit_distance_are_aligned(query: str, candidates: list[str], most: int) -> None:
-    found = best_candidates(query, candidates, most)
-    whole = {candidate: shared(query, candidate) for candidate in candidates}
-    worst = sorted(whole.values())[most - 1] if most < len(whole) else None
-    best = dict(whole)
-    for candidate in whole if worst is not None else ():
-        enough = min(whole[candidate] if whole[candidate] <= worst else np.inf, worst) / 2
-        parts = overlapping_parts(query, candidate, enough)
-        if parts is not None and shared(*parts) <= enough:
-            best[candidate] = shared(*parts)
-    shares = sorted((best[candidate], place) for place, candidate in enumerate(candidates))
-    assert sorted(place for place, *_ in found) == sorted(place for _, place in shares[:most])
-    distances = [(columns - matches + 0.5) / (columns + 1) for _, matches, columns in found]
-    assert distances == sorted(distances)
-    for place, matches, columns in found:
-        assert (matches, columns) == align_pair(query, candidates[place])
+@settings(max_examples=200, deadline=None)
+@given(DNA, st.lists(DNA, min_size=1, max_size=6))
+def test_edits_are_those_of_the_whole_or_of_an_overlap_that_halves_them(query: str, candidates: list[str]) -> None:
+    for candidate, counts in zip(candidates, edit_counts(query, candidates), strict=True):
+        assert counts is not None
+        edits, known = counts
+        whole, length = counted(query, candidate), min(len(query), len(candidate))
+        least = max(length - (query + candidate).count("N"), 1)
+        if known <= length and edits == whole:
+            assert least <= known
+        else:
+            parts = overlapping_parts(query, candidate, min(whole / least, 1.0) / 2) or ("", "")
+            assert edits == counted(*parts)
+            assert 2 * (edits + 0.5) / (known + 1) <= (whole + 0.5) / (least + 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(DNA, st.lists(DNA, min_size=1, max_size=6), st.floats(0.0, 1.0))
+def test_a_bound_leaves_out_only_what_is_farther(query: str, candidates: list[str], bound: float) -> None:
+    whole = edit_counts(query, candidates)
+    for candidate, one, bounded in zip(candidates, whole, edit_counts(query, candidates, bound), strict=True):
+        assert one is not None
+        if bounded is not None:
+            assert bounded[0] / bounded[1] <= bound
+        elif one[0] / one[1] <= bound:  # only an overlap, which does not halve the bound, is near enough
+            known = max(min(len(query), len(candidate)) - (query + candidate).count("N"), 1)
+            assert counted(query, candidate) > bound * known
+
+
+def drawn(distinct: int, queries: int) -> tuple[list[str], list[str], np.ndarray]:
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(list("ACGT"), 40)) for _ in range(distinct)]
+    rows = np.stack([random.permutation(distinct)[:10] for _ in range(queries)]).astype(np.int64)
+    return texts, [texts[i % distinct][:30] for i in range(queries)], rows
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_processes_give_the_same_in_the_order_of_the_queries(processes: int) -> None:
-    random = np.random.default_rng(0)
-    texts = ["".join(random.choice(list("ACGT"), 40)) for _ in range(30)]
-    queries = [texts[i % 30][:30] for i in range(150)]
-    rows = np.stack([random.permutation(30)[:10] for _ in queries]).astype(np.int64)
+    texts, queries, rows = drawn(30, 150)
     rows[3, 5:] = -1
+    done = []
     with worker_pool(processes) as pool:
-        found = align(queries, rows, np.arange(30), texts, 4, pool)
-    assert found.index.shape == (150, 4)
+        found = edit_distances(queries, rows, np.arange(30), texts, pool, done.append)
+        shares = identities(queries, rows, np.arange(30), texts, pool)
+        nearest = none_nearer(queries, found.min(axis=1).tolist(), texts, pool)
+    assert sum(done) == 150
     for row, query in enumerate(queries):
-        there = rows[row][rows[row] >= 0]
-        expected = best_candidates(query, [texts[i] for i in there], 4)
-        assert [tuple(one) for one in zip(found.index[row], found.matches[row], found.columns[row], strict=True)] == [
-            (place, matches, columns) for place, matches, columns in expected
-        ]
-        if row % 30 in there:
-            assert found.identity[row, 0] == 1.0
+        for place, one in enumerate(rows[row]):
+            if one < 0:
+                assert found[row, place] == np.inf
+                assert np.isnan(shares[row, place])
+                continue
+            [(edits, known)] = edit_counts(query, [texts[one]])  # pyright: ignore[reportGeneralTypeIssues]
+            assert found[row, place] == min((edits + 0.5) / (known + 1), 1.0)
+            matches, columns = align_pair(query, texts[one])
+            assert shares[row, place] == np.float32(matches / max(columns, 1))
+        assert nearest[row] == (row % 30 in rows[row][rows[row] >= 0])
 
 
 def test_unknown_bases_make_no_reference_nearer() -> None:
     query = "ACGTTGCAGGCTTAACCGTA"
     relative, blurred = "ACGTTGCAGGCTTAACCGTT", "ACGTTGCNNNNNNAACGCTA"
-    assert [place for place, *_ in best_candidates(query, [blurred, relative], 2)] == [1, 0]
+    texts = [blurred, relative, "N" * 20]
+    near = edit_distances([query], np.array([[0, 1, 2]]), np.arange(3), texts, None)[0]
+    assert near.argsort().tolist() == [1, 0, 2]
 
 
-def test_identity_is_nan_where_there_is_no_candidate() -> None:
-    rows = np.array([[0, -1, -1]])
-    found = align(["ACGT"], rows, np.array([0]), ["ACGT"], 2, None)
-    assert found.index.tolist() == [[0, -1]]
-    assert re.sub(r"\s+", " ", str(found.identity)) == "[[ 1. nan]]"
+def test_unknown_bases_count_only_where_they_face_the_other_sequence() -> None:
+    query = "ACGTTGCAGGCTTAACCGTA"
+    assert edit_counts(query, [query + "N" * 12, "N" * 12 + query[:10] + "A" + query[11:]]) == [(0, 20), (1, 20)]
+    assert edit_counts(query, ["N" * 50]) == [(0, 1)]

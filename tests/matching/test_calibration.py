@@ -1,6 +1,7 @@
 """Thresholds that keep their precision, the file that holds them, and what they are valid for."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -27,7 +28,7 @@ from bioscan_jax.matching.calibration import (
     table_binding,
     to_json,
 )
-from bioscan_jax.matching.vote import Votes
+from bioscan_jax.matching.vote import Votes, Voting
 
 FACTS = {"plan": "p", "weights_sha256": "w"}
 
@@ -48,8 +49,7 @@ def made(**changed) -> Calibration:
     fitted = Calibration(
         table=table_binding(FACTS, 3),
         settings=settings_binding(config.IdentifyConfig(), "exact", None),
-        power=8.0,
-        head_weight=0.0,
+        voting=Voting(power=8.0),
         ranks=ranks,
         novelty=Logistic((2.0,), -1.0),
         novelty_threshold=0.7,
@@ -135,7 +135,7 @@ def test_the_novelty_threshold_is_conformal() -> None:
 
 
 def test_a_file_is_read_as_it_was_written() -> None:
-    entries = (made(), made(novelty=None, novelty_threshold=None, power=4.0))
+    entries = (made(), made(novelty=None, novelty_threshold=None, voting=Voting(identity_weight=4.0, temperature=0.1)))
     assert from_json(to_json(entries), "x") == entries
 
 
@@ -144,16 +144,29 @@ def test_a_file_is_read_as_it_was_written() -> None:
     [
         lambda text: text[:-20],
         lambda text: text.replace("0.95", "0.10"),
-        lambda text: text.replace("calibration 1", "calibration 2"),
+        lambda text: text.replace("calibration 2", "calibration 1"),
         lambda text: "[1, 2]",
         lambda text: "{}",
         lambda text: "\x00",
-        lambda text: json.dumps({"sha256": "0", "format": "bioscan_jax calibration 1", "calibrations": [{}]}),
+        lambda text: json.dumps({"sha256": "0", "format": "bioscan_jax calibration 2", "calibrations": [{}]}),
     ],
 )
 def test_a_damaged_file_is_one_line(damage) -> None:
     with pytest.raises(InputError, match=r"^here is damaged or was edited .*run bioscan calibrate again$"):
         from_json(damage(to_json([made()])), "here")
+
+
+def test_a_file_of_an_earlier_version_is_one_line_with_the_fix() -> None:
+    """Format 1, whose vote had a power where this one has scores."""
+    entry = {
+        "table": table_binding(FACTS, 3),
+        "settings": {"k": 50, "rerank": "alignment", "aligned": 32},
+        "power": 8.0,
+    }
+    body = {"format": "bioscan_jax calibration 1", "calibrations": [entry | {"head_weight": 0.0}]}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    with pytest.raises(InputError, match=r"^here .*another version .*calibration 1.*run bioscan calibrate again$"):
+        from_json(json.dumps({"sha256": digest, **body}), "here")
 
 
 def test_a_calibration_depends_only_on_settings_that_matter() -> None:
@@ -170,4 +183,5 @@ def test_a_calibration_depends_only_on_settings_that_matter() -> None:
     ):
         assert changed != plain
     aligned = settings_binding(config.IdentifyConfig(rerank="alignment"), "exact", None)
-    assert aligned != settings_binding(config.IdentifyConfig(rerank="alignment", aligned=5), "exact", None)
+    for more in ({"aligned": 5}, {"identity_weight": 4.0}, {"temperature": 0.02}):
+        assert aligned != settings_binding(config.IdentifyConfig(rerank="alignment", **more), "exact", None)

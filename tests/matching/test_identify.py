@@ -17,10 +17,13 @@ from support.reference_table import World, make_world
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
+from bioscan_jax.matching import calibration
 from bioscan_jax.matching.answers import ANSWERS
 from bioscan_jax.matching.calibration import CalibrationSummary, calibrate
+from bioscan_jax.matching.candidates import Candidates, Matcher
 from bioscan_jax.matching.identify import IdentifySummary, identify
 from bioscan_jax.matching.search import open_table
+from bioscan_jax.matching.vote import Voting
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,44 @@ def test_calibrated_answers_stop_where_the_threshold_is_missed(
     known = [row["novelty"] for row, name in zip(found, truth, strict=True) if name not in world.unseen]
     assert sum(one > other for one in unseen for other in known) / (len(unseen) * len(known)) > 0.9
     assert summary.novel == sum(row["novel"] for row in found)
+
+
+def test_the_vote_is_fitted_on_the_fitting_part_only(judged: tuple[World, CalibrationSummary], monkeypatch):
+    world, fitted = judged
+    seen: list[Candidates] = []
+
+    def watched(matcher: Matcher, part: Candidates) -> Voting:
+        seen.append(part)
+        return best_voting(matcher, part)
+
+    best_voting = calibration._best_voting
+    monkeypatch.setattr(calibration, "_best_voting", watched)
+    before = Path(fitted.path).read_bytes()
+    assert calibrated(world).calibration == fitted.calibration
+    assert Path(fitted.path).read_bytes() == before
+    texts = pq.read_table(world.queries)["dna_sequence"].to_pylist()
+    wanted = config.CalibrateConfig(precision=0.8, risk=0.2, held_out=0.4)
+    [part] = seen
+    assert part.texts == [texts[row] for row in calibration.split_labelled(texts, wanted)[1]]
+    voting = fitted.calibration.voting
+    assert voting.identity_weight in calibration._IDENTITY_WEIGHTS
+    assert voting.temperature in calibration._TEMPERATURES
+
+
+def test_a_given_weight_is_kept_by_the_calibration(world: World, tmp_path: Path):
+    settings = config.IdentifyConfig(k=10, rerank="alignment", processes=1, identity_weight=3.0, temperature=0.07)
+    reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
+    path = Path(world.uri, "sequences.calibration.json")
+    path.write_text("of an earlier version")
+    wanted = config.CalibrateConfig(precision=0.8, risk=0.2, held_out=0.4)
+    try:
+        fitted = calibrate(reference, query, settings, wanted, progress=False)
+        assert fitted.calibration.voting == Voting(identity_weight=3.0, temperature=0.07)
+        summary = identify(reference, query, str(tmp_path / "a.tsv"), settings, progress=False)
+        assert summary.vote == "cosine + 3 x identity, temperature 0.07, weight of the heads 0"
+        assert "precision 0.8" in summary.calibration
+    finally:
+        path.unlink()
 
 
 def test_a_calibration_is_the_same_again_and_stays_beside_one_for_other_settings(judged, tmp_path: Path):

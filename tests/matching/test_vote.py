@@ -18,11 +18,12 @@ from bioscan_jax.checkpoints.head_files import Heads, taxon_tree, write_heads
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.candidates import open_matcher
 from bioscan_jax.matching.identify import identify
-from bioscan_jax.matching.vote import HeadVotes, head_votes, vote
+from bioscan_jax.matching.vote import HeadVotes, Voting, head_votes, vote
 from bioscan_jax.model.heads import HeadKind, make_head
 
 LINEAGES = st.lists(st.integers(-1, 2), min_size=7, max_size=7)
 CANDIDATES = st.lists(st.tuples(LINEAGES, st.sampled_from([0.5, 0.5, 1.0, 3.0, np.inf])), min_size=1, max_size=6)
+POWER_8 = Voting(power=8.0)
 
 
 def by_hand(candidates: list[tuple[list[int], float]], power: float) -> tuple[list[int], list[float]]:
@@ -66,7 +67,7 @@ def arrays(queries: list[list[tuple[list[int], float]]]) -> tuple[np.ndarray, np
 def test_the_vote_is_the_one_written_out(queries: list, power: float) -> None:
     queries = [sorted(candidates, key=lambda one: one[1]) for candidates in queries]
     lineages, distances = arrays(queries)
-    found = vote(lineages, distances, power)
+    found = vote(lineages, distances, Voting(power=power))
     for row, candidates in enumerate(queries):
         taxa, shares = ([-1] * 7, [0.0] * 7) if candidates[0][1] == np.inf else by_hand(candidates, power)
         assert found.taxa[row].tolist() == taxa
@@ -75,10 +76,21 @@ def test_the_vote_is_the_one_written_out(queries: list, power: float) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(1e-6, 2.0), min_size=1, max_size=6), st.sampled_from([0.02, 0.5]))
+def test_a_temperature_weights_by_the_softmax_of_the_scores(scores: list[float], temperature: float) -> None:
+    distances = 5.0 - np.sort(np.array([scores]))[:, ::-1]
+    weights = Voting(identity_weight=4.0, temperature=temperature).weights(np.append(distances, [[np.inf]], axis=1))
+    scaled = -distances[0] / temperature
+    expected = np.exp(scaled - np.logaddexp.reduce(scaled))
+    np.testing.assert_allclose(weights[0, :-1] / weights.sum(), expected, rtol=1e-9, atol=1e-12)
+    assert weights[0, -1] == 0
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.lists(CANDIDATES, min_size=1, max_size=4))
 def test_near_and_other_are_distances_to_the_taxon_and_to_another(queries: list) -> None:
     queries = [sorted(candidates, key=lambda one: one[1]) for candidates in queries]
-    found = vote(*arrays(queries), 8.0)
+    found = vote(*arrays(queries), POWER_8)
     for row, candidates in enumerate(queries):
         there = [distance for _, distance in candidates if distance < np.inf]
         far = max(there) if there else -np.inf
@@ -91,10 +103,10 @@ def test_near_and_other_are_distances_to_the_taxon_and_to_another(queries: list)
 
 def test_a_tie_goes_to_the_nearer_and_an_unnamed_rank_still_votes_below() -> None:
     first, second = [0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]
-    assert vote(*arrays([[(second, 0.5), (first, 0.5)]]), 8.0).taxa[0, 6] == 1
-    assert vote(*arrays([[(first, 0.5), (second, 0.5)]]), 8.0).taxa[0, 6] == 0
+    assert vote(*arrays([[(second, 0.5), (first, 0.5)]]), POWER_8).taxa[0, 6] == 1
+    assert vote(*arrays([[(first, 0.5), (second, 0.5)]]), POWER_8).taxa[0, 6] == 0
     gap = [0, 0, 0, 0, -1, 1, 1]
-    found = vote(*arrays([[(gap, 0.5), (first, 0.6)]]), 8.0)
+    found = vote(*arrays([[(gap, 0.5), (first, 0.6)]]), POWER_8)
     assert found.taxa[0].tolist() == [0, 0, 0, 0, 0, 1, 1]
 
 
@@ -104,11 +116,11 @@ def test_a_head_is_pooled_linearly() -> None:
     paths[0, 1, 6] = 1
     probabilities[0, 0, :6], probabilities[0, :, 6] = 1.0, (0.1, 0.9)
     heads = HeadVotes(paths, probabilities, np.zeros(1, np.float32))
-    found = vote(lineages, distances, 8.0, heads, head_weight=0.25)
+    found = vote(lineages, distances, Voting(power=8.0, head_weight=0.25), heads)
     assert found.taxa[0, 6] == 1
     np.testing.assert_allclose(found.share[0], [1, 1, 1, 1, 1, 1, 0.75 * 0.5 + 0.25 * 0.9], atol=1e-6)
-    ignored = vote(lineages, distances, 8.0, heads, head_weight=0.0)
-    np.testing.assert_allclose(ignored.share, vote(lineages, distances, 8.0).share)
+    ignored = vote(lineages, distances, POWER_8, heads)
+    np.testing.assert_allclose(ignored.share, vote(lineages, distances, POWER_8).share)
 
 
 @pytest.fixture(scope="module")

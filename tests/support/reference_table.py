@@ -40,7 +40,14 @@ def make_world(
     rows = queries.slice(0, 20).to_pylist()
     (directory / "queries.fasta").write_text("".join(f">{r['sequence_id']}\n{r['dna_sequence']}\n" for r in rows))
     uri = str(directory / "db")
-    data, sink = config.DataConfig(path=str(directory / "reference.parquet")), config.SinkConfig(uri=uri, index=index)
+    embed_reference(directory / "reference.parquet", uri, index=index, layer=layer)
+    return World(uri, str(directory / "queries.parquet"), str(directory / "queries.fasta"), unseen)
+
+
+def embed_reference(
+    path: Path, uri: str, *, index: Literal["none", "ivf_sq", "ivf_pq"] = "none", layer: int = 0
+) -> None:
+    """Embeds a Parquet file as the reference table of a database."""
+    data, sink = config.DataConfig(path=str(path)), config.SinkConfig(uri=uri, index=index)
     how = config.EmbedConfig(layer=layer, phases=6, max_shapes=1)
     embed(MODEL, data, sink, how, config.MeshConfig(compilation_cache=None), progress=False)
-    return World(uri, str(directory / "queries.parquet"), str(directory / "queries.fasta"), unseen)
