@@ -155,8 +155,9 @@ def _in_register(one: str, other: str) -> bool:
     """Tells whether a word that both have shows that the shorter sequence lies inside the longer one."""
     short, long = sorted((one, other), key=len)
     for start in range(0, len(short) - _WORD + 1, max(len(short) // _WORDS, 1)):
-        place = long.find(short[start : start + _WORD])
-        if place >= 0:
+        word = short[start : start + _WORD]
+        place = long.find(word)
+        if place >= 0 and "N" not in word:
             return 0 <= place - start <= len(long) - len(short)
     return False
 

@@ -183,5 +183,9 @@ def test_a_calibration_depends_only_on_settings_that_matter() -> None:
     ):
         assert changed != plain
     aligned = settings_binding(config.IdentifyConfig(rerank="alignment"), "exact", None)
-    for more in ({"aligned": 5}, {"identity_weight": 4.0}, {"temperature": 0.02}):
-        assert aligned != settings_binding(config.IdentifyConfig(rerank="alignment", **more), "exact", None)
+    for changed in (
+        config.IdentifyConfig(rerank="alignment", aligned=5),
+        config.IdentifyConfig(rerank="alignment", identity_weight=4.0),
+        config.IdentifyConfig(rerank="alignment", temperature=0.02),
+    ):
+        assert aligned != settings_binding(changed, "exact", None)
