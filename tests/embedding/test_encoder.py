@@ -65,9 +65,9 @@ def assert_same_bits(ours, theirs):
     np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
-def test_the_demo_is_encoded_to_the_bits_of_its_table(tmp_path, model):
-    """The barcodes and settings of configs/demo.yaml."""
-    write_simulated(str(tmp_path / "in.parquet"), species=200, per_species=10, length=658, seed=0)
+def test_simulated_barcodes_are_encoded_to_the_bits_of_their_table(tmp_path, model):
+    """The settings of configs/demo.yaml, in two blocks."""
+    write_simulated(str(tmp_path / "in.parquet"), species=60, per_species=10, length=658, seed=0)
     _, stored = embedded(tmp_path / "in.parquet", tmp_path / "db", block_rows=512, phases=6)
     sequences = pq.read_table(tmp_path / "in.parquet")["dna_sequence"]
     assert_same_bits(model.encode(sequences, phases=6, block_rows=512), stored)

@@ -52,9 +52,12 @@ class Job:
         return code, stdout, lines(self.stderr)
 
 
-def test_kills_at_random_moments_leave_the_table_of_an_uninterrupted_run(whole, tmp_path):
-    seed, said = int(time.time()), []
-    wrong = campaign(whole, tmp_path, 10, seed, said.append)
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(3, 0), pytest.param(10, None, marks=pytest.mark.slow)], ids=["fixed", "random"]
+)
+def test_kills_leave_the_table_of_an_uninterrupted_run(whole, tmp_path, kills, seed):
+    seed, said = int(time.time()) if seed is None else seed, []
+    wrong = campaign(whole, tmp_path, kills, seed, said.append)
     assert not wrong, "\n".join([f"seed {seed}", *said])
 
 
