@@ -1,10 +1,10 @@
-"""Joins metadata that arrives later onto a vector table by sequence_id."""
+"""Joins later metadata onto a vector table by sequence_id."""
 
 from bioscan_jax.cli._command import from_flags
 
 
 def main(uri: str, metadata: str, table: str = "sequences", overwrite: bool = False) -> None:
-    """Join a file's columns onto a vector table by sequence_id, all of them in one step or none.
+    """Join a file's columns onto a vector table by sequence_id, in one commit.
 
     Args:
         uri: Database directory or URL.

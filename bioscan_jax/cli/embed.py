@@ -1,4 +1,4 @@
-"""Embeds DNA barcodes into a Lance table; the same command goes on where it stopped."""
+"""Embeds DNA barcodes into a Lance table; the same command resumes a stopped run."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ def main(
     simulate: config.SimulateConfig | None = None,
     neighbours: int = 0,
 ) -> None:
-    """Embed DNA barcodes into a Lance table; the same command goes on where it stopped.
+    """Embed DNA barcodes into a Lance table; the same command resumes a stopped run.
 
     Args:
         model: Which weights.

@@ -1,4 +1,4 @@
-"""Exports what scripts/finetune.py trained: a PEFT adapter, or a whole Hugging Face checkpoint."""
+"""Exports the result of bioscan finetune: a PEFT adapter, or a whole Hugging Face checkpoint."""
 
 from typing import Literal
 
@@ -14,15 +14,15 @@ def main(
     checkpoint: str | None = None,
     mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
 ) -> None:
-    """Export what a training run learned; its directory stays as it is.
+    """Export the result of a training run; the run's directory is not changed.
 
     Args:
-        run: Directory of the training run (--train.output_dir of scripts/finetune.py).
+        run: Directory of the training run (--train.output_dir of bioscan finetune).
         output: Directory to make.
         format: peft is the adapter, heads and label space; merged a whole checkpoint.
         which: The parameters that did best on the validation rows, or those of the last checkpoint.
         checkpoint: Where the base weights are now, if they have moved.
-        mesh: Which devices hold the weights meanwhile.
+        mesh: Which devices hold the weights while they are written.
     """
     from bioscan_jax.training.export import export
 

@@ -1,4 +1,4 @@
-"""Fine-tunes a model on labelled DNA barcodes; the same command goes on where it stopped."""
+"""Fine-tunes a model on labelled DNA barcodes; the same command resumes a stopped run."""
 
 import dataclasses
 
@@ -18,14 +18,14 @@ def main(
     mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008
     simulate: config.SimulateConfig | None = None,
 ) -> None:
-    """Fine-tune a model on labelled DNA barcodes; the same command goes on where it stopped.
+    """Fine-tune a model on labelled DNA barcodes; the same command resumes a stopped run.
 
     Args:
         model: Which weights to start from.
         data: Which barcodes, and which of them are kept aside.
         lora: The adapters.
-        loss: What is minimised.
-        train: How training goes, and where its checkpoints are.
+        loss: What training minimises.
+        train: Schedule, batches, and the directory of the checkpoints.
         checkpoint: How often the state is saved.
         tracking: Weights & Biases.
         mesh: Which devices.
@@ -40,7 +40,7 @@ def main(
         train = dataclasses.replace(train, output_dir=f"{train.output_dir}_{name_for(data.path)}")
         print(f"{data.path}: your file instead of simulated barcodes; the run goes to {train.output_dir}")
     if model.checkpoint.startswith("random:"):
-        print(f"{model.checkpoint}: RANDOM weights, not trained before; adapters and heads learn on top of noise")
+        print(f"{model.checkpoint}: RANDOM weights, not pretrained; adapters and heads learn on top of them")
     summary = finetune(model, data, lora, loss, train, checkpoint, tracking, mesh)
     if jax.process_index() == 0:
         print(summary)

@@ -1,4 +1,4 @@
-"""Writes a report of a vector table: python scripts/report.py --uri DIR --output report.html."""
+"""`bioscan report --uri DIR --output report.html`: writes a report of a vector table."""
 
 from typing import Literal
 
@@ -22,16 +22,16 @@ def main(
         uri: Database directory or URL.
         output: FILE.html to write.
         table: Name of the vector table.
-        identified: Parquet file that scripts/identify.py wrote.
+        identified: Parquet file written by bioscan identify.
         truth: Parquet file with sequence_id and the true lineages of what was identified.
         pictures: Directory for PNG files of the main pictures.
-        rows: Most rows to show on the maps; of a larger table so many are drawn at random.
+        rows: Most rows to show on the maps; a larger table is sampled at random.
         projection: How vectors become points: PaCMAP, or the first two principal components.
-        seed: Of the draw and of the map.
+        seed: Seed of the sample and of the map.
     """
     from bioscan_jax.reports.run import report
 
-    told = report(
+    summary = report(
         uri,
         output,
         table,
@@ -42,7 +42,7 @@ def main(
         projection=projection,
         seed=seed,
     )
-    print(told)
+    print(summary)
 
 
 command = from_flags(main, "report")

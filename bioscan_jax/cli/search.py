@@ -23,9 +23,9 @@ def main(
         reference: Which table.
         k: Rows to print.
         filter: SQL condition on the columns, such as "depth > 200".
-        columns: To print; sequence_id and the names if absent.
+        columns: Columns to print; sequence_id, marker and names if absent.
         search: auto takes the table's vector index, where it has one, from 50,000 rows on.
-        model: Where the table's model is now, if not where the table says.
+        model: Where the table's model is now, if not where the table records it.
         mesh: Which devices.
     """
     from bioscan_jax.matching.search import open_table, short_columns
