@@ -338,9 +338,9 @@ def _sidecar(source: str, table: str, kind: Literal["run", "calibration"]) -> st
 def _calibration_obstacle(head: dict[str, Any], selected: SelectedRows) -> str:
     """Explains why the calibration does not hold for the exported rows; empty if it does."""
     if head["filter"] is not None:
-        return "left out: it was fitted with rows that --filter leaves out; run scripts/calibrate.py on the import"
+        return "left out: it was fitted with rows that --filter leaves out; run bioscan calibrate on the import"
     if head["chosen"] != selected.own_precision:
-        return f"left out: it was fitted on {selected.own_precision} vectors; run scripts/calibrate.py on the import"
+        return f"left out: it was fitted on {selected.own_precision} vectors; run bioscan calibrate on the import"
     return ""
 
 

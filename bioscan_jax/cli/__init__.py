@@ -6,7 +6,7 @@ from importlib import import_module
 COMMANDS = {
     "embed": "embed barcodes into a vector table",
     "finetune": "train adapters and taxonomic heads on labelled barcodes",
-    "export": "export what a training run learned",
+    "export": "export the result of a training run",
     "identify": "name barcodes by a vector table",
     "calibrate": "fit confidences and thresholds for identify",
     "search": "print the rows of a table nearest to a sequence",
@@ -15,10 +15,10 @@ COMMANDS = {
     "report": "write a report of a vector table as one HTML file",
     "bundle": "carry a vector table: export, verify, import",
     "convert": "convert a checkpoint once, for faster starts",
-    "plan": "compile for a TPU that is not here and say what fits",
+    "plan": "compile for a TPU you do not have yet, and report what fits",
     "benchmark": "compare with other programs (needs a checkout)",
 }
-"""Each subcommand and what `bioscan --help` says of it."""
+"""Each subcommand and its line in `bioscan --help`."""
 
 
 def main() -> None:
@@ -62,8 +62,8 @@ def invoke(name: str, words: list[str]) -> int:
         words: Its flags.
 
     Returns:
-        The exit code: 0 done; 2 a mistake that the user can fix, told in one line on stderr; 128 + signal when asked to
-        stop, or when nobody reads the output any more.
+        The exit code: 0 for success; 2 for a mistake that the user can fix, with one line on stderr; 128 + signal after
+        a request to stop, or when the reader of the output has gone.
     """
     from bioscan_jax.cli._command import exit_code_of
 

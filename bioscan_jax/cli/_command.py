@@ -53,13 +53,13 @@ def exit_code_of(command: Command, words: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        print("nobody reads the output any more; what was committed is safe", file=sys.stderr)
+        print("the reader of the output has gone; what was committed is safe", file=sys.stderr)
         os._exit(128 + signal.SIGPIPE)  # an orderly exit would try to write once more
     return 0
 
 
 def from_flags(function: Callable[..., object], name: str, unprefixed: Sequence[str] = ()) -> Command:
-    """The command that calls `function` with what the flags say.
+    """Makes the command that calls `function` with the values of its flags.
 
     Args:
         function: Its parameters become flags, its docstring the help; dataclasses become groups of flags.
@@ -160,12 +160,12 @@ def _lists(function: Callable[..., object]) -> set[str]:
 
 
 def _is_any(kind: object, origins: tuple[type, ...]) -> bool:
-    """Whether a type, or one of the types in a union, has one of these origins."""
+    """Returns whether a type, or one type of a union, has one of these origins."""
     return typing.get_origin(kind) in origins or any(typing.get_origin(one) in origins for one in typing.get_args(kind))
 
 
 def _with_brackets(words: Sequence[str], flags: set[str]) -> list[str]:
-    """Takes `--lora.targets query,value` for `--lora.targets [query,value]`, as jsonargparse wants it."""
+    """Rewrites `--lora.targets query,value` to `--lora.targets [query,value]`, the form that jsonargparse reads."""
     found: list[str] = []
     for word in words:
         flag, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""`bioscan plan --config FILE --topology v3-8`: what a step needs and costs on TPUs that are not here.
+"""`bioscan plan --config FILE --topology v3-8`: the memory and cost of a step on TPUs you do not have yet.
 
 It takes the config file and the flags of the run itself, and --step embed|finetune and --json [FILE].
 """

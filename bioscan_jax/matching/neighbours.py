@@ -44,7 +44,7 @@ def search_kind(reference: Reference, wanted: config.SearchKind) -> Literal["exa
     indexed = vector_index(reference.dataset) != "none"
     if wanted == "index" and not indexed:
         raise InputError(
-            f"{reference.dataset.uri} has no vector index; run scripts/embed.py again with --sink.index ivf_sq, "
+            f"{reference.dataset.uri} has no vector index; run bioscan embed again with --sink.index ivf_sq, "
             "or pass --search exact"
         )
     if wanted == "auto":

@@ -104,7 +104,7 @@ def test_auto_is_exact_without_an_index_or_in_a_small_table(tmp_path: Path) -> N
     (tmp_path / "a").mkdir()
     plain: Reference = open_reference(write(tmp_path / "a", clustered(300, 8, 0)))
     assert search_kind(plain, "auto") == "exact"
-    with pytest.raises(InputError, match="has no vector index; run scripts/embed.py again with --sink.index ivf_sq"):
+    with pytest.raises(InputError, match="has no vector index; run bioscan embed again with --sink.index ivf_sq"):
         search_kind(plain, "index")
     (tmp_path / "b").mkdir()
     indexed = open_reference(write(tmp_path / "b", clustered(300, 8, 0), "ivf_sq"))
