@@ -16,6 +16,7 @@ from .config import (
     LoRAConfig,
     LossConfig,
     MeshConfig,
+    MetricConfig,
     ModelConfig,
     QueryConfig,
     ReferenceConfig,
@@ -39,6 +40,7 @@ from .reports.run import ReportSummary, report
 from .table.annotate import annotate
 from .table.query import query
 from .training.export import export
+from .training.metric import MetricSummary, fit_metric
 from .training.run import TrainingSummary, finetune
 
 __all__ = [
@@ -57,6 +59,8 @@ __all__ = [
     "LoRAConfig",
     "LossConfig",
     "MeshConfig",
+    "MetricConfig",
+    "MetricSummary",
     "ModelConfig",
     "NucleotideTransformer",
     "PRESETS",
@@ -83,6 +87,7 @@ __all__ = [
     "encode",
     "export",
     "finetune",
+    "fit_metric",
     "identify",
     "import_bundle",
     "load",

@@ -495,3 +495,90 @@ class CalibrateConfig:
         for name in ("precision", "risk", "held_out"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise InputError(f"--{name} {getattr(self, name)} is outside 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """How a projection is fitted to a vector table; what is absent is chosen by held-out species.
+
+    Example:
+        >>> MetricConfig(components=512, shrinkage=0.1).network
+        False
+    """
+
+    components: int | None = None
+    """Principal axes that are whitened; chosen among 128 to 1,536 if absent."""
+    shrinkage: float | None = None
+    """Share of the scatter replaced by a multiple of the identity, 0 to 1; chosen among .03 to .5 if absent."""
+    scatter: Literal["genus", "both", "species", "family"] | None = None
+    """Variation that is whitened: between species of a genus, rows of a species, both added, or genera of a family."""
+    dimensions: int | None = None
+    """Length of the whitened vector: the axes with most variance after whitening; at most 1,024 if absent."""
+    filter: str | None = None
+    """SQL condition on the table's columns, such as "marker_gene = 'COI'"; only matching rows are used."""
+    held_out: float = 0.2
+    """Share of the species of each genus held out while settings are chosen; a quarter of it is the share of the genera."""
+    sample_rows: int = 20_000
+    """Most rows among which the held-out rows look for their neighbour while settings are chosen."""
+    seed: int = 0
+    """Seed of the held-out species, of the sample and of the network."""
+    network: bool = False
+    """Also train a residual network on the whitened vectors."""
+    weight: float | None = None
+    """Weight of the whitened vector beside the network's; 0 leaves it out; chosen among 0 to 1 if absent."""
+    network_rows: int = 131_072
+    """Most rows that the network is trained on; they are held in memory."""
+    hidden: int = 512
+    """Hidden units of the network."""
+    width: int = 256
+    """Length of the network's vector."""
+    steps: int = 240
+    """Most optimizer steps; fewer if the held-out species are named best earlier."""
+    species_per_batch: int = 1000
+    """Species per step, drawn by whole genera, with two rows each."""
+    learning_rate: float = 3e-4
+    """Highest learning rate of AdamW; it falls along a cosine."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW; biases and the skip connection are exempt."""
+    input_dropout: float = 0.1
+    """Share of the whitened vector set to zero in training."""
+    hidden_dropout: float = 0.2
+    """Share of the hidden units set to zero in training."""
+    scale: float = 16.0
+    """Cosines are multiplied by this before the softmax."""
+    rank_weights: tuple[float, float, float, float] = (0.1, 0.3, 1.0, 0.3)
+    """Weights of order, family, genus and species in the loss."""
+    evaluate_every: int = 20
+    """Steps between evaluations on the held-out species."""
+    patience: int = 3
+    """Evaluations without a better one after which the search for the number of steps ends."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints; the same command continues after the last one."""
+
+    def __post_init__(self) -> None:
+        least = {"components": 1, "dimensions": 1, "sample_rows": 2, "network_rows": 2, "hidden": 1, "width": 1}
+        least |= {
+            "steps": 2,
+            "species_per_batch": 2,
+            "evaluate_every": 1,
+            "patience": 1,
+            "checkpoint_every": 1,
+            "seed": 0,
+        }
+        for name, smallest in least.items():
+            _at_least(name, getattr(self, name), smallest)
+        for name in ("shrinkage", "input_dropout", "hidden_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise InputError(f"--{name} {value} is outside 0 to 1")
+        if not 0.0 < self.held_out <= 0.5:
+            raise InputError(f"--held_out {self.held_out} is outside 0 to 0.5")
+        if self.weight is not None and not 0.0 <= self.weight < float("inf"):
+            raise InputError(f"--weight {self.weight} must be at least 0")
+        for name in ("learning_rate", "scale"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise InputError(f"--{name} {getattr(self, name)} must be more than 0")
+        if not all(0 <= weight < float("inf") for weight in self.rank_weights) or not any(self.rank_weights):
+            raise InputError(f"--rank_weights {list(self.rank_weights)} must be at least 0, and not all 0")
+        if self.components is not None and self.dimensions is not None and self.dimensions > self.components:
+            raise InputError(f"--dimensions {self.dimensions} exceeds --components {self.components}; lower it")

@@ -9,6 +9,7 @@ COMMANDS = {
     "export": "export the result of a training run",
     "identify": "name barcodes by a vector table",
     "calibrate": "fit confidences and thresholds for identify",
+    "fit-metric": "fit a projection that brings barcodes of one genus together",
     "search": "print the rows of a table nearest to a sequence",
     "query": "ask a vector table in SQL",
     "annotate": "join later metadata onto a vector table",
@@ -67,4 +68,4 @@ def invoke(name: str, words: list[str]) -> int:
     """
     from bioscan_jax.cli._command import exit_code_of
 
-    return exit_code_of(import_module(f"bioscan_jax.cli.{name}").command, words)
+    return exit_code_of(import_module(f"bioscan_jax.cli.{name.replace('-', '_')}").command, words)

@@ -1,0 +1,288 @@
+"""A residual network on whitened vectors, trained so that the nearest neighbour shares the taxon.
+
+The loss is that of neighbourhood components analysis (Goldberger, Roweis, Hinton, Salakhutdinov 2004) on cosines, once
+per rank: positives at a rank never share the next finer one, so that a genus is learned between its species.
+"""
+
+import functools
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+from tqdm import tqdm
+
+from bioscan_jax import config
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.projection import ResidualNetwork, unit
+from bioscan_jax.output import whole_file
+from bioscan_jax.table.plan import differences
+from bioscan_jax.training.metric_moments import FAMILY, GENUS, ORDER, SPECIES
+
+Params = dict[str, Float[Array, "..."]]
+_WARMUP_STEPS = 20
+_LAST_RATE = 0.02
+"""Learning rate at the last step, as a share of the highest."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows to train on."""
+
+    vectors: Float32[np.ndarray, "n mid"]
+    """Whitened, with a root mean square of 1 per coordinate."""
+    species: Int32[np.ndarray, " n"]
+    paths: Int32[np.ndarray, "species 7"]
+    """Taxa of each species of the label space."""
+
+    @functools.cached_property
+    def of_species(self) -> list[np.ndarray]:
+        """Positions of the rows of each species that has any."""
+        order = np.argsort(self.species, kind="stable")
+        return np.split(order, np.flatnonzero(np.diff(self.species[order])) + 1)
+
+    @functools.cached_property
+    def taxa(self) -> Int32[np.ndarray, "present 7"]:
+        """Taxa of the species in `of_species`."""
+        return self.paths[[self.species[rows[0]] for rows in self.of_species]]
+
+    @functools.cached_property
+    def genera(self) -> list[np.ndarray]:
+        """For each genus, positions of its species in `of_species`; a species without a genus stands alone."""
+        genus = self.taxa[:, GENUS].astype(np.int64)
+        alone = genus < 0
+        genus[alone] = len(self.paths) + np.flatnonzero(alone)
+        order = np.argsort(genus, kind="stable")
+        return np.split(order, np.flatnonzero(np.diff(genus[order])) + 1)
+
+    def draw(
+        self, species: int, seed: int, step: int
+    ) -> tuple[Float32[np.ndarray, "b mid"], Float32[np.ndarray, "b mid"], Int32[np.ndarray, "b 7"]]:
+        """Draws whole genera until there are enough species, and two rows of each species, different where it has two.
+
+        Returns:
+            The first rows, the second rows, and their taxa.
+        """
+        rng = np.random.default_rng([seed, step])
+        count = min(species, len(self.of_species))
+        chosen = np.concatenate([self.genera[i] for i in rng.permutation(len(self.genera))])[:count]
+        first, second = np.empty(count, np.int64), np.empty(count, np.int64)
+        for i, one in enumerate(chosen.tolist()):
+            rows = self.of_species[one]
+            first[i], second[i] = rng.permutation(rows)[:2] if len(rows) > 1 else (rows[0], rows[0])
+        return self.vectors[first], self.vectors[second], self.taxa[chosen]
+
+
+def nca_loss(
+    similarity: Float[Array, "n n"], positive: Bool[Array, "n n"], candidate: Bool[Array, "n n"]
+) -> Float[Array, ""]:
+    """Returns the mean of -log of the softmax share that falls on positives, over rows with any; 0 if there are none.
+
+    Args:
+        similarity: Scaled cosines.
+        positive: The right neighbours; those that are no candidates do not count.
+        candidate: The rows that the softmax is taken over.
+    """
+    positive = positive & candidate
+    some = positive.any(axis=1)
+    whole = jax.nn.logsumexp(jnp.where(candidate, similarity, -1e9), axis=1)
+    right = jax.nn.logsumexp(jnp.where(positive, similarity, -1e9), axis=1)
+    return jnp.where(some, whole - right, 0.0).sum() / jnp.maximum(some.sum(), 1)
+
+
+def ranks_loss(
+    similarity: Float[Array, "n n"], taxa: Int32[Array, "n 7"], weights: tuple[float, float, float, float]
+) -> Float[Array, ""]:
+    """Returns the weighted sum of `nca_loss` at order, family, genus and species.
+
+    At genus the candidates are the rows of other species, at family those of other genera, at order those of other
+    families; rows whose taxon at the rank is unknown are left out.
+
+    Args:
+        similarity: Scaled cosines between one row of each species and another.
+        taxa: Taxa of the rows; -1 is unknown.
+        weights: Of order, family, genus and species.
+    """
+    total = jnp.zeros(())
+    for rank, finer, weight in zip(
+        (ORDER, FAMILY, GENUS, SPECIES), (FAMILY, GENUS, SPECIES, None), weights, strict=True
+    ):
+        own = taxa[:, rank]
+        known = own >= 0
+        same = (own[:, None] == own[None]) & known[:, None]
+        candidate = jnp.broadcast_to(known[None], same.shape)
+        if finer is not None:
+            below = taxa[:, finer]
+            candidate = candidate & ~((below[:, None] == below[None]) & (below >= 0)[:, None])
+        total = total + weight * nca_loss(similarity, same, candidate)
+    return total
+
+
+def initial_params(mid: int, settings: config.MetricConfig) -> Params:
+    """Returns the network before training: the skip connection copies the leading coordinates."""
+    first, second = jax.random.split(jax.random.key(settings.seed))
+    hidden, width = settings.hidden, min(settings.width, mid)
+    return {
+        "skip": jnp.eye(mid, width),
+        "w1": jax.random.normal(first, (mid, hidden)) / np.sqrt(mid),
+        "b1": jnp.zeros(hidden),
+        "w2": jax.random.normal(second, (hidden, width)) * 0.5 / np.sqrt(hidden),
+    }
+
+
+def _outputs(
+    params: Params, x: Float[Array, "b mid"], key: Array, settings: config.MetricConfig
+) -> Float[Array, "b out"]:
+    """Returns the unit outputs of the network with dropout of inputs and hidden units."""
+    inputs, units = jax.random.split(key)
+    keep = 1.0 - settings.input_dropout
+    x = x * jax.random.bernoulli(inputs, keep, x.shape) / keep
+    hidden = jax.nn.gelu(x @ params["w1"] + params["b1"][None])
+    keep = 1.0 - settings.hidden_dropout
+    hidden = hidden * jax.random.bernoulli(units, keep, hidden.shape) / keep
+    return unit(x @ params["skip"] + hidden @ params["w2"])
+
+
+def _optimizer(settings: config.MetricConfig) -> optax.GradientTransformation:
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0,
+        settings.learning_rate,
+        min(_WARMUP_STEPS, settings.steps - 1),
+        settings.steps,
+        settings.learning_rate * _LAST_RATE,
+    )
+    decayed = {"skip": False, "w1": True, "b1": False, "w2": True}
+    return optax.adamw(rate, b2=0.99, weight_decay=settings.weight_decay, mask=decayed)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _step(
+    params: Params,
+    state: Any,
+    first: Float[Array, "b mid"],
+    second: Float[Array, "b mid"],
+    taxa: Int32[Array, "b 7"],
+    step: Int32[Array, ""],
+    settings: config.MetricConfig,
+) -> tuple[Params, Any, Float[Array, ""]]:
+    key = jax.random.fold_in(jax.random.key(settings.seed + 1), step)
+
+    def loss(params: Params) -> Float[Array, ""]:
+        one, other = jax.random.split(key)
+        cosines = _outputs(params, first, one, settings) @ _outputs(params, second, other, settings).T
+        return ranks_loss(settings.scale * cosines, taxa, settings.rank_weights)
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    updates, state = _optimizer(settings).update(gradients, state, params)
+    return cast(Params, optax.apply_updates(params, updates)), state, value
+
+
+@dataclass
+class Run:
+    """One training of the network, saved every few steps so that the same command continues it."""
+
+    path: Path
+    """The checkpoint: an .npz file."""
+    identity: dict[str, Any]
+    """Everything that determines the result; a checkpoint of another run is refused."""
+    settings: config.MetricConfig
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Step, loss and held-out figures of each evaluation."""
+
+    def train(
+        self,
+        rows: Rows,
+        steps: int,
+        *,
+        description: str,
+        evaluate: Callable[[Params], dict[str, float]] | None = None,
+        progress: bool = True,
+    ) -> Params:
+        """Trains, from the checkpoint if there is one, until `steps` or until the held-out figure stops rising.
+
+        Args:
+            rows: What to train on.
+            steps: Steps in all; the learning rate falls over `settings.steps` whatever this is.
+            description: Text of the progress bar.
+            evaluate: Returns figures of held-out rows, among them `genus`, which decides when to stop; if absent, all
+                steps are done.
+            progress: Show a progress bar on stderr.
+
+        Raises:
+            InputError: The checkpoint is damaged, is of another run, or cannot be written.
+        """
+        params = initial_params(rows.vectors.shape[1], self.settings)
+        state = _optimizer(self.settings).init(params)
+        step, (params, state) = self._restore((params, state))
+        with tqdm(total=steps, initial=step, unit="step", desc=description, disable=not progress) as bar:
+            while step < steps and not self._stalled():
+                first, second, taxa = rows.draw(self.settings.species_per_batch, self.settings.seed, step)
+                params, state, loss = _step(params, state, first, second, taxa, jnp.int32(step), self.settings)
+                step += 1
+                if evaluate is not None and (step % self.settings.evaluate_every == 0 or step == steps):
+                    self.history.append({"step": float(step), "loss": float(loss)} | evaluate(params))
+                if step % self.settings.checkpoint_every == 0 or step == steps:
+                    self._save(step, (params, state))
+                bar.update()
+        return params
+
+    def _stalled(self) -> bool:
+        """Whether the last `patience` evaluations were no better than one before them."""
+        figures = [entry["genus"] for entry in self.history]
+        return len(figures) - 1 - int(np.argmax(figures)) >= self.settings.patience if figures else False
+
+    def _restore(self, fresh: tuple[Params, Any]) -> tuple[int, tuple[Params, Any]]:
+        leaves, tree = jax.tree.flatten(fresh)
+        try:
+            with np.load(self.path) as saved:
+                found = json.loads(str(saved["about"]))
+                changed = differences(found["identity"], self.identity)
+                restored = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(leaves))] if not changed else []
+        except FileNotFoundError:
+            return 0, fresh
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{self.path}: not readable ({error}); remove it to train again") from error
+        if changed:
+            raise InputError(
+                f"{self.path} is of a run with other settings: {changed}; pass these again, or remove {self.path.parent}"
+            )
+        self.history = found["history"]
+        return found["step"], jax.tree.unflatten(tree, restored)
+
+    def _save(self, step: int, trees: tuple[Params, Any]) -> None:
+        about = json.dumps({"identity": self.identity, "step": step, "history": self.history})
+        arrays: dict[str, Any] = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.path, locked=True) as partial, open(partial, "wb") as file:
+                np.savez(file, about=np.array(about), **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error}); free space, then run again") from error
+
+
+def as_network(params: Params, length: float) -> ResidualNetwork:
+    """Returns the network for inputs that are not scaled: the scale of its training goes into its matrices.
+
+    Args:
+        params: The trained network.
+        length: Whitened vectors were multiplied by this.
+    """
+    values = {name: np.asarray(value, np.float32) for name, value in params.items()}
+    scale = np.float32(length)
+    return ResidualNetwork(skip=values["skip"] * scale, w1=values["w1"] * scale, b1=values["b1"], w2=values["w2"])
+
+
+@jax.jit
+def network_outputs(params: Params, x: Float[Array, "b mid"]) -> Float[Array, "b out"]:
+    """Returns the unit outputs of the network without dropout."""
+    return unit(x @ params["skip"] + jax.nn.gelu(x @ params["w1"] + params["b1"][None]) @ params["w2"])
