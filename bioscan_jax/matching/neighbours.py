@@ -1,6 +1,7 @@
 """Finds the k nearest rows of a vector table by cosine similarity: exactly, or with the table's index."""
 
 import math
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -72,11 +73,25 @@ def nearest(
 
 def exact(vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, k: int) -> Neighbours:
     """Compares the queries with every chosen row, block by block; of equal rows the first in the table comes first."""
+    return exact_in_blocks(vectors, reference.blocks(), min(k, len(reference.chosen)))
+
+
+def exact_in_blocks(
+    vectors: Float32[np.ndarray, "queries hidden"],
+    blocks: Iterable[tuple[Int64[np.ndarray, " rows"], Float32[np.ndarray, "rows hidden"]]],
+    k: int,
+) -> Neighbours:
+    """Compares the queries with blocks of vectors; of equal rows the first position comes first.
+
+    Args:
+        vectors: Query vectors.
+        blocks: Positions of rows and their vectors.
+        k: Number of neighbours; at most the number of rows.
+    """
     queries = unit(vectors)
-    k = min(k, len(reference.chosen))
     rows = np.full((len(queries), k), -1, np.int64)
     scores = np.full((len(queries), k), -np.inf, np.float32)
-    for positions, block in reference.blocks():
+    for positions, block in blocks:
         block = unit(block)
         for start in range(0, len(queries), _QUERIES):
             part = slice(start, start + _QUERIES)

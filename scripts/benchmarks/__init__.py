@@ -11,6 +11,7 @@ from benchmarks.finetuning import finetune
 from benchmarks.identifying import identify
 from benchmarks.loading import load
 from benchmarks.pipeline import pipeline
+from benchmarks.taxonomy import taxonomy
 from benchmarks.tokenizing import tokenizer
 
 BENCHMARKS: Mapping[str, Callable[..., Figures]] = {
@@ -20,5 +21,6 @@ BENCHMARKS: Mapping[str, Callable[..., Figures]] = {
     "load": load,
     "finetune": finetune,
     "identify": identify,
+    "taxonomy": taxonomy,
 }
 """Benchmarks by the name that `bioscan benchmark` takes; a function's parameters are the flags."""

@@ -16,14 +16,36 @@ import numpy as np
 from bioscan_jax.errors import InputError
 from bioscan_jax.output import whole_file
 
-Figures = dict[str, int | float | str]
-"""Results of a benchmark and what they were measured on, in the order in which they are printed."""
+Cell = int | float | str | dict[str, float]
+"""A number, or a named value with its interval `low` to `high` and perhaps further numbers."""
+Figures = dict[str, int | float | str | dict[str, Cell]]
+"""Results of a benchmark and what they were measured on, in the order in which they are printed.
+
+A dictionary is a row of a table: one cell per thing compared.
+"""
 
 
 def describe(figures: Figures) -> str:
-    """Formats the figures as lines for the terminal, with the same numbers as `write_json`."""
+    """Formats the figures as lines for the terminal, with the same numbers as `write_json`; rows form a table."""
     width = max(map(len, figures))
-    return "\n".join(f"{k:>{width}}  {v if isinstance(v, str) else f'{v:,}'}" for k, v in figures.items())
+    rows = {name: row for name, row in figures.items() if isinstance(row, dict)}
+    lines = [f"{name:>{width}}  {_text(value)}" for name, value in figures.items() if not isinstance(value, dict)]
+    if rows:
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        table = [columns, *([_text(row.get(column, "-")) for column in columns] for row in rows.values())]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for name, cells in zip(["", *rows], table, strict=True):
+            padded = "  ".join(f"{cell:<{size}}" for cell, size in zip(cells, widths, strict=True))
+            lines.append(f"{name:>{width}}  {padded}".rstrip())
+    return "\n".join(lines)
+
+
+def _text(value: Cell) -> str:
+    """Formats a cell: .721 (.702-.739) .661 for a value, its interval and another number without it."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else f"{value:,}"
+    first, *others = (f"{v:.3f}" for name, v in value.items() if not name.endswith(("low", "high")))
+    return " ".join([first, f"({value['low']:.3f}-{value['high']:.3f})", *others])
 
 
 def write_json(figures: Figures, path: str) -> None:
@@ -40,14 +62,25 @@ def write_json(figures: Figures, path: str) -> None:
 
 
 def write_picture(figures: Figures, path: str, title: str) -> None:
-    """Draws the compared rates, or else seconds, as bars, with the ratios in the title.
+    """Draws the rows of a table, or else the compared rates, or else seconds, with the ratios in the title.
 
     Raises:
         InputError: It cannot be written.
     """
+    rows = {name: row for name, row in figures.items() if isinstance(row, dict)}
+    picture = _draw_intervals(rows, title) if rows else _draw_bars(figures, title)
+    try:
+        with whole_file(path) as partial:
+            picture.savefig(partial, dpi=120, format="png")
+    except OSError as error:
+        raise InputError(f"--picture {path}: cannot be written ({error.strerror}); pass another path") from error
+
+
+def _draw_bars(figures: Figures, title: str) -> Any:
+    """Draws the compared rates, or else seconds, with the ratios in the title."""
     from matplotlib.figure import Figure
 
-    numbers = {name: value for name, value in figures.items() if not isinstance(value, str)}
+    numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
     for unit in ("rows_per_second", "seconds"):
         bars = {name.removesuffix(unit).strip("_") or "ours": v for name, v in numbers.items() if name.endswith(unit)}
         if bars:
@@ -63,11 +96,31 @@ def write_picture(figures: Figures, path: str, title: str) -> None:
     axes.margins(x=0.15)
     axes.set_xlabel(unit.replace("_", " "))
     axes.set_title("\n".join([title, *ratios]), fontsize=9)
-    try:
-        with whole_file(path) as partial:
-            picture.savefig(partial, dpi=120, format="png")
-    except OSError as error:
-        raise InputError(f"--picture {path}: cannot be written ({error.strerror}); pass another path") from error
+    return picture
+
+
+def _draw_intervals(rows: dict[str, dict[str, Cell]], title: str) -> Any:
+    """Draws the values that have an interval, one colour per column of the table."""
+    from matplotlib.figure import Figure
+
+    kept = {name: {c: v for c, v in row.items() if isinstance(v, dict)} for name, row in rows.items()}
+    kept = {name: row for name, row in kept.items() if row}
+    columns = list(dict.fromkeys(column for row in kept.values() for column in row))
+    picture = Figure(figsize=(9, 1.5 + 0.3 * len(kept)), layout="constrained")
+    axes = picture.subplots()
+    for place, column in enumerate(columns):
+        found = [(y, row[column]) for y, row in enumerate(kept.values()) if column in row]
+        value = np.array([next(iter(cell.values())) for _, cell in found])
+        reach = np.abs([[cell["low"] for _, cell in found], [cell["high"] for _, cell in found]] - value)
+        height = [y + 0.6 * ((place + 0.5) / len(columns) - 0.5) for y, _ in found]
+        axes.errorbar(value, height, xerr=reach, fmt="o", markersize=4, label=column)
+    axes.set_yticks(range(len(kept)), [name.replace("_", " ") for name in kept], fontsize=8)
+    axes.set_ylim(len(kept) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    axes.set_title(title, fontsize=9)
+    return picture
 
 
 def require(*modules: str) -> None:

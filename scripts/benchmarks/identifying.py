@@ -1,8 +1,6 @@
 """Identification of barcodes, ours and VSEARCH's: fraction right and seconds. Needs the program vsearch."""
 
-import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks import vsearch
 from benchmarks.figures import Figures, at_least, in_a_process, rounded, run_in_turns
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS, read_lineages
@@ -22,8 +21,7 @@ from bioscan_jax.matching.identify import identify as run_identify
 from bioscan_jax.matching.queries import open_queries
 
 _OURS = "benchmarks.identifying:identify_ours"
-_SETTINGS = {"vsearch_quick": (8, 64), "vsearch_deep": (64, 256)}
-"""Numbers of accepted and rejected targets after which VSEARCH stops searching."""
+_SETTINGS = {"vsearch_quick": vsearch.QUICK, "vsearch_deep": vsearch.DEEP}
 _SHOWN = ("order", "family", "genus", "species")
 _SIMULATED_SPECIES, _SIMULATED_ROWS = 120, 8
 Names = list[list[str | None]]
@@ -70,13 +68,11 @@ def identify(
     at_least(k=(k, 1), processes=(processes, 1), repeats=(repeats, 1), check_recall=(check_recall, 0))
     if (reference is None) != (queries is None):
         raise InputError("--reference and --queries go together; pass both, or none for simulated barcodes")
-    program = shutil.which("vsearch")
-    if program is None:
-        raise InputError("vsearch is not installed: run apt-get install vsearch to compare with it")
+    vsearch.require_vsearch()
     with tempfile.TemporaryDirectory() as directory:
         at = Path(directory)
         if reference is None or queries is None:
-            reference, queries = _simulated(at, seed)
+            reference, queries = simulated_files(at, seed)
             source = f"simulated, seed {seed}"
         else:
             source = f"{queries} against {reference}"
@@ -95,13 +91,14 @@ def identify(
         found |= {"reference_seconds": rounded(time.perf_counter() - begun)}
         ours = {"uri": uri, "queries": queries, "output": str(at / "ours.parquet"), "cache": str(at / "cache")}
 
-        def task(settings: tuple[int, int]) -> Callable[[], object]:
-            return lambda: _vsearch(program, at, processes, *settings)
+        def task(name: str) -> Callable[[], object]:
+            files = at / "queries.fasta", at / "reference.fasta", at / f"{name}.tsv"
+            return lambda: vsearch.usearch_global(*files, effort=_SETTINGS[name], threads=processes)
 
         tasks: dict[str, Callable[[], object]] = {
             "ours": lambda: in_a_process(_OURS, k=k, processes=processes, check_recall=0, seed=seed, **ours)
         }
-        tasks |= {name: task(settings) for name, settings in _SETTINGS.items()}
+        tasks |= {name: task(name) for name in _SETTINGS}
         seconds = run_in_turns(tasks, repeats)
         for name, taken in seconds.items():
             found[f"{name}_seconds"] = rounded(statistics.median(taken))
@@ -110,12 +107,12 @@ def identify(
             found[f"seconds_ratio_{name}_to_ours"] = rounded(statistics.median(ratios))
         answers = pq.read_table(at / "ours.parquet")
         named = {"ours": [answers[rank].to_pylist() for rank in RANKS]}
-        named |= {name: _names_of_hits(at / _hits(*s), library, asked.num_rows) for name, s in _SETTINGS.items()}
+        named |= {name: _names_of_hits(at / f"{name}.tsv", library, asked.num_rows) for name in _SETTINGS}
         found |= _right(named, asked, group)
         if check_recall:
             wanted = {"k": k, "processes": processes, "check_recall": check_recall, "seed": seed}
             found["recall"] = in_a_process(_OURS, **ours, **wanted) or "none: no query has a vector"
-        return found | {"vsearch_version": _version(program)}
+        return found | {"vsearch_version": vsearch.version()}
 
 
 def identify_ours(
@@ -135,8 +132,11 @@ def identify_ours(
     return summary.recall[0] if summary.recall else None
 
 
-def _simulated(at: Path, seed: int) -> tuple[str, str]:
-    """Simulates barcodes; the reference lacks every fifth species, and a quarter of the others are queries."""
+def simulated_files(at: Path, seed: int) -> tuple[str, str]:
+    """Writes simulated barcodes and returns the two files, reference and queries.
+
+    The reference lacks every fifth species; the queries are these and a quarter of the others' barcodes.
+    """
     table = simulate(species=_SIMULATED_SPECIES, per_species=_SIMULATED_ROWS, seed=seed)
     species, place = np.divmod(np.arange(table.num_rows), _SIMULATED_ROWS)
     unseen = species % 5 == 0
@@ -153,39 +153,15 @@ def _read(path: str, fasta: Path) -> pa.Table:
     table = pa.concat_tables([source[block].table for block in range(len(source))])
     if not {"taxonomy", "species"} & set(table.column_names):
         raise InputError(f"{path} has no labels; pass barcodes with taxonomy or the seven rank columns")
-    with fasta.open("w") as file:
-        for row, text in enumerate(table[source.sequence_column].to_pylist()):
-            if text:
-                file.write(f">{row}\n{text}\n")
+    vsearch.write_fasta(table[source.sequence_column].to_pylist(), fasta)
     return table
-
-
-def _hits(accepts: int, rejects: int) -> str:
-    return f"hits-{accepts}-{rejects}.tsv"
-
-
-def _vsearch(program: str, at: Path, threads: int, accepts: int, rejects: int) -> None:
-    flags = {"usearch_global": "queries.fasta", "db": "reference.fasta", "id": 0.5, "threads": threads}
-    flags |= {"maxaccepts": accepts, "maxrejects": rejects, "maxhits": 1}
-    flags |= {"userout": _hits(accepts, rejects), "userfields": "query+target"}
-    command = [program, "--quiet", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
-    done = subprocess.run(command, cwd=at, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"vsearch failed: {' '.join(done.stderr.split())[-300:]}")
-
-
-def _version(program: str) -> str:
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    return (done.stderr + done.stdout).split(",")[0].strip()
 
 
 def _names_of_hits(path: Path, library: pa.Table, rows: int) -> Names:
     """Returns the names of each row's best hit; None where there is no hit."""
-    target: list[int | None] = [None] * rows
-    for line in path.read_text().splitlines():
-        query, hit = map(int, line.split("\t"))
-        target[query] = hit
-    return [names.take(pa.array(target, pa.int64())).to_pylist() for names in read_lineages(library)]
+    hits = vsearch.read_hits(path, rows).rows[:, 0]
+    target = pa.array(hits, mask=hits < 0)
+    return [names.take(target).to_pylist() for names in read_lineages(library)]
 
 
 def _right(named: dict[str, Names], asked: pa.Table, group: str) -> Figures:
