@@ -390,7 +390,7 @@ def score(
     known = np.flatnonzero(split >= 0)
     novel = split[known] > 0
     if novel.any() and not novel.all():
-        nearest = neighbours.similarity[known, 0]
+        nearest = np.maximum(neighbours.similarity[known, 0], -1.0)  # -inf where nothing was found
         cells[f"novelty_auroc{variant}"] = novelty(nearest, novel, protocol.resamples, protocol.seed)
     return cells
 

@@ -263,12 +263,13 @@ def test_files_are_read_without_rows_that_are_not_dna(tmp_path: Path) -> None:
 
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vsearch, "installed", lambda: False)
+    monkeypatch.setattr("benchmarks.identifying._SIMULATED_SPECIES", 40)
+    monkeypatch.setattr("benchmarks.identifying._SIMULATED_ROWS", 4)
     tiny = "random:tiny-v2+layer=0+phases=6"
     wanted = {"models": ("6mer", tiny, "vsearch"), "k": 3, "among": 10, "lengths": (150,), "resamples": 50}
     found = taxonomy(**wanted)
-    assert (found["references"], found["rows"]) == (576, 384)
-    assert found["test_seen_rows"] == 192
-    assert found["test_unseen_species_rows"] + found["test_unseen_genus_rows"] == 192
+    assert (found["references"], found["rows"], found["test_seen_rows"]) == (96, 64, 32)
+    assert found["test_unseen_species_rows"] + found["test_unseen_genus_rows"] == 32
     assert "not installed" in found["vsearch"]
     whole = found["unseen_species_genus_1nn"]
     assert set(whole) == {"6mer", tiny}
