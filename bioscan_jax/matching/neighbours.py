@@ -78,7 +78,7 @@ def exact(vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, 
 
 def exact_in_blocks(
     vectors: Float32[np.ndarray, "queries hidden"],
-    blocks: Iterable[tuple[Int64[np.ndarray, " rows"], Float32[np.ndarray, "rows hidden"]]],
+    blocks: Iterable[tuple[Int64[np.ndarray, " _"], Float32[np.ndarray, "_ hidden"]]],
     k: int,
 ) -> Neighbours:
     """Compares the queries with blocks of vectors; of equal rows the first position comes first.

@@ -488,13 +488,17 @@ def linear_probe(
 
     vectors, taxa = unit(vectors[taxa >= 0]), taxa[taxa >= 0]
     names, of = np.unique(taxa, return_inverse=True)
-    mean = vectors.mean(axis=0)
+    width, mean = vectors.shape[1], vectors.mean(axis=0)
+    vectors, asked = vectors - mean, unit(asked) - mean
+    if len(vectors) < width:  # the same in the space that the vectors span
+        basis = np.linalg.qr(vectors.T)[0]
+        vectors, asked = vectors @ basis, asked @ basis
 
     def scatter(rows: Int64[np.ndarray, " some"]) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "taxa d"]]:
         products, sums = np.zeros((vectors.shape[1],) * 2), np.zeros((len(names), vectors.shape[1]))
         for first in range(0, len(rows), _BLOCK_ROWS):
             some = rows[first : first + _BLOCK_ROWS]
-            block = vectors[some] - mean
+            block = vectors[some]
             products += block.T @ block
             np.add.at(sums, of[some], block)
         return products, sums
@@ -502,11 +506,11 @@ def linear_probe(
     def classify(
         products: np.ndarray, sums: np.ndarray, counts: np.ndarray, strength: float, given: np.ndarray
     ) -> Int64[np.ndarray, " given"]:
-        penalty = strength * np.trace(products) / len(products)
+        penalty = strength * np.trace(products) / width
         factor = cho_factor(products + penalty * np.eye(len(products)), overwrite_a=True)
         best = []
         for first in range(0, len(given), _BLOCK_ROWS):
-            block = given[first : first + _BLOCK_ROWS] - mean
+            block = given[first : first + _BLOCK_ROWS]
             scores = cho_solve(factor, block.T.astype(float)).T @ sums.T + counts / counts.sum()
             best.append(scores.argmax(axis=1))
         return np.concatenate(best)
@@ -525,7 +529,7 @@ def linear_probe(
             for one in _STRENGTHS
         ]
         strength = _STRENGTHS[int(np.argmax(right))]
-    return names[classify(products, sums, counts, strength, unit(asked))]
+    return names[classify(products, sums, counts, strength, asked)]
 
 
 def reducer(rows: int) -> tuple[str, str]:

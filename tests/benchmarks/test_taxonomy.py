@@ -154,13 +154,14 @@ def clustered(taxa: int, each: int, width: int, spread: float, seed: int) -> tup
     return (centres[of] + spread * rng.normal(size=(len(of), width))).astype(np.float32), of
 
 
-def test_the_probe_names_as_ridge_classifier_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, of = clustered(6, 9, 12, 1.2, seed=0)
-    asked, _ = clustered(6, 40, 12, 1.2, seed=1)
+@pytest.mark.parametrize("width", [12, 80])
+def test_the_probe_names_as_ridge_classifier_does(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, of = clustered(6, 9, width, 1.2, seed=0)
+    asked, _ = clustered(6, 40, width, 1.2, seed=1)
     monkeypatch.setattr(module, "_STRENGTHS", (0.01,))
     monkeypatch.setattr(module, "_BLOCK_ROWS", 17)
     scaled = unit(vectors)
-    penalty = 0.01 * ((scaled - scaled.mean(axis=0)) ** 2).sum() / 12
+    penalty = 0.01 * ((scaled - scaled.mean(axis=0)) ** 2).sum() / width
     expected = RidgeClassifier(alpha=penalty).fit(scaled, of).predict(unit(asked))
     # An unnamed reference is left out.
     given = np.concatenate([vectors, vectors[:1]]), np.append(of, np.int32(-1))
