@@ -443,7 +443,7 @@ class IdentifyConfig:
     calibration."""
     temperature: float | None = None
     """A neighbour whose score is lower by this has 1/e of the best one's weight in the vote. Fitted by calibrate if
-    absent; 0.02 without a calibration. With rerank alignment only."""
+    absent; 0.01 without a calibration. With rerank alignment only."""
     aligned: int = 32
     """Aligned neighbours that vote: the best of the k by their score."""
     filter: str | None = None

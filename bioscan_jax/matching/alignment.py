@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 _QUERIES = 64
 """Queries per task of a worker process."""
-_WORD, _WORDS = 12, 16
+_WORD, _WORDS = 12, 32
 """Length of the words by which two sequences are put in register, and how many are looked up: 12 bases occur by chance
 once in 25,000 barcodes."""
 _STEP = re.compile(r"(\d+)([=XID])")
@@ -124,7 +124,8 @@ def edit_counts(query: str, candidates: Sequence[str], at_most: float = float("i
     found: dict[str, tuple[int, int] | None] = {}
     for candidate in dict.fromkeys(candidates):
         counts = _edits(query, candidate, at_most)
-        if (counts is None or counts[0] > 0) and not _in_register(query, candidate):
+        # Each base outside the overlap is one edit at most: to halve the edits, half as many must lie outside.
+        if counts is None or (counts[0] and _may_extend(query, candidate, (counts[0] + 1) // 2)):
             enough = min(at_most if counts is None else counts[0] / counts[1], 1.0) / 2
             parts = overlapping_parts(query, candidate, enough)
             over = None if parts is None else _edits(*parts, enough)
@@ -151,15 +152,18 @@ def _edits(one: str, other: str, at_most: float = float("inf")) -> tuple[int, in
     return (edits, known) if edits <= at_most * known else None
 
 
-def _in_register(one: str, other: str) -> bool:
-    """Tells whether a word that both have shows that the shorter sequence lies inside the longer one."""
+def _may_extend(one: str, other: str, least: int) -> bool:
+    """Tells whether `least` bases of the shorter sequence may extend past an end of the longer one.
+
+    Not so if a word of both shows how they lie, within what a gap may shift it by.
+    """
     short, long = sorted((one, other), key=len)
+    reach = len(long) - len(short) + least + _WORD - 1
     for start in range(0, len(short) - _WORD + 1, max(len(short) // _WORDS, 1)):
         word = short[start : start + _WORD]
-        place = long.find(word)
-        if place >= 0 and "N" not in word:
-            return 0 <= place - start <= len(long) - len(short)
-    return False
+        if long.find(word, max(start - least + 1, 0), start + reach) >= 0 and "N" not in word:
+            return False
+    return True
 
 
 Pool = ProcessPoolExecutor | None

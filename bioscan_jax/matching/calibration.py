@@ -35,7 +35,7 @@ from bioscan_jax.table.storage import read_if_exists, sidecar_path, storage_erro
 FORMAT = "bioscan_jax calibration 2"
 _POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)
 _IDENTITY_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
+_TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 _HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 _THRESHOLD_STEP = 0.02
 """Share of the rows by which the answers grow from one tried threshold to the next."""

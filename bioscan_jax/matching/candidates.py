@@ -152,24 +152,25 @@ def rank_candidates(candidates: Candidates, voting: Voting, most: int) -> Ranked
     """
     if candidates.edit_distances is None or voting.identity_weight is None:
         return Ranked(candidates.rows, candidates.similarity, _cosine_distances(candidates.similarity))
-    fields = candidates.rows, candidates.similarity, candidates.edit_distances
-    parts = [slice(start, start + _RANKED) for start in range(0, max(len(candidates.rows), 1), _RANKED)]
-    ranked = [_best(*(field[part] for field in fields), voting.identity_weight, most) for part in parts]
-    return Ranked(*(np.concatenate(field) for field in zip(*ranked, strict=True)))
+    with np.errstate(invalid="ignore"):  # 0 * inf, where there is no candidate
+        distances = candidates.edit_distances * voting.identity_weight
+    parts = [slice(start, start + _RANKED) for start in range(0, max(len(distances), 1), _RANKED)]
+    ranked = [_best(candidates.rows[part], candidates.similarity[part], distances[part], most) for part in parts]
+    return Ranked(
+        np.concatenate([part.rows for part in ranked]),
+        np.concatenate([part.similarity for part in ranked]),
+        np.concatenate([part.distances for part in ranked]),
+    )
 
 
-def _best(
-    rows: np.ndarray, similarity: np.ndarray, edit_distances: np.ndarray, identity_weight: float, most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _best(rows: np.ndarray, similarity: np.ndarray, distances: np.ndarray, most: int) -> Ranked:
     with np.errstate(invalid="ignore"):
-        distances = _cosine_distances(similarity) + identity_weight * edit_distances
-        distances = np.where(rows >= 0, distances, np.inf)
+        distances = np.where(rows >= 0, _cosine_distances(similarity) + distances, np.inf)
         order = np.argsort(distances, axis=1, kind="stable")
         steps = np.diff(np.take_along_axis(distances, order, 1), axis=1, prepend=0.0) > _SAME_COSINE
     equal_first = np.lexsort((np.take_along_axis(rows, order, 1), steps.cumsum(axis=1)), axis=1)
     order = np.take_along_axis(order, equal_first, 1)[:, :most]
-    rows, similarity, distances = (np.take_along_axis(field, order, 1) for field in (rows, similarity, distances))
-    return rows, similarity, distances
+    return Ranked(*(np.take_along_axis(field, order, 1) for field in (rows, similarity, distances)))
 
 
 def _cosine_distances(similarity: np.ndarray) -> np.ndarray:
