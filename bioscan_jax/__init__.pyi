@@ -27,6 +27,7 @@ from .config import (
 )
 from .devices.sharding import Layout, make_layout
 from .embedding.encoder import Encoder, StreamBlock, load
+from .embedding.project import ProjectSummary, project
 from .embedding.run import embed
 from .embedding.summary import RunSummary
 from .errors import InputError, Interrupted
@@ -65,6 +66,7 @@ __all__ = [
     "NucleotideTransformer",
     "PRESETS",
     "Plan",
+    "ProjectSummary",
     "QueryConfig",
     "ReferenceConfig",
     "ReportSummary",
@@ -94,6 +96,7 @@ __all__ = [
     "make_layout",
     "open_table",
     "plan",
+    "project",
     "query",
     "report",
     "verify_bundle",

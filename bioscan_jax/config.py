@@ -25,7 +25,7 @@ class ModelConfig:
     """
 
     checkpoint: str
-    """Local directory, Hugging Face hub id, or random:PRESET for seeded random weights."""
+    """Local directory, Hugging Face hub id, default for the model in the package, or random:PRESET for random weights."""
     revision: str | None = None
     """Commit of the Hugging Face repository; required with a hub id, so that the run can be repeated."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -34,6 +34,9 @@ class ModelConfig:
     """Seed of random:PRESET weights; ignored for a real checkpoint."""
     adapter: str | None = None
     """Directory of a LoRA adapter (PEFT format) trained on this checkpoint; none if absent."""
+    projection: str = "auto"
+    """Directory of a projection of the pooled vectors (from fit-metric). auto is the one beside the weights (or beside
+    the adapter), if there is one; none stores raw vectors."""
     attention: Literal["auto", "dense", "splash", "cudnn"] = "auto"
     """How attention is computed. auto is dense below 512 tokens, else splash (TPU v4 or newer) or cuDNN flash (NVIDIA).
 

@@ -44,5 +44,6 @@ def convert(model: ModelConfig, output: str, mesh: MeshConfig = MeshConfig()) ->
     """
     start_devices(mesh)
     loaded = load_weights(model, make_layout(mesh), lm_head=True)
-    save_converted(Path(output), loaded.model, loaded.config, loaded.vocabulary, loaded.provenance)
+    parts = loaded.model, loaded.config, loaded.vocabulary, loaded.provenance, loaded.projection
+    save_converted(Path(output), *parts)
     return ConversionSummary(output, loaded.provenance)

@@ -9,7 +9,13 @@ from typing import NoReturn
 from bioscan_jax.checkpoints.readers import FORMATS, weight_files
 from bioscan_jax.errors import InputError
 
-_BESIDE_WEIGHTS = ("config.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "README.md")
+DEFAULT = "default"
+"""Names the model that comes with the package."""
+DEFAULT_DIRECTORY = Path(__file__).parents[1] / "default_model"
+_BESIDE_WEIGHTS = (
+    *("config.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "README.md"),
+    *("projection.json", "projection.safetensors"),
+)
 _NEEDED = ("config.json", "vocab.txt")
 _HUB_TIMEOUT_SECONDS = 30
 _LICENSES = {"InstaDeepAI/nucleotide-transformer": "cc-by-nc-sa-4.0"}
@@ -56,13 +62,20 @@ def resolve_checkpoint(checkpoint: str, revision: str | None) -> ResolvedCheckpo
     (HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT) apply.
 
     Args:
-        checkpoint: A directory with config.json, or a hub id OWNER/NAME.
+        checkpoint: A directory with config.json, a hub id OWNER/NAME, or `default` for the model in the package.
         revision: The full commit of a hub id; None for a directory.
 
     Raises:
         InputError: `checkpoint` is neither; the hub id has no full commit; or neither the cache nor the hub can
             provide it (the message gives the reason and the fix).
     """
+    if checkpoint == DEFAULT:
+        if not (DEFAULT_DIRECTORY / "config.json").is_file():
+            raise InputError(
+                f"--model.checkpoint {DEFAULT}: this installation has no default model in {DEFAULT_DIRECTORY}; install "
+                "bioscan_jax again, or pass a directory, a hub id or random:PRESET"
+            )
+        return _from_directory(DEFAULT_DIRECTORY, checkpoint, revision)
     directory = Path(os.path.expanduser(checkpoint))
     if checkpoint and directory.is_dir():
         return _from_directory(directory, checkpoint, revision)

@@ -64,6 +64,8 @@ def published_names(config: TransformerConfig, *, lm_head: bool) -> list[Publish
     rows = [PublishedParameter(("word_embeddings",), "esm.embeddings.word_embeddings.weight")]
     if config.position_embedding_type == "absolute":
         rows.append(PublishedParameter(("position_embeddings",), "esm.embeddings.position_embeddings.weight"))
+    if not config.num_hidden_layers:
+        return rows
     rows += _norm("layers.attention_norm", f"{layer}.attention.LayerNorm")
     for part in ("query", "key", "value"):
         rows += _linear(f"layers.attention.{part}", f"{layer}.attention.self.{part}")

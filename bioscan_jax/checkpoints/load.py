@@ -19,11 +19,13 @@ from bioscan_jax.checkpoints.hub import Provenance, ResolvedCheckpoint, resolve_
 from bioscan_jax.checkpoints.keys import load_model, random_model
 from bioscan_jax.checkpoints.orbax import is_converted, load_converted, read_provenance
 from bioscan_jax.checkpoints.peft import Adapter, read_adapter
+from bioscan_jax.checkpoints.projection_files import has_projection, read_projection
 from bioscan_jax.checkpoints.readers import sha256_of, weight_files
 from bioscan_jax.devices.sharding import Layout, compute_dtype
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.attention import attention_setting, choose_attention
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
+from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer
 
 RANDOM = "random:"
@@ -42,6 +44,10 @@ class LoadedModel:
     """Called by `provenance`; may block."""
     adapter: Adapter | None = None
     """The adapter around its layers, if any."""
+    projection: Projection | None = None
+    """From its pooled vectors to the vectors that are stored, if any."""
+    projection_setting: str = "none"
+    """`ModelConfig.projection`, as it was given."""
 
     @property
     def provenance(self) -> Provenance:
@@ -51,6 +57,23 @@ class LoadedModel:
             OSError: A file could not be read again.
         """
         return self.get_provenance()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The provenance and what describes the projection, for a table's metadata."""
+        found = dataclasses.asdict(self.provenance)
+        if self.projection is not None:
+            found |= projection_facts(self.projection, self.projection_setting)
+        return found
+
+
+def projection_facts(projection: Projection, setting: str) -> dict[str, str]:
+    """Returns what a table's metadata says of a projection; `setting` is where it is, as `ModelConfig.projection`."""
+    return {
+        "projection": setting,
+        "projection_sha256": projection.sha256,
+        "projection_description": projection.description,
+    }
 
 
 def read_vocabulary(directory: Path, transformer: TransformerConfig) -> Vocabulary:
@@ -98,22 +121,57 @@ def load_weights(
     weights of a preset size. `--model.adapter` puts an adapter around the layers without merging it.
 
     Args:
-        model: Checkpoint, revision, dtype, seed, adapter, attention.
+        model: Checkpoint, revision, dtype, seed, adapter, projection, attention.
         layout: Placement of the parameters on the devices.
         lm_head: Also load the masked-language-model head.
         on_bytes: Called with the number of file bytes just read.
 
     Raises:
-        InputError: The checkpoint or the adapter is wrong, or `--model.attention` is not supported on these devices.
+        InputError: The checkpoint, the adapter or the projection is wrong, or `--model.attention` is not supported on
+            these devices.
     """
     loaded = _load_base(model, layout, lm_head, on_bytes)
     loaded.model.attention = model.attention
     if model.adapter is None:
-        return loaded
+        return _with_projection(loaded, model)
     directory = Path(os.path.expanduser(model.adapter))
     adapter = read_adapter(directory, loaded.model, layout, base=loaded.provenance)
     provenance = dataclasses.replace(loaded.provenance, adapter=model.adapter, adapter_sha256=adapter.sha256)
-    return dataclasses.replace(loaded, get_provenance=lambda: provenance, adapter=adapter)
+    return _with_projection(
+        dataclasses.replace(loaded, get_provenance=lambda: provenance, adapter=adapter),
+        model,
+    )
+
+
+def _with_projection(loaded: LoadedModel, model: config.ModelConfig) -> LoadedModel:
+    """Adds the projection that `--model.projection` names.
+
+    Raises:
+        InputError: It cannot be read, or belongs to another model.
+    """
+    if model.projection == "none":
+        return loaded
+    if model.projection != "auto":
+        directory = Path(os.path.expanduser(model.projection))
+    elif model.adapter is not None:
+        directory = Path(os.path.expanduser(model.adapter))
+    elif model.checkpoint.startswith(RANDOM):
+        return loaded
+    else:
+        directory = resolve_checkpoint(model.checkpoint, model.revision).directory
+    if model.projection == "auto" and not has_projection(directory):
+        return loaded
+    projection, provenance = read_projection(directory), loaded.provenance
+    fix = f"pass the model it was fitted on ({provenance.model} is another), or --model.projection none"
+    own = {"weights_sha256": provenance.weights_sha256, "adapter_sha256": provenance.adapter_sha256}
+    projection.inputs.check(dataclasses.replace(projection.inputs, **own), f"--model.projection {directory}", fix)
+    loaded.config.resolve_layer(projection.inputs.layer)
+    if projection.features != loaded.config.hidden_size:
+        raise InputError(
+            f"--model.projection {directory}: it takes vectors of {projection.features} numbers, those of "
+            f"{provenance.model} have {loaded.config.hidden_size}; {fix}"
+        )
+    return dataclasses.replace(loaded, projection=projection, projection_setting=model.projection)
 
 
 def recorded_model(facts: Mapping[str, Any]) -> config.ModelConfig:
@@ -121,6 +179,7 @@ def recorded_model(facts: Mapping[str, Any]) -> config.ModelConfig:
     name = facts["model"]
     settings: dict[str, Any] = {"revision": facts.get("revision"), "adapter": facts.get("adapter")}
     settings["dtype"] = facts.get("dtype", "auto")
+    settings["projection"] = facts.get("projection", "none")
     if found := _RECORDED_RANDOM.fullmatch(name):
         return config.ModelConfig(checkpoint=found[1], seed=int(found[2]), **settings)
     return config.ModelConfig(checkpoint=name, **settings)

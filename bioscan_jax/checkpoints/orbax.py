@@ -12,10 +12,12 @@ from jax.typing import DTypeLike
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import abstract_model
+from bioscan_jax.checkpoints.projection_files import write_projection
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.classifier import named_arrays, with_arrays
 from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ def save_converted(
     config: TransformerConfig,
     vocabulary: Vocabulary,
     provenance: Provenance,
+    projection: Projection | None = None,
 ) -> None:
     """Writes a directory that `--model.checkpoint` accepts; the provenance file is written last and marks it complete.
 
@@ -79,6 +82,8 @@ def save_converted(
             ocp.save_checkpointables(str(directory.absolute() / "weights"), trees)
         (directory / "config.json").write_text(config.to_json())
         (directory / "vocab.txt").write_text(vocabulary.text())
+        if projection is not None:
+            write_projection(directory, projection)
         facts = dataclasses.asdict(provenance).items()
         record = {"format": FORMAT} | {k: v for k, v in facts if not k.startswith("adapter")}
         (directory / PROVENANCE_FILE).write_text(json.dumps(record, indent=2) + "\n")

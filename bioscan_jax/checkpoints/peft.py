@@ -26,11 +26,13 @@ from bioscan_jax.checkpoints.head_files import Heads, write_heads
 from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import published_names, shard_array
 from bioscan_jax.checkpoints.model_card import read_facts, write_facts
+from bioscan_jax.checkpoints.projection_files import write_projection
 from bioscan_jax.checkpoints.readers import StoredTensor, list_file, read_rows, sha256_of
 from bioscan_jax.devices.sharding import Layout, stored_shardings
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.lora import TARGETS, LoRALinear, add_adapters, resolve_targets
+from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.output import whole_directory
 
@@ -70,9 +72,10 @@ def write_adapter(
     *,
     provenance: Provenance,
     heads: Heads | None = None,
+    projection: Projection | None = None,
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Writes the adapters of a model in PEFT's format, with heads, label space, facts and a model card.
+    """Writes the adapters of a model in PEFT's format, with heads, label space, projection, facts and a model card.
 
     Args:
         directory: Created, complete or not at all.
@@ -80,6 +83,7 @@ def write_adapter(
         lora: The settings its adapters were made with.
         provenance: Of the trunk's weights.
         heads: Taxonomic heads trained on its vectors.
+        projection: Fitted on its vectors.
         facts: Further entries of `bioscan_jax_export.json`; plain JSON values.
 
     Raises:
@@ -110,6 +114,8 @@ def write_adapter(
         save_file(dict(_tensors(trunk, lora)), temporary / WEIGHTS_FILES[0], {"format": "pt"})
         if heads is not None:
             write_heads(temporary, heads)
+        if projection is not None:
+            write_projection(temporary, projection)
         write_facts(temporary, "adapter", provenance, facts, heads=heads)
 
 

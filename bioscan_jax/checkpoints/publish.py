@@ -20,10 +20,12 @@ from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import published_names
 from bioscan_jax.checkpoints.model_card import write_facts
 from bioscan_jax.checkpoints.orbax import is_converted
-from bioscan_jax.checkpoints.readers import list_tensors, read_rows
+from bioscan_jax.checkpoints.projection_files import write_projection
+from bioscan_jax.checkpoints.readers import list_tensors, read_rows, sha256_of, weight_files
 from bioscan_jax.checkpoints.writers import MAX_SHARD_BYTES, PendingTensor, write_weights
 from bioscan_jax.model.classifier import dotted
 from bioscan_jax.model.lora import merge_adapters
+from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.output import whole_directory
 
@@ -41,6 +43,7 @@ def write_merged(
     provenance: Provenance,
     base: Path | None,
     heads: Heads | None = None,
+    projection: Projection | None = None,
     facts: Mapping[str, Any] = MappingProxyType({}),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -52,13 +55,14 @@ def write_merged(
 
     Args:
         directory: Created, complete or not at all.
-        model: With its language-model head, with or without adapters; its arrays must be addressable from this process.
+        model: With its language-model head (where it has layers), with or without adapters; its arrays must be addressable from this process.
         vocabulary: Of the model.
         provenance: Of the base weights.
         base: Directory of the published base files. Their tensors that the forward pass does not use (contact head,
             buffers) are copied, so that the keys equal those of the base. None if there are no such files; then the
             contact head, which `EsmForMaskedLM` requires, is zero.
         heads: Taxonomic heads trained on its vectors.
+        projection: Fitted on its vectors; written as one of the new files' weights.
         facts: Further entries of `bioscan_jax_export.json`; plain JSON values.
         max_shard_bytes: Larger weights are split into several files.
 
@@ -66,12 +70,15 @@ def write_merged(
         InputError: The directory is not empty, or cannot be written; the base cannot be read.
         ValueError: The model has no language-model head, or the heads do not match their label space.
     """
-    if model.lm_head is None:
-        raise ValueError("a published checkpoint needs a language-model head; load the model with lm_head=True")
     transformer = model.config
+    if model.lm_head is None and transformer.num_hidden_layers:
+        raise ValueError("a published checkpoint needs a language-model head; load the model with lm_head=True")
     tensors = list(_parameters(model))
     copied = [] if base is None or is_converted(base) else list(_copied(base, tensors))
-    complete = {tensor.name for tensor in copied} >= {f"{_CONTACT_HEAD}.weight", f"{_CONTACT_HEAD}.bias"}
+    complete = not transformer.num_hidden_layers or {tensor.name for tensor in copied} >= {
+        f"{_CONTACT_HEAD}.weight",
+        f"{_CONTACT_HEAD}.bias",
+    }
     if not complete:
         shapes = {"weight": (1, transformer.num_hidden_layers * transformer.num_attention_heads), "bias": (1,)}
         dtype = tensors[0].dtype
@@ -85,6 +92,10 @@ def write_merged(
         write_weights(temporary, [*tensors, *copied], max_shard_bytes)
         if heads is not None:
             write_heads(temporary, heads)
+        if projection is not None:
+            own = {"weights_sha256": sha256_of(weight_files(temporary)), "adapter_sha256": None}
+            inputs = dataclasses.replace(projection.inputs, **own)
+            write_projection(temporary, dataclasses.replace(projection, inputs=inputs))
         note = "" if complete else _ZEROS
         write_facts(temporary, "merged", provenance, facts, heads=heads, note=note)
 
@@ -93,7 +104,7 @@ def _parameters(model: NucleotideTransformer) -> Iterator[PendingTensor]:
     """Yields the published tensors of the model's parameters, layer by layer."""
     transformer = model.config
     dtype = np.dtype(model.word_embeddings.dtype)
-    rows = published_names(transformer, lm_head=True)
+    rows = published_names(transformer, lm_head=True)  # without layers there is no head
     graph, state = nnx.split(model)
     parameters = dict(nnx.to_flat_state(state))
     shapes = {tuple(p for p in path if p != "base"): v.get_value().shape for path, v in parameters.items()}

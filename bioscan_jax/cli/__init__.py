@@ -11,6 +11,7 @@ COMMANDS = {
     "calibrate": "fit confidences and thresholds for identify",
     "fit-metric": "fit a projection that brings barcodes of one genus together",
     "search": "print the rows of a table nearest to a sequence",
+    "project": "project the raw vectors of a table, without the model",
     "query": "ask a vector table in SQL",
     "annotate": "join later metadata onto a vector table",
     "report": "write a report of a vector table as one HTML file",

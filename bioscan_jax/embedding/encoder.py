@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from bioscan_jax.barcodes.schemas import TokenBatch
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.barcodes.views import Views
 from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads, read_heads
-from bioscan_jax.checkpoints.hub import Provenance, newest_commit, resolve_checkpoint
+from bioscan_jax.checkpoints.hub import DEFAULT, DEFAULT_DIRECTORY, Provenance, newest_commit, resolve_checkpoint
 from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights, recorded_model
 from bioscan_jax.checkpoints.peft import CONFIG_FILE, adapter_base, write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
@@ -33,12 +33,22 @@ from bioscan_jax.data.encode import EncodedBlock, Encoding, encode_block
 from bioscan_jax.data.parquet import Block
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
 from bioscan_jax.embedding.repeats import VectorCache, Window, window_blocks
-from bioscan_jax.embedding.sample import Blocks, Sample, sample_blocks
-from bioscan_jax.embedding.step import CompiledSteps, collect, make_embed_step, sequence_vectors
+from bioscan_jax.embedding.sample import SAMPLED_ROWS, Blocks, Sample, sample_blocks
+from bioscan_jax.embedding.step import (
+    CompiledSteps,
+    CountingSteps,
+    Projector,
+    can_count_tokens,
+    collect,
+    count_batches,
+    make_embed_step,
+    sequence_vectors,
+)
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.heads import predict
 from bioscan_jax.model.pooling import Pooling
+from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.table.columns import check_values
 
@@ -46,6 +56,7 @@ MOST_SHAPES = 64
 """From so many compiled shapes on, calls take theirs from a fixed set alone, so that their number stays bounded."""
 _BLOCKS_AHEAD = 1
 _COLUMN = "dna_sequence"
+_VECTOR_SETTINGS = ("pooling", "layer", "strand", "phases")
 _HEAD_ROWS = 4096
 
 Overlong = Literal["truncate", "window", "error"]
@@ -57,13 +68,17 @@ Sequences = Sequence[str | None] | np.ndarray | pa.Array | pa.ChunkedArray | Any
 class BlockEncoder:
     """An encoder for one input: its settings, its batch shapes and their executables."""
 
-    steps: CompiledSteps
+    steps: CompiledSteps | CountingSteps
     encoding: Encoding
     embed: EmbedConfig
-    shapes: tuple[BatchShape, ...]
+    layout: Layout
+    shapes: tuple[BatchShape, ...] = ()
+    projector: Projector | None = None
 
-    def batches(self, views: Views) -> list[TokenBatch]:
-        """Packs views into padded batches, to be passed to `steps`."""
+    def batches(self, views: Views, sequences: int) -> list[TokenBatch]:
+        """Packs the views of some sequences into batches, to be passed to `steps`."""
+        if isinstance(self.steps, CountingSteps):
+            return count_batches(views, sequences, self.steps.model.config.vocab_size, self.layout)
         vocabulary = self.encoding.vocabulary
         return make_batches(views.tokens, self.shapes, cls=vocabulary.cls_id, pad=vocabulary.pad_id)
 
@@ -71,8 +86,16 @@ class BlockEncoder:
         self, results: Sequence[tuple[TokenBatch, Array]], views: Views, sequences: int
     ) -> Float32[np.ndarray, "sequences d"]:
         """Waits for the batches of some sequences' views and returns one vector per sequence."""
+        if isinstance(self.steps, CountingSteps):
+            return collect(results, sequences, self.steps.dimension)
         by_view = collect(results, len(views.owner), self.steps.model.config.hidden_size)
-        return sequence_vectors(by_view, views, sequences, self.embed.pooling)
+        vectors = sequence_vectors(by_view, views, sequences, self.embed.pooling)
+        return vectors if self.projector is None else self.projector(vectors)
+
+    def computed_tokens(self, results: Sequence[tuple[TokenBatch, Array]]) -> int:
+        """Returns how many tokens batches hold, padding included."""
+        counted = isinstance(self.steps, CountingSteps)
+        return sum(int(batch.ids.sum()) if counted else batch.ids.size for batch, _ in results)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,6 +151,20 @@ class Encoder:
     """Compiles the step; replaced where only what surrounds the model is measured."""
     _steps: dict[tuple[str, int], CompiledSteps] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        """Makes what the projection was fitted on the default of all calls."""
+        if self.projection is not None:
+            inputs = self.projection.inputs
+            needed = {name: getattr(inputs, name) for name in _VECTOR_SETTINGS}
+            object.__setattr__(self, "settings", dataclasses.replace(self.settings, **needed))
+            object.__setattr__(self, "max_tokens", inputs.max_tokens)
+            object.__setattr__(self, "overlong", inputs.overlong)
+
+    @property
+    def projection(self) -> Projection | None:
+        """From pooled vectors to those that are returned; None for a model without one."""
+        return self.loaded.projection
+
     @property
     def config(self) -> TransformerConfig:
         """The architecture."""
@@ -150,8 +187,8 @@ class Encoder:
 
     @property
     def dimension(self) -> int:
-        """Numbers per vector."""
-        return self.loaded.config.hidden_size
+        """Numbers per vector; the projection's, if there is one."""
+        return self.loaded.config.hidden_size if self.projection is None else self.projection.dimension
 
     def encode(
         self,
@@ -166,6 +203,7 @@ class Encoder:
         batch_tokens: int | None = None,
         block_rows: int = DataConfig.block_rows,
         deduplicate: bool | None = None,
+        project: bool = True,
         normalize: bool = False,
         dtype: DTypeLike = "float32",
         on_error: Literal["raise", "nan"] = "raise",
@@ -188,6 +226,8 @@ class Encoder:
             batch_tokens: Tokens per device in one batch, padding included.
             block_rows: Sequences tokenised and batched together.
             deduplicate: Embed a repeated sequence once.
+            project: Apply the model's projection, where it has one; the settings must be those it was fitted on. False
+                returns raw vectors.
             normalize: Scale each vector to length 1.
             dtype: Of the result.
             on_error: `raise` at a sequence without a vector (None, empty, not DNA), or return a row of NaN for it.
@@ -208,8 +248,10 @@ class Encoder:
             >>> model.encode(["ACGTTGCA" * 20, None], on_error="nan")[1, :2]
             array([nan, nan], dtype=float32)
         """
-        embed = _changed(
-            self.settings,
+        embed = self._settings(
+            project,
+            max_tokens,
+            overlong,
             pooling=pooling,
             layer=layer,
             strand=strand,
@@ -219,11 +261,16 @@ class Encoder:
         )
         column = _as_column([sequences] if isinstance(sequences, str) else sequences)
         encoding = self.encoding(embed, _COLUMN, max_tokens=max_tokens, overlong=overlong)
-        vectors = np.full((len(column), self.dimension), np.nan, np.dtype(dtype))
+        width = self.dimension if project else self.config.hidden_size
+        vectors = np.full((len(column), width), np.nan, np.dtype(dtype))
         source = _InMemory(column, block_rows)
         with tqdm(total=len(column), unit="seq", desc="encode", disable=not progress) as bar:
             for encoded, found in self.encode_blocks(
-                source, encoding, embed, check=_refuse_rejects if on_error == "raise" else lambda block: None
+                source,
+                encoding,
+                embed,
+                project=project,
+                check=_refuse_rejects if on_error == "raise" else lambda block: None,
             ):
                 found = unit(found) if normalize else found
                 vectors[encoded.kept + encoded.block.first_row] = found
@@ -245,6 +292,7 @@ class Encoder:
         batch_tokens: int | None = None,
         block_rows: int = DataConfig.block_rows,
         deduplicate: bool | None = None,
+        project: bool = True,
         normalize: bool = False,
         dtype: DTypeLike = "float32",
         on_error: Literal["reject", "raise"] = "reject",
@@ -265,6 +313,7 @@ class Encoder:
             batch_tokens: Tokens per device in one batch.
             block_rows: Rows per block.
             deduplicate: Embed a repeated sequence once.
+            project: Apply the model's projection.
             normalize: Scale each vector to length 1.
             dtype: Of the vectors.
             on_error: Rows without a vector (null, empty, not DNA) are in the `rejects` of their block, and a warning at
@@ -281,8 +330,10 @@ class Encoder:
 
         from bioscan_jax.data.parquet import open_source
 
-        embed = _changed(
-            self.settings,
+        embed = self._settings(
+            project,
+            max_tokens,
+            overlong,
             pooling=pooling,
             layer=layer,
             strand=strand,
@@ -297,7 +348,7 @@ class Encoder:
             encoding = self.encoding(embed, source.sequence_column, max_tokens=max_tokens, overlong=overlong)
             check = _refuse_rejects if on_error == "raise" else lambda block: None
             with tqdm(total=source.rows, unit="row", desc="encode", disable=not progress) as bar:
-                for encoded, vectors in self.encode_blocks(source, encoding, embed, check=check):
+                for encoded, vectors in self.encode_blocks(source, encoding, embed, project=project, check=check):
                     rejected.update(encoded.counts.rejects)
                     yield StreamBlock(
                         rows=encoded.block.table.take(pa.array(encoded.kept)),
@@ -321,6 +372,7 @@ class Encoder:
         encoding: Encoding,
         embed: EmbedConfig,
         *,
+        project: bool = True,
         check: Callable[[EncodedBlock], object] = lambda block: None,
     ) -> Iterator[tuple[EncodedBlock, Float32[np.ndarray, "kept d"]]]:
         """Embeds blocks of rows in order; one is on the devices while the next one is tokenised.
@@ -329,6 +381,7 @@ class Encoder:
             source: The blocks.
             encoding: From `encoding`.
             embed: The same settings as it was made from.
+            project: Apply the projection, if there is one; `embed` must be what it was fitted on.
             check: Called with each block before it is computed.
 
         Yields:
@@ -339,7 +392,7 @@ class Encoder:
         """
         if not len(source):
             return
-        blocks = self.block_encoder(sample_blocks(source, encoding, embed), encoding, embed)
+        blocks = self.block_encoder(source, encoding, embed, project=project)
         remembered = window_blocks(embed, source.block_rows)
         window, cache, started = Window(remembered), VectorCache(remembered), deque()
 
@@ -361,7 +414,8 @@ class Encoder:
             check_values(block.table, lambda row, first=block.first_row: source.locate(first + row))
             prepared = window.prepare(encode_block(block, encoding))
             check(prepared.encoded)
-            started.append((prepared, [(batch, blocks.steps(batch.ids)) for batch in blocks.batches(prepared.views)]))
+            batches = blocks.batches(prepared.views, prepared.fresh)
+            started.append((prepared, [(batch, blocks.steps(batch.ids)) for batch in batches]))
             if len(started) > _BLOCKS_AHEAD:
                 yield finished()
         while started:
@@ -392,8 +446,75 @@ class Encoder:
             deduplicate=embed.deduplicate,
         )
 
-    def block_encoder(self, sample: Sample, encoding: Encoding, embed: EmbedConfig) -> BlockEncoder:
-        """Settles the batch shapes for an input that starts with `sample`."""
+    def with_projection(self, embed: EmbedConfig, data: DataConfig) -> tuple[EmbedConfig, DataConfig]:
+        """Replaces settings that are at their defaults by those that the projection was fitted on.
+
+        Raises:
+            InputError: A setting has another value.
+        """
+        if self.projection is None:
+            return embed, data
+        inputs, default = self.projection.inputs, EmbedConfig()
+        given = {name: getattr(embed, name) for name in _VECTOR_SETTINGS}
+        given = {f"embed.{name}": value for name, value in given.items() if value != getattr(default, name)}
+        if data.max_tokens is not None:
+            given["data.max_tokens"] = data.max_tokens
+        if data.overlong != DataConfig.overlong:
+            given["data.overlong"] = data.overlong
+        self._check_projected(given)
+        needed = {name: getattr(inputs, name) for name in _VECTOR_SETTINGS}
+        return (
+            dataclasses.replace(embed, **needed),
+            dataclasses.replace(data, max_tokens=inputs.max_tokens, overlong=inputs.overlong),
+        )
+
+    def _settings(self, project: bool, max_tokens: int | None, overlong: Overlong | None, **wanted: Any) -> EmbedConfig:
+        """Returns this encoder's settings with those that a call gives.
+
+        Raises:
+            InputError: The call gives one that is not what the projection was fitted on.
+        """
+        if project and self.projection is not None:
+            given = {name: wanted[name] for name in _VECTOR_SETTINGS} | {"max_tokens": max_tokens, "overlong": overlong}
+            self._check_projected({name: value for name, value in given.items() if value is not None})
+        return _changed(self.settings, **wanted)
+
+    def _check_projected(self, given: Mapping[str, Any]) -> None:
+        assert self.projection is not None
+        for flag, value in given.items():
+            name = flag.rpartition(".")[2]
+            needed = getattr(self.projection.inputs, name)
+            if (self.config.resolve_layer(value) if name == "layer" else value) != needed:
+                raw = "--model.projection none" if "." in flag else "project=False"
+                shown = f"--{flag} {value}" if "." in flag else f"{name}={value!r}"
+                raise InputError(
+                    f"{shown}: the projection of {self.provenance.model} was fitted on vectors with {name} {needed}; "
+                    f"leave it out, or pass {raw} for raw vectors"
+                )
+
+    def sample(self, source: Blocks, encoding: Encoding, embed: EmbedConfig, *, project: bool = True) -> Sample:
+        """Reads the start of an input, as far as `block_encoder` needs it."""
+        rows = 1 if self._counts_tokens(embed, project) else SAMPLED_ROWS  # token counts have one shape
+        return sample_blocks(source, encoding, embed, rows)
+
+    def _counts_tokens(self, embed: EmbedConfig, project: bool) -> bool:
+        """Whether vectors are computed from token counts: only where there is a projection, as it changes the bits."""
+        projected = project and self.projection is not None and self.make_steps is CompiledSteps
+        return projected and can_count_tokens(self.config, embed)
+
+    def block_encoder(
+        self,
+        source: Blocks,
+        encoding: Encoding,
+        embed: EmbedConfig,
+        *,
+        project: bool = True,
+        sample: Sample | None = None,
+    ) -> BlockEncoder:
+        """Settles how an input is computed, and its batch shapes; `sample` is its start, if that was read already."""
+        if self._counts_tokens(embed, project):
+            return BlockEncoder(steps=self._counting_steps, encoding=encoding, embed=embed, layout=self.layout)
+        sample = sample or self.sample(source, encoding, embed, project=project)
         key, devices = (embed.pooling, self.config.resolve_layer(embed.layer)), self.layout.data_devices
         if key not in self._steps:
             self._steps[key] = self.make_steps(self.loaded.model, self.layout, embed)
@@ -401,7 +522,24 @@ class Encoder:
         shapes = sample.shapes(embed, devices)
         if len({*steps.shapes, *shapes}) > MOST_SHAPES:
             shapes = sample.fixed_shapes(embed, devices, embed.max_shapes)
-        return BlockEncoder(steps=steps, encoding=encoding, embed=embed, shapes=shapes)
+        return BlockEncoder(
+            steps=steps,
+            encoding=encoding,
+            embed=embed,
+            layout=self.layout,
+            shapes=shapes,
+            projector=self._projector if project and self.projection is not None else None,
+        )
+
+    @cached_property
+    def _counting_steps(self) -> CountingSteps:
+        assert self.projection is not None
+        return CountingSteps(self.loaded.model, self.layout, self.projection)
+
+    @cached_property
+    def _projector(self) -> Projector:
+        assert self.projection is not None
+        return Projector(self.projection, self.layout)
 
     def similarity(
         self, a: Float[np.ndarray, "*n d"], b: Float[np.ndarray, "*m d"]
@@ -505,7 +643,9 @@ class Encoder:
             )
         heads = self.heads
         given = [sequences] if isinstance(sequences, str) else sequences
-        vectors = self.encode(given, pooling=heads.pooling, layer=-1, strand=strand, phases=phases, on_error=on_error)
+        vectors = self.encode(
+            given, pooling=heads.pooling, layer=-1, strand=strand, phases=phases, project=False, on_error=on_error
+        )
         there = np.flatnonzero(np.isfinite(vectors).all(axis=1))
         taxa = np.full((len(vectors), len(RANKS)), -1, np.int32)
         confidence = np.full((len(vectors), len(RANKS)), np.nan, np.float64)
@@ -531,7 +671,7 @@ class Encoder:
         return jax.jit(lambda vectors: predict(heads.head(vectors), heads.tree, heads.kind))
 
     def save_pretrained(self, directory: str | Path, *, merge: bool = True) -> None:
-        """Writes the model with its heads, so that `bioscan_jax.load(directory)` gives it back.
+        """Writes the model with its heads and projection, so that `bioscan_jax.load(directory)` gives it back.
 
         Args:
             directory: Is created, whole or not at all.
@@ -555,7 +695,8 @@ class Encoder:
         if not merge:
             if loaded.adapter is None:
                 raise InputError(f"{base.model} has no adapter to write alone; pass merge=True")
-            write_adapter(target, loaded.model, loaded.adapter.lora, provenance=base, heads=self.heads)
+            lora, parts = loaded.adapter.lora, {"heads": self.heads, "projection": self.projection}
+            write_adapter(target, loaded.model, lora, provenance=base, **parts)
             return
         made_by = loaded.provenance
         facts = (
@@ -568,16 +709,18 @@ class Encoder:
             provenance=base,
             base=self._base_directory(),
             heads=self.heads,
+            projection=self.projection,
             facts=facts,
         )
 
     def _with_lm_head(self) -> NucleotideTransformer:
         """The model with its language-model head, which published checkpoints have and vectors do not need."""
-        if self.loaded.model.lm_head is not None:
+        if self.loaded.model.lm_head is not None or not self.config.num_hidden_layers:
             return self.loaded.model
         if self.wanted is None:
             raise InputError("this model was not made by load, so its language-model head cannot be read")
-        base = load_weights(dataclasses.replace(self.wanted, adapter=None), self.layout, lm_head=True)
+        plain = dataclasses.replace(self.wanted, adapter=None, projection="none")
+        base = load_weights(plain, self.layout, lm_head=True)
         model = nnx.merge(*nnx.split(self.loaded.model))
         model.lm_head = nnx.data(base.model.lm_head)
         return model
@@ -589,10 +732,11 @@ class Encoder:
 
 
 def load(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] = DEFAULT,
     *,
     revision: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    projection: str | os.PathLike[str] = "auto",
     heads: str | os.PathLike[str] | None = None,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     seed: int = 0,
@@ -604,9 +748,13 @@ def load(
 
     Args:
         checkpoint: A hub id, a directory with a checkpoint (Hugging Face's format or converted), with an adapter or
-            with what `save_pretrained` wrote, or random:PRESET for seeded random weights.
+            with what `save_pretrained` wrote, or random:PRESET for seeded random weights; the model in the package if
+            absent.
         revision: Commit of the hub id; without it the newest one is taken, with a warning.
         adapter: Directory with a LoRA adapter for the checkpoint, in PEFT's format.
+        projection: Directory with a projection of the pooled vectors; `auto` takes the one beside the weights (or beside
+            the adapter), if there is one, `none` returns raw vectors. What it was fitted on (pooling, layer, strand,
+            phases, max_tokens, overlong) becomes the default of every call.
         heads: Directory with taxonomic heads; those beside the adapter or the checkpoint if absent.
         dtype: Of parameters and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU.
         seed: Of random:PRESET weights.
@@ -615,7 +763,7 @@ def load(
         progress: Show a bar on the terminal.
 
     Raises:
-        InputError: Anything about the checkpoint, the adapter or the heads is wrong.
+        InputError: Anything about the checkpoint, the adapter, the projection or the heads is wrong.
 
     Example:
         >>> import bioscan_jax as bj
@@ -624,9 +772,15 @@ def load(
     """
     mesh = mesh or MeshConfig()
     name, adapter_name = os.fspath(checkpoint), None if adapter is None else os.fspath(adapter)
-    given = Path(name).expanduser()
+    given = DEFAULT_DIRECTORY if name == DEFAULT else Path(name).expanduser()
     wanted = ModelConfig(
-        checkpoint=name, revision=revision, dtype=dtype, seed=seed, adapter=adapter_name, attention=attention
+        checkpoint=name,
+        revision=revision,
+        dtype=dtype,
+        seed=seed,
+        adapter=adapter_name,
+        projection=os.fspath(projection),
+        attention=attention,
     )
     if adapter is None and (given / CONFIG_FILE).is_file() and not (given / "config.json").is_file():
         base = recorded_model(adapter_base(given))
@@ -644,7 +798,7 @@ def load(
     start_devices(mesh)
     with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
         loaded = load_weights(wanted, make_layout(mesh), on_bytes=bar.update)
-    beside = [Path(p).expanduser() for p in (wanted.adapter, name) if p is not None and heads is None]
+    beside = [Path(p).expanduser() for p in (wanted.adapter, given) if p is not None and heads is None]
     found = next((directory for directory in beside if (directory / HEADS_FILE).is_file()), None)
     where = found if heads is None else Path(heads).expanduser()
     return Encoder(loaded=loaded, heads=None if where is None else read_heads(where, loaded.layout), wanted=wanted)

@@ -15,7 +15,6 @@ from bioscan_jax import config
 from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import BlockEncoder, Encoder
-from bioscan_jax.embedding.sample import sample_blocks
 from bioscan_jax.table.columns import vector_schema
 from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.storage import local_directory, table_exists
@@ -35,7 +34,13 @@ class Job:
     @property
     def schema(self) -> pa.Schema:
         """The columns of the vector table."""
-        return vector_schema(self.source.schema, self.loaded.config.hidden_size, self.sink.vector_dtype)
+        return vector_schema(self.source.schema, self.dimension, self.sink.vector_dtype)
+
+    @property
+    def dimension(self) -> int:
+        """Numbers per vector."""
+        projection = self.loaded.projection
+        return self.loaded.config.hidden_size if projection is None else projection.dimension
 
     @property
     def depth(self) -> int:
@@ -45,7 +50,7 @@ class Job:
     @property
     def plan(self) -> Plan:
         """What decides the rows of the table and their values; devices and batching are not part of it."""
-        adapter = self.loaded.provenance.adapter_sha256
+        adapter, projection = self.loaded.provenance.adapter_sha256, self.loaded.projection
         return Plan(
             {
                 "input": self.source.fingerprint,
@@ -61,8 +66,9 @@ class Job:
                     "dtype": self.loaded.provenance.dtype,
                     "vocabulary_sha256": self.loaded.vocabulary.sha256,
                     "config": dataclasses.asdict(self.loaded.config),
-                    # Absent without an adapter, so that tables made before adapters existed still open.
+                    # Absent without one, so that tables made before adapters and projections existed still open.
                     **({} if adapter is None else {"adapter_sha256": adapter}),
+                    **({} if projection is None else {"projection_sha256": projection.sha256}),
                 },
                 "embed": {
                     "pooling": self.embed.pooling,
@@ -77,7 +83,7 @@ class Job:
     @property
     def provenance(self) -> dict[str, str]:
         """The model and settings that made the vectors, for the table's schema metadata."""
-        facts = dataclasses.asdict(self.loaded.provenance) | {
+        facts = self.loaded.facts | {
             "pooling": self.embed.pooling,
             "layer": self.depth,
             "strand": self.embed.strand,
@@ -99,10 +105,11 @@ def prepare(
     Raises:
         InputError: The settings do not fit the model, or no sequence of the input can be embedded.
     """
+    embed, data = encoder.with_projection(embed, data)
     encoding = encoder.encoding(embed, source.sequence_column, max_tokens=data.max_tokens, overlong=data.overlong)
-    sample = sample_blocks(source, encoding, embed)
+    sample = encoder.sample(source, encoding, embed)
     sample.check(source.sequence_column)
-    blocks = encoder.block_encoder(sample, encoding, embed)
+    blocks = encoder.block_encoder(source, encoding, embed, sample=sample)
     return Job(source=source, loaded=encoder.loaded, blocks=blocks, data=data, embed=embed, sink=sink)
 
 

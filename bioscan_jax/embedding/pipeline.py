@@ -32,7 +32,7 @@ from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import StopRequest
 from bioscan_jax.embedding.job import Job
 from bioscan_jax.embedding.repeats import PreparedBlock, VectorCache, Window, digests, first_rows, window_blocks
-from bioscan_jax.embedding.step import CompiledSteps
+from bioscan_jax.embedding.step import CompiledSteps, CountingSteps
 from bioscan_jax.embedding.summary import DeviceActivity, StageClock
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.columns import check_values
@@ -83,7 +83,7 @@ def run_rounds(
             with clock.stage("wait for input"):
                 item = next(blocks, None)
             results = []
-            for batch in job.blocks.batches(item.views) if item is not None else []:
+            for batch in job.blocks.batches(item.views, item.fresh) if item is not None else []:
                 results.append((batch, _start(steps, batch.ids, work.activity)))
                 watcher.submit(_watch, results[-1][1], work.activity)
             indices = range(first + number * processes, min(first + (number + 1) * processes, len(job.source)))
@@ -110,7 +110,7 @@ def _stop_on_failure(work: Work) -> Iterator[None]:
         raise
 
 
-def _start(steps: CompiledSteps, ids: Int[np.ndarray, "b s"], activity: DeviceActivity) -> Array:
+def _start(steps: CompiledSteps | CountingSteps, ids: Int[np.ndarray, "b s"], activity: DeviceActivity) -> Array:
     """Starts a batch on the devices; the first of its shape, which compiles, is not timed."""
     if BatchShape(*ids.shape) in steps.shapes:
         activity.batch_started()
@@ -202,7 +202,7 @@ def _write(
         lengths, distinct = item.views.tokens.lengths, item.encoded.counts.distinct
         work.counts += dataclasses.replace(item.encoded.counts, distinct=item.fresh, copied=distinct - item.fresh)
         work.tokens_real += int(lengths.sum())
-        work.tokens_computed += sum(batch.ids.size for batch, _ in results)
+        work.tokens_computed += job.blocks.computed_tokens(results)
         work.model_flops += sum(
             int(count) * job.loaded.config.forward_flops(int(n), int(n), job.depth)
             for n, count in zip(*np.unique(lengths, return_counts=True), strict=True)

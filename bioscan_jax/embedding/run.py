@@ -191,6 +191,6 @@ def _summary(
         devices=f"{devices.size} x {devices.flat[0].device_kind}",
         processes=jax.process_count(),
         versions=versions(),
-        provenance=dataclasses.asdict(job.loaded.provenance),
+        provenance=job.loaded.facts,
         index=index,
     )

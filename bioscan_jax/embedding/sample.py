@@ -104,14 +104,14 @@ class Sample:
             )
 
 
-def sample_blocks(source: Blocks, encoding: Encoding, embed: config.EmbedConfig) -> Sample:
-    """Reads the first blocks, until they hold SAMPLED_ROWS rows and at least one usable sequence."""
+def sample_blocks(source: Blocks, encoding: Encoding, embed: config.EmbedConfig, rows: int = SAMPLED_ROWS) -> Sample:
+    """Reads the first blocks, until they hold `rows` rows and at least one usable sequence."""
     blocks: list[TokenRows] = []
     counts, window = BlockCounts(), Window(window_blocks(embed, source.block_rows))
     for index in range(len(source)):
         prepared = window.prepare(encode_block(source[index], encoding))
         counts += prepared.encoded.counts
         blocks.append(prepared.views.tokens)
-        if counts.rows >= SAMPLED_ROWS and counts.vectors:
+        if counts.rows >= rows and counts.vectors:
             break
     return Sample(blocks=blocks, counts=counts, whole=counts.rows == source.rows, max_tokens=encoding.max_tokens)

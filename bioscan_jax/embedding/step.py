@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.schemas import TokenBatch
 from bioscan_jax.barcodes.views import Views
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.sharding import Layout
+from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.pooling import Pooling, pool
+from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer
 
 CACHED_TOKENS = 512
@@ -100,6 +102,103 @@ class CompiledSteps:
             self.shapes[shape] = self._step.lower(self._state, abstract).compile()
             self.seconds += time.perf_counter() - start
         return self.shapes[shape](self._state, jax.device_put(ids, sharding))
+
+
+MORE_ROWS, FEW_ROWS = 256, 16
+"""Rows per device in one call of a projection; the smaller number where a block has no more."""
+
+
+def rows_per_call(rows: int, layout: Layout) -> int:
+    """Returns how many rows a block of `rows` is projected at a time.
+
+    There are only two sizes: a matrix product may round a row differently among another number of rows.
+    """
+    return layout.data_devices * (FEW_ROWS if rows <= FEW_ROWS * layout.data_devices else MORE_ROWS)
+
+
+class Projector:
+    """Applies a projection on the devices, to any number of vectors."""
+
+    def __init__(self, projection: Projection, layout: Layout) -> None:
+        self._layout, self._projection = layout, jax.device_put(projection, layout.replicated())
+        self._apply = jax.jit(lambda projection, vectors: projection(vectors), out_shardings=layout.batched(2))
+
+    def __call__(self, vectors: Float32[np.ndarray, "n features"]) -> Float32[np.ndarray, "n dimension"]:
+        """Projects vectors; waits for the results."""
+        size, started = rows_per_call(len(vectors), self._layout), []
+        for first in range(0, len(vectors), size):
+            part = np.zeros((size, vectors.shape[1]), np.float32)
+            part[: len(vectors) - first] = vectors[first : first + size]
+            started.append(self._apply(self._projection, jax.device_put(part, self._layout.batched(2))))
+        found = [np.asarray(one) for one in started] or [np.zeros((0, self._projection.dimension), np.float32)]
+        return np.concatenate(found)[: len(vectors)]
+
+
+def can_count_tokens(model: TransformerConfig, embed: config.EmbedConfig) -> bool:
+    """Returns whether pooled vectors depend only on how often each token occurs: the mean of embeddings without positions."""
+    return (
+        embed.pooling == "mean"
+        and model.resolve_layer(embed.layer) == 0
+        and model.position_embedding_type == "rotary"
+        and not model.token_dropout
+    )
+
+
+def count_batches(views: Views, sequences: int, vocabulary: int, layout: Layout) -> list[TokenBatch]:
+    """Counts the tokens of each sequence's views together, for `CountingSteps`.
+
+    Args:
+        views: Each sequence has at least one.
+        sequences: Number of sequences.
+        vocabulary: Number of token ids.
+        layout: The devices.
+
+    Returns:
+        Batches of one shape, whose `ids` are the counts, int32 [rows, vocabulary].
+    """
+    size, batches = rows_per_call(sequences, layout), []
+    starts = views.tokens.offsets[np.searchsorted(views.owner, np.arange(sequences + 1))]
+    for first in range(0, sequences, size):
+        bounds = starts[first : first + size + 1]
+        rows = np.arange(first, first + len(bounds) - 1)
+        place = np.repeat(np.arange(0, len(rows) * vocabulary, vocabulary), np.diff(bounds))
+        counts = np.bincount(place + views.tokens.ids[bounds[0] : bounds[-1]], minlength=size * vocabulary)
+        batches.append(TokenBatch(counts.astype(np.int32).reshape(size, vocabulary), rows))
+    return batches
+
+
+class CountingSteps:
+    """The step from token counts to projected vectors: counts times embeddings, divided by the number of tokens.
+
+    It equals pooling every view, averaging a sequence's views by their tokens, and projecting, up to rounding.
+    """
+
+    def __init__(self, model: NucleotideTransformer, layout: Layout, projection: Projection) -> None:
+        self.model, self._layout, self.dimension = model, layout, projection.dimension
+        self.seconds = 0.0
+        self.shapes: dict[BatchShape, Callable] = {}
+        self._projection = jax.device_put(projection, layout.replicated())
+
+        def step(
+            embeddings: Float[Array, "v d"], projection: Projection, counts: Int[Array, "b v"]
+        ) -> Float[Array, "b dimension"]:
+            weights = counts.astype(jnp.float32)
+            total = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
+            summed = jnp.dot(weights, embeddings.astype(jnp.float32), precision="highest")
+            return projection(layout.on_batch(summed / total))
+
+        self._step = jax.jit(step, out_shardings=layout.batched(2))
+
+    def __call__(self, ids: Int[np.ndarray, "b v"]) -> Float[Array, "b dimension"]:
+        """Starts a batch of counts on the devices and returns without waiting for it."""
+        sharding, shape = self._layout.batched(2), BatchShape(*ids.shape)
+        embeddings = self.model.word_embeddings[...]
+        if shape not in self.shapes:
+            start = time.perf_counter()
+            abstract = jax.ShapeDtypeStruct(ids.shape, jnp.int32, sharding=sharding)
+            self.shapes[shape] = self._step.lower(embeddings, self._projection, abstract).compile()
+            self.seconds += time.perf_counter() - start
+        return self.shapes[shape](embeddings, self._projection, jax.device_put(ids, sharding))
 
 
 def collect(batches: Sequence[tuple[TokenBatch, Array]], views: int, width: int) -> Float[np.ndarray, "views d"]:

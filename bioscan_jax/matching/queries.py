@@ -39,7 +39,8 @@ def encoder_of_table(
     recorded = recorded_model(facts)
     if model is not None:
         dtype = recorded.dtype if model.dtype == "auto" else model.dtype
-        model = dataclasses.replace(model, dtype=dtype)
+        projection = recorded.projection if model.projection == "auto" else model.projection
+        model = dataclasses.replace(model, dtype=dtype, projection=projection)
     start_devices(mesh)
     try:
         loaded = load_weights(model or recorded, make_layout(mesh))
@@ -48,8 +49,9 @@ def encoder_of_table(
             raise
         raise InputError(
             f"{error} (the vectors of {reference.dataset.uri} were made by {facts['model']!r}"
-            f"{' with adapter ' + repr(facts['adapter']) if 'adapter' in facts else ''}; pass where it is now as "
-            "--model.checkpoint, with --model.adapter if there was one)"
+            f"{' with adapter ' + repr(facts['adapter']) if 'adapter' in facts else ''}"
+            f"{' and projection ' + repr(facts['projection']) if 'projection' in facts else ''}; pass where it is now "
+            "as --model.checkpoint, with --model.adapter and --model.projection if there were any)"
         ) from error
     _check_same(loaded, plan["model"], reference)
     settings = {name: plan["embed"][name] for name in ("pooling", "layer", "strand", "phases")}
@@ -68,13 +70,15 @@ def _check_same(loaded: LoadedModel, wanted: dict[str, Any], reference: Referenc
         "adapter_sha256": loaded.provenance.adapter_sha256,
         "vocabulary_sha256": loaded.vocabulary.sha256,
         "dtype": loaded.provenance.dtype,
+        "projection_sha256": None if loaded.projection is None else loaded.projection.sha256,
     }
     different = [name for name, value in found.items() if wanted.get(name) != value]
     if different:
         listed = ", ".join(f"{name} {_short(wanted.get(name))} is {_short(found[name])} here" for name in different)
         raise InputError(
             f"{reference.dataset.uri} was made by another model ({listed}); its vectors are those of "
-            f"{reference.facts['model']!r}: pass that one as --model.checkpoint and its adapter as --model.adapter"
+            f"{reference.facts['model']!r}: pass that one as --model.checkpoint, its adapter as --model.adapter "
+            "and its projection as --model.projection"
         )
 
 

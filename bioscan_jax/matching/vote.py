@@ -194,6 +194,10 @@ def open_heads(directory: str, encoder: Encoder) -> Heads:
     Raises:
         InputError: There are none, or they were trained on vectors of another kind.
     """
+    if encoder.projection is not None:
+        raise InputError(
+            f"--heads {directory}: heads classify raw vectors, the table's are projected; leave --heads out"
+        )
     heads = read_heads(Path(directory).expanduser(), encoder.layout)
     last = encoder.config.num_hidden_layers
     if heads.pooling != encoder.settings.pooling or encoder.settings.layer != last:

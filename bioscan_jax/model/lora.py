@@ -69,8 +69,10 @@ def add_adapters(model: NucleotideTransformer, lora: config.LoRAConfig, rngs: nn
     """Puts adapters around the targets of `model`, in place; b is zero, so the outputs do not change.
 
     Raises:
-        InputError: A target is unknown, or already has an adapter.
+        InputError: A target is unknown, or already has an adapter; or the model has no layers.
     """
+    if model.layers is None:
+        raise InputError("this model has no layers to adapt, only embeddings; pass another --model.checkpoint")
     for name in resolve_targets(lora.targets):
         parent, attribute = TARGETS[name]
         module = getattr(model.layers, parent)
@@ -83,6 +85,8 @@ def add_adapters(model: NucleotideTransformer, lora: config.LoRAConfig, rngs: nn
 
 def merge_adapters(model: NucleotideTransformer) -> None:
     """Adds each adapter to its base kernel, in float32 rounded to the base's dtype, and removes it, in place."""
+    if model.layers is None:
+        return
     for parent, attribute in TARGETS.values():
         module = getattr(model.layers, parent)
         layer = getattr(module, attribute)

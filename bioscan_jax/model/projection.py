@@ -78,7 +78,6 @@ class ProjectionInputs:
                 )
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResidualNetwork:
     """Two layers with GELU (tanh form) and a linear skip connection.
@@ -107,7 +106,6 @@ class ResidualNetwork:
         return y if self.skip is None else y + _dot(x, self.skip)
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Projection:
     """A map from raw vectors to unit vectors; a JAX pytree whose leaves are its arrays.
@@ -181,6 +179,30 @@ class Projection:
             values = np.ascontiguousarray(array, "<f4")
             digest.update(f"\n{name} {values.shape}\n".encode() + values.tobytes())
         return digest.hexdigest()
+
+
+def _register(kind: Any) -> None:
+    """Registers a dataclass as a JAX pytree; fields with `static` in their metadata are not leaves.
+
+    `jax.tree_util.register_dataclass` would call `__init__`, where the tests check shapes, also for trees of shardings.
+    """
+    leaves, static = ([f.name for f in dataclasses.fields(kind) if ("static" in f.metadata) == s] for s in (0, 1))
+
+    def flatten(tree: Any) -> tuple[list, tuple]:
+        keyed = [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in leaves]
+        return keyed, tuple(getattr(tree, name) for name in static)
+
+    def unflatten(facts: tuple, children: Any) -> Any:
+        tree = object.__new__(kind)
+        for name, value in zip([*leaves, *static], [*children, *facts], strict=True):
+            object.__setattr__(tree, name, value)
+        return tree
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten, unflatten)
+
+
+_register(ResidualNetwork)
+_register(Projection)
 
 
 def unit(vectors: Float[Array, "b d"]) -> Float[Array, "b d"]:

@@ -36,6 +36,8 @@ class LanguageModelHead(nnx.Module):
 class NucleotideTransformer(nnx.Module):
     """A v1 or v2 Nucleotide Transformer; the parameters of its layers are stacked along a leading axis.
 
+    One with 0 layers is its embeddings alone: it has neither the final LayerNorm nor a language-model head.
+
     Example:
         >>> from bioscan_jax.model.config import PRESETS
         >>> model = NucleotideTransformer(PRESETS["tiny-v2"], rngs=nnx.Rngs(0))
@@ -67,6 +69,10 @@ class NucleotideTransformer(nnx.Module):
             if learned
             else None
         )
+
+        if not config.num_hidden_layers:
+            self.layers = self.final_norm = self.lm_head = None
+            return
 
         @nnx.split_rngs(splits=config.num_hidden_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -126,12 +132,16 @@ class NucleotideTransformer(nnx.Module):
             InputError: `layer` is out of range.
         """
         depth = self.config.resolve_layer(layer)
+        if self.layers is None:
+            return self.embed_tokens(ids, layout)
         x, _ = self._run(ids, depth, layout, lambda x: None, keys, remat, rows)
         return self.normalise(x, layout) if depth == self.config.num_hidden_layers else x
 
     def hidden_states(self, ids: Int[Array, "b s"]) -> Float[Array, "layers_plus_1 b s d"]:
         """Returns all hidden states, as transformers does; the last is after the final LayerNorm."""
         first = self.embed_tokens(ids)
+        if self.layers is None:
+            return first[None]
         x, middle = self._run(ids, self.config.num_hidden_layers, None, lambda x: x)
         assert middle is not None
         last = self.normalise(x).astype(x.dtype)
@@ -156,6 +166,7 @@ class NucleotideTransformer(nnx.Module):
     def normalise(self, x: Float[Array, "b s d"], layout: Layout | None = None) -> Float[Array, "b s d"]:
         """Applies the final LayerNorm, in float32."""
         norm = self.final_norm
+        assert norm is not None
         if layout is not None:
             graph, state = nnx.split(norm)
             norm = nnx.merge(graph, layout.gather(state))
@@ -179,6 +190,7 @@ class NucleotideTransformer(nnx.Module):
         heads, head_dim = config.num_attention_heads, config.head_dim
         setting = attention_setting(layout, heads=heads, head_dim=head_dim, dtype=self.word_embeddings.dtype)
         attend = attention_function(choose_attention(self.attention, setting, ids.shape[1]), layout)
+        assert self.layers is not None
         graph, stack = nnx.split(self.layers)
         if depth < self.config.num_hidden_layers:
             stack = jax.tree.map(lambda p: p[:depth], stack)

@@ -1,8 +1,17 @@
-"""Small random projections."""
+"""Small random projections, and models that have one."""
+
+import dataclasses
 
 import numpy as np
+from flax import nnx
 
+from bioscan_jax.barcodes.tokenizer import Vocabulary
+from bioscan_jax.checkpoints.hub import Provenance
+from bioscan_jax.checkpoints.projection_files import read_projection
+from bioscan_jax.checkpoints.publish import write_merged
+from bioscan_jax.model.config import PRESETS
 from bioscan_jax.model.projection import Projection, ProjectionInputs, ResidualNetwork
+from bioscan_jax.model.transformer import NucleotideTransformer
 
 
 def random_inputs(**settings):
@@ -37,3 +46,16 @@ def random_projection(features=64, mid=24, networks=(), weights=None, seed=0, de
         inputs=random_inputs(**inputs),
         description=description,
     )
+
+
+def write_projected_model(directory, *, preset="tiny-v2", layers=None, networks=(), seed=0, mid=24, **inputs):
+    """Writes a checkpoint of random weights with a random projection beside it; returns the projection."""
+    config = PRESETS[preset]
+    config = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers if layers is None else layers)
+    model = NucleotideTransformer(config, rngs=nnx.Rngs(seed), lm_head=True)
+    vocabulary = Vocabulary.published("v2" if config.gated else "v1")
+    base = Provenance(model=f"random {preset}", revision=None, weights_sha256="c" * 64, license=None, dtype="float32")
+    settings = {"max_tokens": config.max_tokens, "weights_sha256": base.weights_sha256} | inputs
+    projection = random_projection(config.hidden_size, mid, networks, seed=seed, **settings)
+    write_merged(directory, model, vocabulary, provenance=base, base=None, projection=projection)
+    return read_projection(directory)
