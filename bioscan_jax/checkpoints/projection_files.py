@@ -36,7 +36,9 @@ def has_projection(directory: Path) -> bool:
     return (directory / SETTINGS_FILE).is_file()
 
 
-def write_projection(directory: Path, projection: Projection, *, dtype: DTypeLike = np.float32) -> Projection:
+def write_projection(
+    directory: str | os.PathLike[str], projection: Projection, *, dtype: DTypeLike = np.float32
+) -> Projection:
     """Writes `projection.safetensors` and, last, `projection.json`.
 
     Args:
@@ -52,6 +54,7 @@ def write_projection(directory: Path, projection: Projection, *, dtype: DTypeLik
     """
     with np.errstate(over="ignore"):
         stored = {name: np.asarray(array).astype(np.dtype(dtype)) for name, array in projection.arrays.items()}
+    directory = Path(os.path.expanduser(directory))
     path = directory / ARRAYS_FILE
     input_lengths = [network.input_length for network in projection.networks]
     read = _assemble(

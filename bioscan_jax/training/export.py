@@ -101,6 +101,7 @@ def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfi
         revision=record["model"]["revision"],
         seed=record["model"]["seed"],
         dtype=record["provenance"]["dtype"],
+        projection="none",
     )
     loaded = load_weights(wanted, make_layout(mesh), lm_head=True)
     expected, found = record["provenance"]["weights_sha256"], loaded.provenance.weights_sha256

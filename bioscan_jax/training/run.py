@@ -268,9 +268,15 @@ def _scratch(directory: Path) -> Iterator[Path]:
 
 def _load(model: config.ModelConfig, train: config.TrainConfig, layout: Layout, progress: bool) -> LoadedModel:
     """Loads the checkpoint; weights that are all trained are kept in float32, whatever dtype products are computed in."""
-    wanted = dataclasses.replace(model, dtype="float32") if train.mode == "full" else model
+    wanted = dataclasses.replace(model, projection="none")  # training changes the vectors that one was fitted on
+    if train.mode == "full":
+        wanted = dataclasses.replace(wanted, dtype="float32")
     with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
         loaded = load_weights(wanted, layout, lm_head=train.objective == "mlm", on_bytes=bar.update)
+    if not loaded.config.num_hidden_layers:
+        raise InputError(
+            f"--model.checkpoint {model.checkpoint} has no layers to train, only embeddings; pass another model"
+        )
     if train.mode == "full" and compute_dtype(model.dtype) != np.float32:
         loaded.model.float32_products = "default"
     return loaded

@@ -9,13 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.golden_models import adapt, golden_model
+from support.commands import call
+from support.golden_models import EVERY, adapt, golden_model
 from support.places import GOLDEN
 from support.projections import random_projection, write_projected_model
 
 import bioscan_jax as bj
 from bioscan_jax.barcodes.simulate import write_simulated
 from bioscan_jax.checkpoints import hub
+from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.projection_files import read_projection, write_projection
 from bioscan_jax.embedding import encoder as encoder_module
 from bioscan_jax.embedding import project as project_module
@@ -341,6 +343,17 @@ def test_unfinished_tables_and_vectors_that_are_not_finite(tmp_path, world, chec
         projected_table(tmp_path / "nan", checkpoint, tmp_path / "db")
 
 
+def test_the_command(tmp_path, world, checkpoint):
+    flags = ("--projection", checkpoint, "--sink.uri", tmp_path / "db", "--mesh.data", 1)
+    done = call("project", "--reference.uri", world / "raw", *flags)
+    assert (done.returncode, done.stderr.count("error")) == (0, 0)
+    assert "208 vectors of 64 numbers projected to 42" in done.stdout
+    again = call("project", "--reference.uri", world / "projected", *flags)
+    assert again.returncode == 2
+    assert len(again.stderr.splitlines()) == 1
+    assert "already projected" in again.stderr
+
+
 # ---- saving, converting, the model in the package
 
 
@@ -355,10 +368,6 @@ def test_saving_and_converting_keep_the_projection(tmp_path, model, checkpoint):
 
 
 def test_a_projection_beside_an_adapter(tmp_path):
-    from support.golden_models import BASE, EVERY
-
-    from bioscan_jax.checkpoints.peft import write_adapter
-
     trunk = adapt(golden_model("v2"))
     base = bj.load(GOLDEN / "v2", mesh=MESH).provenance
     write_adapter(tmp_path / "plain", trunk, EVERY, provenance=base)
@@ -378,7 +387,6 @@ def test_a_projection_beside_an_adapter(tmp_path):
     np.testing.assert_allclose(merged.encode(DNA), model.encode(DNA), atol=1e-4)
     with pytest.raises(InputError, match="adapter_sha256 None, .*--model.projection none"):
         bj.load(GOLDEN / "v2", projection=tmp_path / "plain", mesh=MESH)
-    assert BASE.adapter is None
 
 
 def test_a_projection_of_another_model_is_refused(tmp_path, checkpoint):
@@ -393,7 +401,7 @@ def test_a_projection_of_another_model_is_refused(tmp_path, checkpoint):
         bj.load(checkpoint, projection=tmp_path / "absent", mesh=MESH)
 
 
-def test_a_model_without_layers(tmp_path):
+def test_a_model_without_layers(tmp_path, world):
     write_projected_model(tmp_path / "model", layers=0)
     assert (tmp_path / "model" / "model.safetensors").stat().st_size < 4107 * 64 * 4 + 2000
     model = bj.load(tmp_path / "model", mesh=MESH)
@@ -411,6 +419,14 @@ def test_a_model_without_layers(tmp_path):
     for directory in ("saved", "converted"):
         again = bj.load(tmp_path / directory, mesh=MESH)
         np.testing.assert_array_equal(again.encode(sequences), model.encode(sequences))
+    with pytest.raises(InputError, match="no layers to train"):
+        bj.finetune(
+            bj.ModelConfig(checkpoint=str(tmp_path / "model")),
+            bj.ExamplesConfig(path=str(world / "in.parquet")),
+            train=bj.TrainConfig(output_dir=str(tmp_path / "run")),
+            mesh=MESH,
+            progress=False,
+        )
     with pytest.raises(InputError, match="outside the hidden states 0 to 0"):
         model.encode(DNA, layer=1, project=False)
 
