@@ -28,7 +28,7 @@ _NETWORK_SHAPES = {
     "b2": ("out",),
     "skip": ("mid", "out"),
 }
-_OPTIONAL = ("b2", "skip")
+_OPTIONAL = ("linear", "b2", "skip")
 
 
 def has_projection(directory: Path) -> bool:
@@ -138,6 +138,8 @@ def _assemble(
     """
     where = str(path)
     shapes = {"mean": ("features",), "linear": ("features", "mid")}
+    if "linear" not in stored:
+        shapes["mean"] = ("mid",)
     for number in range(len(input_lengths)):
         shapes |= {
             f"networks.{number}.{name}": tuple(side if side == "mid" else f"{number}.{side}" for side in sides)
@@ -179,7 +181,7 @@ def _assemble(
     )
     return Projection(
         mean=arrays["mean"],
-        linear=arrays["linear"],
+        linear=arrays.get("linear"),
         networks=networks,
         weights=weights,
         inputs=inputs,

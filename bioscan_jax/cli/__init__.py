@@ -9,6 +9,7 @@ COMMANDS = {
     "export": "export the result of a training run",
     "identify": "name barcodes by a vector table",
     "calibrate": "fit confidences and thresholds for identify",
+    "default-model": "train a model like the one in the package",
     "fit-metric": "fit a projection that brings barcodes of one genus together",
     "search": "print the rows of a table nearest to a sequence",
     "project": "project the raw vectors of a table, without the model",

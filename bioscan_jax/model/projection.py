@@ -126,8 +126,8 @@ class Projection:
 
     mean: Float[Array | np.ndarray, " features"]
     """Subtracted from raw vectors."""
-    linear: Float[Array | np.ndarray, "features mid"]
-    """Principal axes times whitening."""
+    linear: Float[Array | np.ndarray, "features mid"] | None
+    """Principal axes times whitening; None where the model's embeddings contain it already."""
     networks: tuple[ResidualNetwork, ...] = ()
     weights: tuple[float, ...] = field(default=(1.0,), metadata={"static": True})
     """Of the whitened vector, then of each network's output, in the concatenation."""
@@ -137,7 +137,8 @@ class Projection:
 
     def __call__(self, vectors: Float[Array, "b features"]) -> Float[Array, "b dimension"]:
         """Projects raw vectors in float32; the results have length 1."""
-        whitened = _dot(vectors.astype(jnp.float32) - self.mean[None], self.linear)
+        centred = vectors.astype(jnp.float32) - self.mean[None]
+        whitened = centred if self.linear is None else _dot(centred, self.linear)
         parts = []
         for part, weight in zip((None, *self.networks), self.weights, strict=True):
             if weight:
@@ -147,18 +148,21 @@ class Projection:
     @property
     def features(self) -> int:
         """Numbers per raw vector."""
-        return self.linear.shape[0]
+        return self.mean.shape[0]
 
     @property
     def dimension(self) -> int:
         """Numbers per projected vector."""
-        widths = [self.linear.shape[1], *(network.w2.shape[1] for network in self.networks)]
+        whitened = self.features if self.linear is None else self.linear.shape[1]
+        widths = [whitened, *(network.w2.shape[1] for network in self.networks)]
         return sum(width for width, weight in zip(widths, self.weights, strict=True) if weight)
 
     @property
     def arrays(self) -> dict[str, Float[Array | np.ndarray, "..."]]:
         """The arrays by name, as in the file."""
-        found: dict[str, Any] = {"mean": self.mean, "linear": self.linear}
+        found: dict[str, Any] = {"mean": self.mean}
+        if self.linear is not None:
+            found["linear"] = self.linear
         for number, network in enumerate(self.networks):
             for name in ("w1", "b1", "w2", "b2", "skip"):
                 if (array := getattr(network, name)) is not None:

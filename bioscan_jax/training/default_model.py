@@ -1,0 +1,164 @@
+"""Trains the model in the package from labelled barcodes: a whitened count of 6-mers, with a residual network beside it.
+
+A barcode's vector is made of how often it has each of the 2,080 6-mers, where a 6-mer and its reverse complement are
+one: so both strands have the same vector. Such counts are the mean of token embeddings over the six start phases, that
+is hidden state 0 of a Nucleotide Transformer without layers. `fit_metric` learns what they mean; its linear map is then
+folded into the token embeddings, so that the model costs one matrix product per barcode.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float32
+
+from bioscan_jax import config
+from bioscan_jax.barcodes.tokenizer import Vocabulary
+from bioscan_jax.checkpoints.hub import Provenance
+from bioscan_jax.checkpoints.load import load_weights
+from bioscan_jax.checkpoints.projection_files import read_projection, write_projection
+from bioscan_jax.checkpoints.publish import write_merged
+from bioscan_jax.devices.sharding import make_layout, start_devices
+from bioscan_jax.embedding.run import embed
+from bioscan_jax.errors import InputError
+from bioscan_jax.model.config import PRESETS, TransformerConfig
+from bioscan_jax.model.projection import Projection
+from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.training.metric import MetricSummary, fit_metric
+
+COUNTED_AT = config.EmbedConfig(layer=0, phases=6, pooling="mean")
+"""How the raw vectors are made."""
+
+
+def train_default_model(
+    data: config.DataConfig,
+    output: str,
+    metric: config.MetricConfig = config.MetricConfig(network=True),  # noqa: B008 - frozen
+    *,
+    work: str,
+    mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
+    progress: bool = True,
+) -> MetricSummary:
+    """Trains a model like the one in the package.
+
+    Args:
+        data: Labelled barcodes.
+        output: Directory to make; `bioscan_jax.load(output)` loads the model.
+        metric: How the projection is fitted.
+        work: Directory for the 6-mer counts, their table and the fit; the same call continues there.
+        mesh: Devices.
+        progress: Show progress bars on stderr.
+
+    Raises:
+        InputError: The data have no labels or cannot be read, or `output` exists.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> from bioscan_jax.barcodes.simulate import write_simulated
+        >>> _ = write_simulated("barcodes.parquet", species=60, per_species=4, length=200, seed=0)
+        >>> fitted = bj.train_default_model(
+        ...     bj.DataConfig(path="barcodes.parquet"), "model", bj.MetricConfig(components=16), work="w", progress=False
+        ... )
+        >>> bj.load("model").encode("ACGTTGCAACGTACGT").shape
+        (16,)
+    """
+    if Path(output).expanduser().exists():
+        raise InputError(f"--output {output} exists; pass a directory that does not")
+    base, fitted, table = (Path(work).expanduser() / name for name in ("counts", "projection", "table"))
+    start_devices(mesh)
+    if not (base / "config.json").is_file():
+        write_sixmer_counts(base)
+    embed(
+        config.ModelConfig(checkpoint=str(base)),
+        data,
+        config.SinkConfig(uri=str(table)),
+        COUNTED_AT,
+        mesh,
+        progress=progress,
+    )
+    if (fitted / "projection.json").is_file():
+        raise InputError(f"{fitted} exists, from an earlier run; remove it, or pass another --work")
+    summary = fit_metric(config.ReferenceConfig(uri=str(table)), str(fitted), metric, mesh=mesh, progress=progress)
+    loaded = load_weights(config.ModelConfig(checkpoint=str(base)), make_layout(mesh))
+    write_folded(Path(output).expanduser(), loaded.model, loaded.vocabulary, read_projection(fitted))
+    return summary
+
+
+def write_sixmer_counts(directory: Path) -> None:
+    """Writes a checkpoint without layers whose token embeddings count 6-mers, each with its reverse complement."""
+    vocabulary = Vocabulary.published("v2")
+    columns = _strand_pairs()
+    transformer = dataclasses.replace(
+        PRESETS["tiny-v2"], hidden_size=int(columns.max()) + 1, num_hidden_layers=0, num_attention_heads=1
+    )
+    table = np.zeros((transformer.vocab_size, transformer.hidden_size), np.float32)
+    table[vocabulary.sixmer_ids, columns] = 1.0
+    _write(directory, transformer, vocabulary, table, None)
+
+
+def write_folded(directory: Path, model: NucleotideTransformer, vocabulary: Vocabulary, projection: Projection) -> None:
+    """Writes a model without layers with its projection, the projection's linear map multiplied into its embeddings.
+
+    Embeddings and projection are stored in float16, at a scale at which the embeddings have a root mean square of 1.
+
+    Args:
+        directory: Directory to make.
+        model: A model without layers.
+        vocabulary: Of the model.
+        projection: Fitted on the model's layer 0.
+    """
+    table = np.asarray(model.word_embeddings.get_value(), np.float64) @ np.asarray(projection.linear, np.float64)
+    scale = 1.0 / np.sqrt(np.mean(table[table.any(axis=1)] ** 2))
+    networks = tuple(
+        network
+        if network.input_length is not None
+        else dataclasses.replace(
+            network,
+            w1=_times(network.w1, 1 / scale),
+            skip=None if network.skip is None else _times(network.skip, 1 / scale),
+        )
+        for network in projection.networks
+    )
+    mean = np.asarray(projection.mean, np.float64) @ np.asarray(projection.linear, np.float64) * scale
+    folded = dataclasses.replace(projection, mean=mean.astype(np.float32), linear=None, networks=networks)
+    transformer = dataclasses.replace(model.config, hidden_size=table.shape[1])
+    _write(directory, transformer, vocabulary, (table * scale).astype(np.float16), folded)
+
+
+def _times(array: object, factor: float) -> Float32[np.ndarray, "..."]:
+    return (np.asarray(array, np.float64) * factor).astype(np.float32)
+
+
+def _write(
+    directory: Path,
+    transformer: TransformerConfig,
+    vocabulary: Vocabulary,
+    table: np.ndarray,
+    projection: Projection | None,
+) -> None:
+    """Writes a model without layers, and its projection in float16."""
+    model = NucleotideTransformer(transformer, rngs=nnx.Rngs(0))
+    model.word_embeddings.set_value(jnp.asarray(table))
+    provenance = Provenance(
+        model="bioscan_jax: 6-mers of both strands",
+        revision=None,
+        weights_sha256="",
+        license="Apache-2.0",
+        dtype=table.dtype.name,
+    )
+    write_merged(directory, model, vocabulary, provenance=provenance, base=None, projection=projection)
+    if projection is not None:
+        write_projection(directory, read_projection(directory), dtype=np.float16)
+
+
+def _strand_pairs() -> np.ndarray:
+    """Returns the column of each 6-mer, by its number in `Vocabulary.sixmer_ids`; one for it and its reverse complement.
+
+    A 0, C 1, T 2 and G 3: the complement of a base is its number with the second bit flipped.
+    """
+    numbers = np.arange(4**6)
+    digits = numbers[:, None] // 4 ** np.arange(5, -1, -1) % 4
+    reverse = (digits[:, ::-1] ^ 2) @ 4 ** np.arange(5, -1, -1)
+    return np.unique(np.minimum(numbers, reverse), return_inverse=True)[1]
