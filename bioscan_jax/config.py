@@ -10,6 +10,10 @@ DEFAULT_METADATA_WEIGHT = 0.3
 """Share of the total loss that goes to the metadata prediction."""
 
 
+IdSource = Literal["column", "header", "file_row"]
+"""Where unique ids come from."""
+
+
 def _at_least(flag: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise InputError(f"--{flag} {value} is too small; pass at least {least}")
@@ -55,11 +59,13 @@ class DataConfig:
     """
 
     path: str
-    """Parquet or FASTA/FASTQ (plain or gzipped): a file, a directory, a glob or an fsspec URL such as gs://..."""
+    """Parquet or FASTA/FASTQ (plain, gz, bz2, xz or zst): a file, a directory, a glob or an fsspec URL such as gs://..."""
     sequence_column: str = "dna_sequence"
-    """Parquet column that holds the DNA."""
+    """Parquet column that holds the DNA; BOLD's, BIOSCAN-5M's and others' names of it are known."""
     id_column: str = "sequence_id"
-    """Parquet column that holds unique ids; without a `sequence_id` column, ids become FILE:ROW."""
+    """Parquet column that holds unique ids; without a `sequence_id` or one like BOLD's `processid`, ids become FILE:ROW."""
+    id: IdSource = "column"
+    """column: id_column, or the first word of a FASTA header. header: the whole FASTA header. file_row: FILE:ROW."""
     max_tokens: int | None = None
     """Most tokens per sequence, with CLS (about one per 6 bases); the model's limit if absent."""
     overlong: Literal["truncate", "window", "error"] = "truncate"
@@ -228,9 +234,11 @@ class ExamplesConfig:
     path: str
     """Parquet with `taxonomy` or the seven rank columns: a file, a directory, a glob or an fsspec URL such as gs://..."""
     sequence_column: str = "dna_sequence"
-    """Parquet column that holds the DNA."""
+    """Parquet column that holds the DNA; BOLD's, BIOSCAN-5M's and others' names of it are known."""
     id_column: str = "sequence_id"
-    """Parquet column that holds unique ids; without a `sequence_id` column, ids become FILE:ROW."""
+    """Parquet column that holds unique ids; without a `sequence_id` or one like BOLD's `processid`, ids become FILE:ROW."""
+    id: IdSource = "column"
+    """column: id_column, or the first word of a FASTA header. header: the whole FASTA header. file_row: FILE:ROW."""
     max_tokens: int | None = None
     """Most tokens per sequence, with CLS; longer ones are cut. The model's limit if absent."""
     split: Literal["random", "held_out_species", "held_out_genera"] = "random"
@@ -420,11 +428,13 @@ class QueryConfig:
     """
 
     path: str
-    """Parquet or FASTA/FASTQ (plain or gzipped): a file, a directory, a glob or an fsspec URL such as gs://..."""
+    """Parquet or FASTA/FASTQ (plain, gz, bz2, xz or zst): a file, a directory, a glob or an fsspec URL such as gs://..."""
     sequence_column: str = "dna_sequence"
-    """Parquet column that holds the DNA."""
+    """Parquet column that holds the DNA; BOLD's, BIOSCAN-5M's and others' names of it are known."""
     id_column: str = "sequence_id"
-    """Parquet column that holds unique ids; without a `sequence_id` column, ids become FILE:ROW."""
+    """Parquet column that holds unique ids; without a `sequence_id` or one like BOLD's `processid`, ids become FILE:ROW."""
+    id: IdSource = "column"
+    """column: id_column, or the first word of a FASTA header. header: the whole FASTA header. file_row: FILE:ROW."""
 
 
 @dataclass(frozen=True, kw_only=True)

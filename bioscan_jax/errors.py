@@ -1,6 +1,10 @@
 """The exceptions that users see, how they are shown, and the library's logger."""
 
 import logging
+import unicodedata
+
+_LONGEST = 300
+"""Characters that are kept of another library's message."""
 
 logger = logging.getLogger("bioscan_jax")
 """Takes the library's progress notes and warnings; silent below WARNING unless the program sets its level."""
@@ -17,6 +21,9 @@ class InputError(ValueError):
         ...
         bioscan_jax.errors.InputError: --embed.phases 7 is outside 1 to 6: a 6-mer frame has six starts
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
 
 
 class Interrupted(Exception):
@@ -42,4 +49,18 @@ def one_line(error: BaseException) -> str:
         >>> one_line(OSError("disk full:\n/tmp"))
         'OSError disk full: /tmp'
     """
-    return " ".join(f"{type(error).__name__} {error}".split())
+    text = printable(" ".join(f"{type(error).__name__} {error}".split()))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def printable(text: str) -> str:
+    r"""Returns text with control characters, and others that do not print, as escapes.
+
+    Example:
+        >>> printable("a\x00b\x1b[31m")
+        'a\\x00b\\x1b[31m'
+    """
+    if text.isprintable():
+        return text
+    kept = (c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" for c in text)
+    return "".join(c if keep else ascii(c)[1:-1] for c, keep in zip(text, kept, strict=True))

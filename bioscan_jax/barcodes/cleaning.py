@@ -1,6 +1,7 @@
 """Cleans raw DNA strings to the letters A, C, G, T and N, whole Arrow columns at a time."""
 
 import itertools
+import re
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int8, Int64, UInt8
 
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, printable
 
 REASONS = {
     "null": "the value is null",
     "empty": "the string has nothing but white space",
     "no_acgt": "only N, ambiguity codes and gaps: no A, C, G, T or U",
-    "not_dna": "a character outside the IUPAC nucleotide code, such as a protein letter, a digit or a non-ASCII byte",
+    "not_dna": "a character outside the IUPAC nucleotide code, such as a protein letter, a digit or a non-ASCII byte "
+    "('*' at the end is trimmed)",
 }
 """Why a sequence is rejected; if several reasons hold, the first of null, not_dna, empty, no_acgt is reported."""
 
@@ -42,6 +44,9 @@ def _character_tables() -> tuple[bytes, bytes]:
 
 
 _KINDS, _CLEAN_BYTES = _character_tables()
+_DNA = frozenset(chr(byte) for byte in range(128) if _KINDS[byte] != _FOREIGN)
+_STOPS = re.compile(rb"\*[\s*]*\Z")
+_STOPS_TEXT = re.compile(r"\*[\s*]*\Z", re.ASCII)
 _COMPLEMENT = bytes(dict(zip(b"ACGTN", b"TGCAN", strict=True)).get(byte, 0) for byte in range(256))
 
 
@@ -54,6 +59,8 @@ class CleaningCounts:
     ambiguous_to_n: int = 0
     gaps_removed: int = 0
     """Includes white space."""
+    stops_removed: int = 0
+    """'*' at the end of a sequence."""
 
     def __add__(self, other: "CleaningCounts") -> "CleaningCounts":
         """Adds each count."""
@@ -62,6 +69,7 @@ class CleaningCounts:
             self.u_to_t + other.u_to_t,
             self.ambiguous_to_n + other.ambiguous_to_n,
             self.gaps_removed + other.gaps_removed,
+            self.stops_removed + other.stops_removed,
         )
 
 
@@ -126,7 +134,7 @@ def clean(sequences: pa.Array | pa.ChunkedArray) -> Cleaned:
     """Converts DNA strings to the letters A, C, G, T and N, and marks rows that are not usable DNA.
 
     Letters become upper case, U becomes T, the other IUPAC ambiguity codes become N (Cornish-Bowden 1985,
-    doi:10.1093/nar/13.9.3021); alignment gaps ('-' and '.') and white space are removed.
+    doi:10.1093/nar/13.9.3021); alignment gaps ('-' and '.') and white space are removed, and so is '*' at the end.
 
     Args:
         sequences: Strings in any Arrow layout (string, large_string, string_view, dictionary-encoded, chunked).
@@ -141,7 +149,7 @@ def clean(sequences: pa.Array | pa.ChunkedArray) -> Cleaned:
         >>> cleaned.reasons.to_pylist()
         [None, 'not_dna', 'null']
     """
-    strings = _as_large_strings(sequences)
+    strings, stops = _without_stops(_as_large_strings(sequences))
     text, offsets = string_bytes(strings)
     null = strings.is_null().to_numpy(zero_copy_only=False)
     texts, lengths, reasons, changes = [b""], [np.zeros(1, np.int64)], [np.empty(0, np.int8)], CleaningCounts()
@@ -154,10 +162,45 @@ def clean(sequences: pa.Array | pa.ChunkedArray) -> Cleaned:
         changes += block[3]
     reason = np.concatenate(reasons)
     usable = reason < 0
+    if stops is not None:
+        changes += CleaningCounts(stops_removed=int(stops[usable].sum()))
     named = pa.DictionaryArray.from_arrays(pa.array(reason, mask=usable), pa.array(REASONS)).dictionary_decode()
     if usable.all() and changes == CleaningCounts():
         return Cleaned(strings, named, changes)
     return Cleaned(_large_strings(b"".join(texts), np.cumsum(np.concatenate(lengths))), named, changes)
+
+
+def _without_stops(strings: pa.LargeStringArray) -> tuple[pa.LargeStringArray, Int64[np.ndarray, " rows"] | None]:
+    """Trims '*' off the ends; returns how many of each row, or None where there are none at all."""
+    text, offsets = string_bytes(strings)
+    if not (text == ord("*")).any():
+        return strings, None
+    raw = text.tobytes()
+    rows = [raw[begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
+    bare = [_STOPS.sub(b"", row) if b"*" in row else row for row in rows]
+    stops = np.array([row.count(b"*") - left.count(b"*") for row, left in zip(rows, bare, strict=True)], np.int64)
+    if not stops.any():
+        return strings, None
+    lengths = np.array([0, *map(len, bare)], np.int64)
+    # Rows are joined as bytes, since invalid UTF-8 must not stop the others.
+    present = pc.invert(strings.is_null())
+    bits = None if strings.null_count == 0 else present.buffers()[1]
+    joined = pa.py_buffer(np.cumsum(lengths)), pa.py_buffer(b"".join(bare))
+    return pa.LargeStringArray.from_buffers(len(bare), *joined, bits), stops
+
+
+def describe_foreign(sequence: str) -> str | None:
+    """Returns which character makes a sequence `not_dna` and where, the position counted from 1; None if none does.
+
+    Example:
+        >>> describe_foreign("ACGTXACG?")
+        "'X' at position 5, and 1 more"
+    """
+    found = [position for position, letter in enumerate(_STOPS_TEXT.sub("", sequence)) if letter not in _DNA]
+    if not found:
+        return None
+    more = f", and {len(found) - 1:,} more" if len(found) > 1 else ""
+    return f"{printable(repr(sequence[found[0]]))} at position {found[0] + 1}{more}"
 
 
 def _clean_block(

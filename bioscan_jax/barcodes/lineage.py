@@ -1,16 +1,21 @@
 """The seven ranks, lineage strings, and the placeholder names that do not name a taxon."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 
 # Most of its functions are created at import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
 import pyarrow.compute as pc
 
-from bioscan_jax.errors import InputError
+from bioscan_jax.barcodes.aliases import KINGDOM_OF_PHYLUM, RANK_ROLES, find_column
+from bioscan_jax.barcodes.dialects import NEEDS_DIALECT, read_dialect, strip_marks
+from bioscan_jax.errors import InputError, printable
 
-RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
+RANKS = RANK_ROLES
 """Ranks from the root down, which are also the names of the rank columns."""
 
 LINEAGE_COLUMN = "taxonomy"
@@ -86,43 +91,255 @@ def format_lineage(names: Sequence[str | None]) -> str:
     return ";".join((name or "").strip() for name in names)
 
 
-def read_lineages(table: pa.Table | pa.RecordBatch) -> tuple[pa.Array, ...]:
+def lineage_columns(names: Sequence[str]) -> list[str]:
+    """Returns the columns that `read_lineages` reads, of a table with these columns; none if it has no lineages.
+
+    The first of these that there is: all seven `RANKS`; `taxonomy`; three or more rank columns under the names of
+    `bioscan_jax.barcodes.aliases`, one of them genus or species; a lineage column of these aliases.
+    """
+    if all(rank in names for rank in RANKS):
+        return list(RANKS)
+    if LINEAGE_COLUMN in names:
+        return [LINEAGE_COLUMN]
+    ranks = _rank_columns(names)
+    if ranks:
+        return list(ranks.values())
+    lineage = find_column("lineage", names)
+    return [] if lineage is None else [lineage]
+
+
+def _rank_columns(names: Sequence[str]) -> dict[str, str]:
+    found = {rank: find_column(rank, names) for rank in RANKS}
+    there = {rank: column for rank, column in found.items() if column is not None}
+    return there if len(there) >= 3 and {"genus", "species"} & there.keys() else {}
+
+
+def missing_lineages(names: Sequence[str]) -> InputError:
+    """Returns the error for a table that has no lineages among these columns."""
+    shown = ", ".join(printable(name) for name in names[:30]) or "none"
+    return InputError(
+        f"no labels: there is neither a column {LINEAGE_COLUMN!r} (K;P;C;O;F;G;S) nor all of {', '.join(RANKS)}; "
+        f"the columns are: {shown}{', ...' if len(names) > 30 else ''}"
+    )
+
+
+def read_lineages(
+    table: pa.Table | pa.RecordBatch,
+    *,
+    locate: Callable[[int], str] | None = None,
+    unreadable: Callable[[int, str], object] | None = None,
+) -> tuple[pa.Array, ...]:
     """Returns the names of each row as one string array for each of `RANKS`, null where unknown.
 
-    The seven rank columns are read if all are present, else `taxonomy`, where a null or blank cell means that all
-    seven are unknown. White space is trimmed, and runs of it become one space. Then:
+    The columns are those of `lineage_columns`. A lineage may be in any of `bioscan_jax.barcodes.dialects.DIALECTS`; a
+    null or blank one means that all seven ranks are unknown. Rank columns that are not there are unknown, but a missing
+    kingdom is that of the phylum (`aliases.KINGDOM_OF_PHYLUM`). White space is trimmed, and runs of it become one
+    space. Then:
 
     - A name that matches `FILLERS`, or a species that matches `SPECIES_FILLERS`, is unknown.
     - A species that repeats another name of its row (genus 'Bombus', species 'Bombus') is unknown.
     - A species of one lower-case word is an epithet: it becomes 'Bombus terrestris' if the genus is known (genus
       'Bison', species 'bison' becomes 'Bison bison'), else it is unknown.
 
-    No name is moved to another rank, and no rank is filled in from another.
+    No name is moved to another rank, and no other rank is filled in.
+
+    Args:
+        table: Rows with the columns.
+        locate: Returns the file and row of a row of the table, for messages.
+        unreadable: Called with the first row and the text of a lineage that cannot be read, whose ranks then are
+            unknown; without it, that is an error.
 
     Raises:
-        InputError: Neither form is present, a column is not text, or a lineage does not have seven fields.
+        InputError: Neither form is present, a column is not text, or a lineage is in no known dialect.
 
     Example:
         >>> names = read_lineages(pa.table({"taxonomy": ["Animalia;Arthropoda;Insecta;;;Aedes;aegypti", "; ;;;;;sp. 1"]}))
         >>> names[-1].to_pylist()
         ['Aedes aegypti', None]
     """
+    columns, row_of = _given_names(table, locate, unreadable)
+    known = _known_names(columns)
+    return known if row_of is None else tuple(names.take(row_of) for names in known)
+
+
+def _given_names(
+    table: pa.Table | pa.RecordBatch,
+    locate: Callable[[int], str] | None,
+    unreadable: Callable[[int, str], object] | None,
+    dialects: Counter[str] | None = None,
+) -> tuple[list[pa.Array], pa.Array | None]:
+    """Returns the names as written, by rank, without the marks of a dialect; and the entry of each row, if not its own."""
     present = table.schema.names
-    if all(rank in present for rank in RANKS):
-        return _known_names([_as_strings(table, rank) for rank in RANKS])
-    if LINEAGE_COLUMN not in present:
-        raise InputError(
-            f"no labels: there is neither a column {LINEAGE_COLUMN!r} (K;P;C;O;F;G;S) nor all of {', '.join(RANKS)}; "
-            f"the columns are: {', '.join(present) or 'none'}"
-        )
-    lineages, row_of = _distinct(_as_strings(table, LINEAGE_COLUMN))
+    wanted = lineage_columns(present)
+    if not wanted:
+        raise missing_lineages(present)
+    if wanted == list(RANKS):
+        return _without_marks([_as_strings(table, rank) for rank in RANKS]), None
+    if len(wanted) > 1:
+        there = {rank: _as_strings(table, column) for rank, column in _rank_columns(present).items()}
+        nothing = pa.nulls(table.num_rows, pa.string())
+        columns = _without_marks([there.get(rank, nothing) for rank in RANKS])
+        return [*(columns if "kingdom" in there else [_kingdoms(columns[1]), *columns[1:]])], None
+    lineages, row_of = _distinct(_as_strings(table, wanted[0]))
     lineages = pc.replace_with_mask(lineages, pc.match_substring_regex(lineages, r"^[\s\pZ]*$"), pa.scalar(";" * 6))
     fields = pc.split_pattern(lineages, ";")
-    wrong = pc.index(pc.not_equal(pc.list_value_length(fields), len(RANKS)), True).as_py()
-    if wrong >= 0:
-        parse_lineage(lineages[wrong].as_py())
-    known = _known_names([pc.list_element(fields, rank) for rank in range(len(RANKS))])
-    return tuple(names.take(row_of) for names in known)
+    marked = pc.or_(pc.not_equal(pc.list_value_length(fields), len(RANKS)), pc.match_substring_regex(lineages, NEEDS_DIALECT))
+    plain = np.flatnonzero(~marked.to_numpy(zero_copy_only=False))
+    others = np.flatnonzero(marked.to_numpy(zero_copy_only=False))
+    read = []
+    for entry in others.tolist():
+        text = lineages[entry].as_py()
+        found = read_dialect(text)
+        if found is None:
+            row = pc.index(row_of, entry).as_py()
+            if unreadable is None:
+                raise _unreadable(text, None if locate is None else locate(row))
+            unreadable(row, text)
+        read.append((None,) * len(RANKS) if found is None else found[0])
+        if dialects is not None:
+            dialects["unreadable" if found is None else found[1].name] += 1
+    if dialects is not None and len(plain):
+        dialects["seven fields"] += len(plain)
+    kept = fields.take(pa.array(plain))
+    ranks = [pc.list_element(kept, rank) for rank in range(len(RANKS))]
+    if len(others):
+        back = pa.array(np.argsort(np.concatenate([plain, others]), kind="stable"))
+        more = [pa.array([names[rank] for names in read], pa.string()) for rank in range(len(RANKS))]
+        ranks = [pa.concat_arrays([one, two]).take(back) for one, two in zip(ranks, more, strict=True)]
+    return ranks, row_of
+
+
+def _unreadable(lineage: str, where: str | None) -> InputError:
+    fields = lineage.count(";") + 1
+    place = "" if where is None else f"{where} (counted from 0): "
+    shown = lineage if len(lineage) <= 120 else lineage[:120] + "..."
+    return InputError(
+        f"{place}the lineage {shown!r} has {fields} fields; write seven, {';'.join(RANKS)}, blank where unknown, or mark "
+        "the ranks as QIIME, SINTAX, SILVA or UNITE do (k__...;p__...)"
+    )
+
+
+def _without_marks(columns: list[pa.Array]) -> list[pa.Array]:
+    """Takes `g__` and `_5005` off names in rank columns, where there are any."""
+    marks = r"^\s*[A-Za-z]{1,2}(__|:)\s*[^\s]|_[0-9]+$"
+    wanted = np.zeros(len(columns[0]), bool)
+    for column in columns:
+        names, row_of = _distinct(column)
+        found = pc.match_substring_regex(names, marks)
+        if pc.any(found).as_py():
+            wanted |= pc.fill_null(found.take(row_of), False).to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero(wanted)
+    if not len(rows):
+        return columns
+    given = zip(*(column.take(pa.array(rows)).to_pylist() for column in columns), strict=True)
+    bare = list(zip(*map(strip_marks, given), strict=True))
+    return [
+        pc.replace_with_mask(column, pa.array(wanted), pa.array(names, pa.string()))
+        for column, names in zip(columns, bare, strict=True)
+    ]
+
+
+def _kingdoms(phyla: pa.Array) -> pa.Array:
+    names, row_of = _distinct(phyla)
+    return pa.array([KINGDOM_OF_PHYLUM.get((name or "").strip()) for name in names.to_pylist()], pa.string()).take(row_of)
+
+
+@dataclass
+class LineageSurvey:
+    """What the lineages of an input hold, block after block, and what of it the rules do not take for a name."""
+
+    rows: int = 0
+    given: list[int] = field(default_factory=lambda: [0] * len(RANKS))
+    """Rows with something written at each rank that is not a mere blank such as '' or 'NA'."""
+    known: list[int] = field(default_factory=lambda: [0] * len(RANKS))
+    """Rows with a name at each rank."""
+    dialects: Counter[str] = field(default_factory=Counter)
+    """Distinct lineages by dialect, within blocks; empty for rank columns."""
+    blanked: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in RANKS])
+    """For each rank, rows whose name counts as unknown, by the rule in words."""
+    examples: list[dict[str, str]] = field(default_factory=lambda: [{} for _ in RANKS])
+    """The first such name of each rule."""
+    unreadable: int = 0
+    first_unreadable: str | None = None
+    """Place and text of the first lineage that cannot be read."""
+
+    def add(self, table: pa.Table | pa.RecordBatch, locate: Callable[[int], str] = "row {}".format) -> None:
+        """Counts the rows of a block.
+
+        Raises:
+            InputError: There are no lineages, or a column is not text.
+        """
+        bad: set[str] = set()
+
+        def note(row: int, text: str) -> None:
+            bad.add(text)
+            if self.first_unreadable is None:
+                self.first_unreadable = str(_unreadable(text, locate(row)))
+
+        columns, row_of = _given_names(table, locate, note, self.dialects)
+        weights = np.ones(len(columns[0]), np.int64)
+        if row_of is not None:
+            rows = row_of.drop_null().to_numpy()
+            weights = np.bincount(rows, minlength=len(columns[0]))
+        if bad:
+            column = _as_strings(table, lineage_columns(table.schema.names)[0])
+            self.unreadable += pc.sum(pc.is_in(column, value_set=pa.array(sorted(bad), pa.string()))).as_py() or 0
+        self.rows += table.num_rows
+        known = _known_names(columns)
+        for rank, (written, names) in enumerate(zip(columns, known, strict=True)):
+            there = pc.fill_null(pc.invert(pc.match_substring_regex(written, _BLANK)), False).to_numpy(zero_copy_only=False)
+            named = names.is_valid().to_numpy(zero_copy_only=False)
+            self.given[rank] += int(weights[there].sum())
+            self.known[rank] += int(weights[named].sum())
+            lost = np.flatnonzero(there & ~named)
+            if not len(lost):
+                continue
+            coded = pc.utf8_trim_whitespace(written.take(pa.array(lost))).dictionary_encode()
+            totals = np.bincount(coded.indices.to_numpy(), weights[lost], len(coded.dictionary)).astype(int)
+            for name, total in zip(coded.dictionary.to_pylist(), totals.tolist(), strict=True):
+                rule = _rule_of(name, RANKS[rank])
+                self.blanked[rank][rule] += total
+                self.examples[rank].setdefault(rule, name)
+
+    def warnings(self) -> list[str]:
+        """Returns one line for the lineages that cannot be read, and one for each rank that a rule mostly blanks."""
+        lines = []
+        if self.unreadable:
+            lines.append(f"{self.unreadable:,} of {self.rows:,} rows have a lineage that cannot be read; {self.first_unreadable}")
+        for rank, given, blanked, examples in zip(RANKS, self.given, self.blanked, self.examples, strict=True):
+            lost = sum(blanked.values())
+            if lost * 2 > given and lost > 1:
+                rule, count = blanked.most_common(1)[0]
+                lines.append(
+                    f"{rank}: {lost:,} of {given:,} names count as unknown, {count:,} of them such as "
+                    f"{examples[rule]!r} (rule: {rule}); write plain names if these are names"
+                )
+        return lines
+
+
+def survey_lineages(blocks: Iterable[tuple[pa.Table, Callable[[int], str]]]) -> LineageSurvey:
+    """Counts what the lineages of an input hold.
+
+    Args:
+        blocks: Tables with the columns of `lineage_columns`, each with what names the file and row of one of its rows.
+
+    Raises:
+        InputError: As for `LineageSurvey.add`.
+    """
+    survey = LineageSurvey()
+    for table, locate in blocks:
+        survey.add(table, locate)
+    return survey
+
+
+_BLANK = "|".join(f"(?:{pattern})" for pattern in [*FILLERS][:3])
+
+
+def _rule_of(name: str, rank: str) -> str:
+    for pattern, words in (FILLERS | (SPECIES_FILLERS if rank == "species" else {})).items():
+        if pc.match_substring_regex(pa.array([name]), pattern)[0].as_py():
+            return words
+    return "a species that repeats another rank's name, or an epithet without a genus"
 
 
 def _as_strings(table: pa.Table | pa.RecordBatch, name: str) -> pa.Array:

@@ -1,6 +1,6 @@
 """Checks the sampling metadata: the columns depth, latitude and longitude."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -15,27 +15,35 @@ METADATA_BOUNDS = {"depth": (-10.0, 12000.0), "latitude": (-90.0, 90.0), "longit
 _FILLERS = (-9999.0, 9999.0, -999.0)
 
 
-def check_metadata(table: pa.Table, *, locate: Callable[[int], str] = "row {}".format) -> Float32[np.ndarray, "rows 3"]:
+def check_metadata(
+    table: pa.Table,
+    *,
+    locate: Callable[[int], str] = "row {}".format,
+    columns: Mapping[str, str] | None = None,
+) -> Float32[np.ndarray, "rows 3"]:
     """Returns the columns depth, latitude and longitude; null becomes NaN.
 
     Args:
         table: A table with the three columns, each numeric or all null.
         locate: Returns the place of a row of the table, for messages.
+        columns: Names of the three in the table, where they are called otherwise.
 
     Raises:
         InputError: A column is missing or not numeric; a value is out of range (depth -10 to 12000 m) or one of the
             fillers -9999, 9999 and -999.
     """
-    return np.stack([_check_column(table, name, locate) for name in METADATA_COLUMNS], axis=1)
+    return np.stack([_check_column(table, name, (columns or {}).get(name, name), locate) for name in METADATA_COLUMNS], axis=1)
 
 
-def _check_column(table: pa.Table, name: str, locate: Callable[[int], str]) -> Float32[np.ndarray, " rows"]:
-    if name not in table.column_names:
+def _check_column(
+    table: pa.Table, name: str, called: str, locate: Callable[[int], str]
+) -> Float32[np.ndarray, " rows"]:
+    if called not in table.column_names:
         raise InputError(f"there is no column {name}, which metadata needs; add it, null where unknown")
-    column = table.column(name)
+    column = table.column(called)
     numeric = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal, pa.types.is_null)
     if not any(is_type(column.type) for is_type in numeric):
-        raise InputError(f"the column {name} is of type {column.type}; make it numbers, null where unknown")
+        raise InputError(f"the column {called} is of type {column.type}; make it numbers, null where unknown")
     values = column.cast(pa.float64()).to_numpy()
     low, high = METADATA_BOUNDS[name]
     filler = np.isin(values, _FILLERS)

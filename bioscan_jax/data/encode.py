@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from bioscan_jax.barcodes.cleaning import CleaningCounts, clean
+from bioscan_jax.barcodes.cleaning import CleaningCounts, clean, describe_foreign
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.barcodes.views import Views, cut_views
@@ -122,12 +122,20 @@ def _rejects(
 ) -> pa.Table:
     picked = pa.array(rows)
     chosen = [str(r) for r in reasons[rows]]
-    detail = [f"more than {max_tokens} tokens" if r == TOO_LONG else None for r in chosen]
+    texts = given.take(picked).cast(pa.string())
+    raw = texts.cast(pa.binary()).to_pylist()  # text that is not UTF-8 is refused elsewhere, with its row
+    detail = [_detail(r, text, max_tokens) for r, text in zip(chosen, raw, strict=True)]
     columns = [
         block.table["sequence_id"].take(picked).cast(pa.string()),
         pa.array(rows + block.first_row, pa.uint64()),
         pa.array(chosen, pa.string()),
         pa.array(detail, pa.string()),
-        given.take(picked).cast(pa.string()),
+        texts,
     ]
     return pa.table(columns, schema=REJECTS)
+
+
+def _detail(reason: str, text: bytes | None, max_tokens: int) -> str | None:
+    if reason == TOO_LONG:
+        return f"more than {max_tokens} tokens"
+    return describe_foreign(text.decode(errors="replace")) if reason == "not_dna" and text is not None else None

@@ -6,25 +6,30 @@ The columns come from the footers of all files, which must agree.
 import bisect
 import difflib
 import hashlib
+import json
 import operator
 import os
+import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
+from bioscan_jax.barcodes.aliases import describe_roles, find_column, find_roles
 from bioscan_jax.config import DataConfig
 from bioscan_jax.data import fasta
 from bioscan_jax.data.files import Files, find_files
-from bioscan_jax.errors import InputError, one_line
+from bioscan_jax.errors import InputError, logger, one_line, printable
 
 # Pieces of 8k, 16k and 32k barcodes decode equally fast; 16k keeps memory small and seeks short.
 _PIECE_ROWS = 16_384
@@ -36,12 +41,14 @@ _READ_BYTES = 1 << 20
 _HASHED_ROWS = 65_536
 _FOOTER_GUESS = 64 << 10
 _FOOTER_THREADS = 32
+_LISTED = 60
 
 _ID = "sequence_id"
 _RESERVED = ("source_row", "vector")
 """Columns that the vector table adds, so the input must not have them."""
 
-_SEQUENCE_NAMES = ("dna_sequence", "sequence", "seq", "dna", "nucleotides", "nucraw", "barcode")
+_OLD_ID = "input_id"
+"""Name of the input's own sequence_id where --data.id file_row replaces it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class _Origin:
     rows: int
     sha256: str
     """Hash of the raw Parquet footer, or of the FASTA headers and sequences."""
+    folders: Mapping[str, str | None] = field(default_factory=dict)
+    """Names and values of its `key=value` folders."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +88,27 @@ class _Part:
     origin: _Origin
 
 
+class _Made(Enum):
+    """A column of a block that is not one of the files'."""
+
+    FILE_ROW = "file and row"
+    HEADER = "id and description of FASTA"
+    SIZE = "abundance in the id of FASTA"
+    FOLDER = "a key=value folder"
+
+
 @dataclass(frozen=True)
 class _Columns:
     """How the columns of the files become those of a block."""
 
     schema: pa.Schema
     """Schema of the block tables."""
-    file_columns: tuple[str | None, ...]
-    """Name in the files of each block column; None for ids made from file and row."""
+    file_columns: tuple[str | _Made, ...]
+    """Name in the files of each block column, or what it is made from."""
     sequence_column: str
+    id_column: str
+    """As the user would ask for it."""
+    fasta: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +141,8 @@ class ParquetBlocks:
         self.block_rows = block_rows
         self._columns = columns
         self._found, self._parts, self._origins = found, tuple(parts), tuple(origins)
-        self._labels = _short_labels(found.names)
+        self._labels = _short_labels([origin.name for origin in origins])
+        self._origin_starts = np.cumsum([0, *(origin.rows for origin in origins)]).tolist()
         self._groups = _row_groups(self._parts)
         self._starts = [group.first_row for group in self._groups]
         self._reset()
@@ -157,6 +179,11 @@ class ParquetBlocks:
         return self._columns.sequence_column
 
     @property
+    def id_column(self) -> str:
+        """Name in the input of the column that became sequence_id."""
+        return self._columns.id_column
+
+    @property
     def fingerprint(self) -> list[dict[str, str | int]]:
         """Name, bytes, rows and footer_sha256 of each input file: its content, not its location or age.
 
@@ -164,6 +191,7 @@ class ParquetBlocks:
         """
         return [
             {"name": origin.name, "bytes": origin.bytes, "rows": origin.rows, "footer_sha256": origin.sha256}
+            | ({"folders": json.dumps(dict(origin.folders))} if origin.folders else {})
             for origin in self._origins
         ]
 
@@ -250,7 +278,7 @@ class ParquetBlocks:
         """Yields the pieces of a row group, with the columns as they are in the file."""
         group, local = self._groups[g], self._found.filesystem is None
         part = self._parts[group.part]
-        names = [name for name in self._columns.file_columns if name is not None] or part.schema.names[:1]
+        names = self._file_names() or part.metadata.schema.to_arrow_schema().names[:1]
         source = self._found.arrow_source(part.path, part.origin.bytes)
         # Buffered reads hold 1 MiB per column; over a network, one request for the whole group is faster.
         with pq.ParquetFile(
@@ -268,6 +296,41 @@ class ParquetBlocks:
             if waiting.num_rows:
                 yield waiting
 
+    def _file_names(self) -> list[str]:
+        """Returns the columns of the files that blocks are made from."""
+        wanted = self._columns.file_columns
+        names = [name for name in wanted if not isinstance(name, _Made)]
+        if _Made.HEADER in wanted or _Made.SIZE in wanted:
+            names += [name for name in (_ID, "description") if name not in names]
+        return names
+
+    def _by_origin(self, first: int, rows: int, make: Callable[[int, range], pa.Array]) -> pa.ChunkedArray:
+        """Makes a column for some rows of the input, each from its origin and rows in that."""
+        chunks, row = [], first
+        while row < first + rows:
+            o = bisect.bisect_right(self._origin_starts, row) - 1
+            last = min(self._origin_starts[o + 1], first + rows)
+            chunks.append(make(o, range(row - self._origin_starts[o], last - self._origin_starts[o])))
+            row = last
+        return pa.chunked_array(chunks)
+
+    def _make(self, made: _Made, field: pa.Field, first: int, table: pa.Table) -> pa.ChunkedArray:
+        """Makes a column that is not in the files."""
+        if made is _Made.FILE_ROW:
+            labels = self._labels
+            return self._by_origin(
+                first, table.num_rows, lambda o, rows: pa.array([f"{labels[o]}:{row}" for row in rows], pa.string())
+            )
+        if made is _Made.FOLDER:
+            values = [pa.scalar(origin.folders[field.name]).cast(field.type) for origin in self._origins]
+            return self._by_origin(first, table.num_rows, lambda o, rows: pa.repeat(values[o], len(rows)))
+        if made is _Made.HEADER:
+            rest = table.column("description").fill_null("")
+            joined = pc.call_function("binary_join_element_wise", [table.column(_ID), rest, pa.scalar(" ")])
+            return pc.call_function("utf8_trim", [joined], pc.TrimOptions(characters=" "))
+        found = pc.call_function("extract_regex", [table.column(_ID)], pc.ExtractRegexOptions(fasta.SIZE_ANNOTATION))
+        return pc.call_function("struct_field", [found], pc.StructFieldOptions([0])).cast(pa.int64())
+
     def _as_block(self, g: int, piece: int, table: pa.Table) -> pa.Table:
         group = self._groups[g]
         offset = piece * group.piece_rows
@@ -276,10 +339,8 @@ class ParquetBlocks:
             raise pa.ArrowInvalid(f"{table.num_rows} rows, but the footer states {expected}")
         columns = []
         for field, name in zip(self.schema, self._columns.file_columns, strict=True):
-            if name is None:
-                first = group.first_in_file + offset
-                label = self._labels[group.part]
-                columns.append(pa.chunked_array([[f"{label}:{row}" for row in range(first, first + expected)]]))
+            if isinstance(name, _Made):
+                columns.append(_cast(self._make(name, field, group.first_row + offset, table), field.type))
             else:
                 columns.append(_cast(table.column(name), field.type))
         empty = columns[0].fill_null("").index("").as_py()
@@ -302,9 +363,10 @@ def open_source(
     """Opens the input as blocks of rows and checks the footers of all files.
 
     The id column becomes `sequence_id`; if there is none, ids are FILE_STEM:ROW with rows counted from 0, and files of
-    the same stem keep as much of their path as makes them differ. Dictionary and view columns are decoded; a column
+    the same stem keep as much of their path as makes them differ. Where a column is not there under its default name,
+    the names of public databases are tried (`bioscan_jax.barcodes.aliases`). `key=value` folders are columns. Dictionary and view columns are decoded; a column
     that is all null takes its type from another file, or is text. FASTA and FASTQ are first converted to
-    `scratch`/input.parquet.
+    `scratch`/input.parquet; abundances in their ids (`;size=12;`) are a column `size`, too.
 
     Args:
         data: The path and the column names; for FASTA the column names are fixed.
@@ -327,23 +389,32 @@ def open_source(
         >>> directory.cleanup()
     """
     found = find_files(data.path)
-    if found.kind == "fasta":
+    is_fasta, extra = found.kind == "fasta", {}
+    if is_fasta:
         if scratch is None:
             raise InputError(f"{data.path} is FASTA, which is first converted to Parquet; pass a scratch directory")
         target = fasta.transcode(found, scratch.absolute() / "input.parquet", on_rows=on_rows)
         converted = zip(found.paths, fasta.read_origins(target), strict=True)
-        origins = [_Origin(found.url(path), **origin) for path, origin in converted]
+        origins = [_Origin(found.url(path), **origin, folders=found.folders(path)) for path, origin in converted]
         data = replace(data, sequence_column="dna_sequence", id_column=_ID)
+        if fasta.has_sizes(target):
+            extra[fasta.SIZE_COLUMN] = _Made.SIZE
         found = Files("parquet", (str(target),))
         parts = _read_footers(found)
     else:
+        if data.id == "header":
+            raise InputError(f"--data.id header is for FASTA, {data.path} is Parquet; pass --data.id_column COLUMN")
         parts = _read_footers(found)
         origins = [part.origin for part in parts]
     if not any(part.origin.rows for part in parts):
         raise InputError(f"{data.path} has no rows (files looked at: {len(parts)}); pass files with sequences")
-    chosen = _find_columns(_common_schema(parts), data, parts[0].origin.url)
+    schema, folders = _with_folders(_common_schema(parts), origins)
+    chosen = _find_columns(schema, data, parts[0].origin.url, extra | folders)
+    chosen = replace(chosen, fasta=is_fasta)
     if columns is not None:
         chosen = _project(chosen, columns, parts[0].origin.url)
+    elif not is_fasta and (told := describe_roles(find_roles(schema.names))):
+        logger.info(printable(f"{origins[0].url}: columns understood as {told}"))
     for name in _RESERVED:
         if name in chosen.schema.names:
             raise InputError(
@@ -352,13 +423,40 @@ def open_source(
     return ParquetBlocks(found, parts, origins, chosen, data.block_rows)
 
 
+def _with_folders(schema: pa.Schema, origins: Sequence[_Origin]) -> tuple[pa.Schema, dict[str, _Made]]:
+    """Adds a column for each `key=value` folder: int64 where every value is a plain whole number, else text.
+
+    Raises:
+        InputError: Some files are in folders of a name and others are not.
+    """
+    names = list(dict.fromkeys(name for origin in origins for name in origin.folders))
+    made = {}
+    for name in names:
+        if name in schema.names:
+            logger.warning(printable(f"the files have a column {name!r} of their own; the folders {name}=... are ignored"))
+            continue
+        lacking = next((origin for origin in origins if name not in origin.folders), None)
+        if lacking is not None:
+            other = next(origin for origin in origins if name in origin.folders)
+            raise InputError(
+                f"{other.url} is in a folder {name}=..., a column, but {lacking.url} is not; put all files into such "
+                "folders, or pass only one"
+            )
+        values = [origin.folders[name] for origin in origins]
+        whole = [value is None or re.fullmatch(r"0|-?[1-9]\d{0,17}", value) is not None for value in values]
+        kind = pa.int64() if all(whole) and any(value is not None for value in values) else pa.string()
+        schema = schema.append(pa.field(name, kind))
+        made[name] = _Made.FOLDER
+    return schema, made
+
+
 def check_unique_ids(source: ParquetBlocks) -> None:
     """Checks that no id occurs twice. By hand, as it needs 8 bytes of memory per row where a library holds all ids.
 
     Raises:
         InputError: An id is repeated, or a row has none.
     """
-    if source._columns.file_columns[0] is None:
+    if source._columns.file_columns[0] is _Made.FILE_ROW:
         return
     ids = source.select((), _HASHED_ROWS)
     hashes = np.empty(source.rows, np.uint64)
@@ -384,8 +482,12 @@ def _confirm_unique(ids: ParquetBlocks, suspects: UInt64[np.ndarray, " suspects"
             if value in rows:
                 raise InputError(
                     f"sequence_id {value!r} is not unique: {ids.locate(rows[value])} and {ids.locate(row)} (counted "
-                    f"from 0) have it, and {repeats} rows in all repeat an earlier id; make ids unique, or name "
-                    "another column with --data.id_column"
+                    f"from 0) have it, and {repeats} rows in all repeat an earlier id; make ids unique, "
+                    + (
+                        "or pass --data.id header (the whole header) or --data.id file_row (file and row)"
+                        if ids._columns.fasta
+                        else "or name another column with --data.id_column, or pass --data.id file_row"
+                    )
                 )
             rows[value] = row
 
@@ -431,11 +533,17 @@ def _read_footer(found: Files, path: str, name: str) -> _Part:
                 tail = stream.read()
         metadata = pq.read_metadata(pa.BufferReader(tail))
         schema = metadata.schema.to_arrow_schema()
+        _ = schema.names, [str(field.type) for field in schema]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{url}: the name of a column is not UTF-8 ({error.object!r:.60}); write the file again with names in UTF-8"
+        ) from error
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"{url} ({size} bytes) is not a whole Parquet file ({one_line(error)}); get it again or leave it out"
         ) from error
-    origin = _Origin(url, name, size, metadata.num_rows, hashlib.sha256(tail[-length:-8]).hexdigest())
+    digest = hashlib.sha256(tail[-length:-8]).hexdigest()
+    origin = _Origin(url, name, size, metadata.num_rows, digest, found.folders(path))
     return _Part(path, metadata, schema, origin)
 
 
@@ -481,8 +589,17 @@ def _common_schema(parts: Sequence[_Part]) -> pa.Schema:
     return pa.schema([(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in types.items()])
 
 
-def _find_columns(schema: pa.Schema, data: DataConfig, url: str) -> _Columns:
+def _find_columns(schema: pa.Schema, data: DataConfig, url: str, made: Mapping[str, _Made]) -> _Columns:
     """Finds the sequence and the id column and puts sequence_id first.
+
+    Where the columns are not there under their default names, they are found by `aliases.find_column`. A column of
+    another name that becomes sequence_id because of a flag is moved; one found as an alias stays, too.
+
+    Args:
+        schema: Columns of the files, and those made from folders.
+        data: The flags.
+        url: The first file, for messages.
+        made: Columns that are not in the files; those that `schema` lacks are added.
 
     Raises:
         InputError: There is no such sequence column, a type is wrong, or two columns would become sequence_id.
@@ -490,6 +607,8 @@ def _find_columns(schema: pa.Schema, data: DataConfig, url: str) -> _Columns:
     sequence, column = data.sequence_column, data.id_column
     if sequence == column:
         raise InputError(f"--data.sequence_column and --data.id_column are both {column!r}; pass two columns")
+    if sequence == DataConfig.sequence_column and sequence not in schema.names:
+        sequence = find_column("sequence", [name for name in _text_columns(schema) if name != column]) or sequence
     if sequence not in schema.names:
         raise InputError(f"{url} has no column {sequence!r}; {_suggestion(schema, data)}")
     if not _is_text(schema.field(sequence).type):
@@ -497,7 +616,11 @@ def _find_columns(schema: pa.Schema, data: DataConfig, url: str) -> _Columns:
             f"{url}: column {sequence!r} is {schema.field(sequence).type}, not text; "
             "write it as a string column, or name another with --data.sequence_column"
         )
-    if column != _ID and _ID in schema.names:
+    alias = None
+    if data.id == "column" and column == _ID and _ID not in schema.names:
+        usable = [name for name in schema.names if name != sequence and _is_id(schema.field(name).type)]
+        alias = find_column("id", usable)
+    if data.id == "column" and column != _ID and _ID in schema.names:
         if column in schema.names:
             raise InputError(
                 f"{url}: column {column!r} is to become {_ID!r}, but there is another column of that name; "
@@ -506,20 +629,50 @@ def _find_columns(schema: pa.Schema, data: DataConfig, url: str) -> _Columns:
         raise InputError(f"{url} has no column {column!r}, but one named {_ID!r}; pass --data.id_column {_ID}")
     if column != _ID and column not in schema.names:
         raise InputError(
-            f"{url} has no column {column!r}; name one of {', '.join(schema.names)} with --data.id_column, "
+            f"{url} has no column {column!r}; name one of {_listed(schema.names)} with --data.id_column, "
             "or leave it out to number the rows"
         )
-    present = column in schema.names
-    kind = schema.field(column).type if present else pa.string()
-    if not _is_text(kind) and not pa.types.is_integer(kind):
+    taken = alias or column
+    present = taken in schema.names
+    kind = schema.field(taken).type if present else pa.string()
+    if data.id == "column" and not _is_id(kind):
         raise InputError(
             f"{url}: id column {column!r} is {kind}, neither text nor integer; "
             "write it as a string column, or name another with --data.id_column"
         )
-    rest = [field for field in schema if field.name != column]
-    ids = pa.field(_ID, kind if _is_text(kind) else pa.string())
-    file_columns = (column if present else None, *(field.name for field in rest))
-    return _Columns(pa.schema([ids, *rest]), file_columns, sequence)
+    source: str | _Made = taken if present else _Made.FILE_ROW
+    if data.id != "column":
+        source, kind = (_Made.HEADER if data.id == "header" else _Made.FILE_ROW), pa.string()
+        if _OLD_ID in schema.names and _ID in schema.names:
+            raise InputError(f"{url}: --data.id {data.id} keeps {_ID!r} as {_OLD_ID!r}, but there is one; rename it")
+    elif isinstance(made.get(taken), _Made):
+        source = made[taken]
+    fields = [pa.field(_ID, kind if _is_text(kind) else pa.string())]
+    columns: list[str | _Made] = [source]
+    for field in schema:
+        if data.id == "column" and field.name == taken and alias is None:
+            continue
+        if data.id == "header" and field.name in (_ID, "description"):
+            continue
+        fields.append(field.with_name(_OLD_ID) if field.name == _ID else field)
+        columns.append(made.get(field.name, field.name))
+    for name in [name for name in made if name not in schema.names]:
+        fields.append(pa.field(name, pa.int64()))
+        columns.append(made[name])
+    return _Columns(pa.schema(fields), tuple(columns), sequence, taken)
+
+
+def _text_columns(schema: pa.Schema) -> list[str]:
+    return [field.name for field in schema if _is_text(field.type)]
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return _is_text(kind) or pa.types.is_integer(kind)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_LISTED])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > _LISTED else shown
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -527,12 +680,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _suggestion(schema: pa.Schema, data: DataConfig) -> str:
-    text = {field.name.lower(): field.name for field in schema if _is_text(field.type) and field.name != data.id_column}
-    likely = [name for name in _SEQUENCE_NAMES if name in text]
+    text = {name.lower(): name for name in _text_columns(schema) if name != data.id_column}
+    alias = find_column("sequence", text.values())
+    likely = [] if alias is None else [alias.lower()]
     for wanted in (data.sequence_column.lower(), "sequence"):
         likely += difflib.get_close_matches(wanted, [name for name in text if not name.endswith("id")], 1)
     column = text[likely[0]] if likely else "COLUMN"
-    return f"pass --data.sequence_column {column} (columns: {', '.join(schema.names)})"
+    return f"pass --data.sequence_column {column} (columns: {_listed(schema.names) or 'none'})"
 
 
 def _row_groups(parts: Sequence[_Part]) -> tuple[_Group, ...]:
@@ -578,7 +732,7 @@ def _project(chosen: _Columns, columns: Sequence[str], url: str) -> _Columns:
     """Keeps sequence_id and only these columns."""
     for name in columns:
         if name not in chosen.schema.names:
-            raise InputError(f"{url} has no column {name!r}; choose from: {', '.join(chosen.schema.names)}")
+            raise InputError(f"{url} has no column {name!r}; choose from: {_listed(chosen.schema.names)}")
     kept = [i for i, name in enumerate(chosen.schema.names) if i == 0 or name in columns]
     return replace(
         chosen,

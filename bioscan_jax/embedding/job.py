@@ -55,8 +55,10 @@ class Job:
             {
                 "input": self.source.fingerprint,
                 "data": {
-                    "sequence_column": self.data.sequence_column,
-                    "id_column": self.data.id_column,
+                    "sequence_column": self.source.sequence_column,
+                    "id_column": self.source.id_column,
+                    # No key where it is the default: tables made before there was this setting still open.
+                    **({} if self.data.id == "column" else {"id": self.data.id}),
                     "max_tokens": self.blocks.encoding.max_tokens,
                     "overlong": self.data.overlong,
                     "block_rows": self.data.block_rows,

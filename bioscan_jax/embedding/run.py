@@ -13,7 +13,8 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import CleaningCounts
 from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.data.encode import BlockCounts
-from bioscan_jax.data.parquet import check_unique_ids, open_source
+from bioscan_jax.barcodes.lineage import lineage_columns, survey_lineages
+from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import stop_on_signals
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
@@ -21,10 +22,13 @@ from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.job import Job, prepare, scratch_directory
 from bioscan_jax.embedding.pipeline import Work, run_rounds
 from bioscan_jax.embedding.summary import RunSummary, StageClock, peak_device_bytes, peak_host_bytes, versions
-from bioscan_jax.errors import InputError, Interrupted
+from bioscan_jax.errors import InputError, Interrupted, logger
+from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS, vector_schema
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.sink import VectorTable
 from bioscan_jax.table.storage import drop_if_empty, sidecar_path, storage_errors, table_exists, table_path, write_whole
+
+_SURVEYED_ROWS = 65_536
 
 
 def embed(
@@ -88,12 +92,15 @@ def embed_with(
         scratch = held.enter_context(scratch_directory(sink, owned=jax.process_index() == 0))
         with clock.stage("open"):
             source = open_source(data, scratch=scratch)
+            vector_schema(source.schema, 1, sink.vector_dtype)  # refuses names and types before the model is loaded
         with clock.stage("load"):
             encoder = make_encoder(make_layout(mesh, local=jax.process_count() > 1))
         with clock.stage("open"):
             job = prepare(source, encoder, data, embed, sink)
+            notes: list[str] = []
             if not table_exists(sink.uri, sink.table):
                 check_unique_ids(source)
+                notes = _notes(source) if jax.process_index() == 0 else []
         table = held.enter_context(_opened_table(job)) if jax.process_index() == 0 else None
         first = json.loads(gather_bytes(json.dumps(table.next_block if table else None).encode())[0])
         resumed = min(first * source.block_rows, source.rows)
@@ -117,10 +124,34 @@ def embed_with(
         # Also keeps the other processes here while process 0 builds an index: one that exits would stop it.
         work, vectors, rejects = _totals(work, table)
         summary = _summary(job, work, vectors, rejects, resumed, index, clock, begun)
+        summary = dataclasses.replace(summary, notes=notes)
         if table is not None and resumed < source.rows:
             with storage_errors(sink.uri, source.rows):
                 write_whole(sidecar_path(sink.uri, sink.table, "run"), summary.to_json().encode())
     return summary
+
+
+def _notes(source: ParquetBlocks) -> list[str]:
+    """Returns, and logs as warnings, what of the input's lineages and column names may surprise later."""
+    notes = []
+    if clashes := [name for name in source.schema.names if name in SEARCH_COLUMNS]:
+        notes.append(
+            f"the columns {', '.join(clashes)} are kept, but bioscan search has results of these names: there they are "
+            f"called {', '.join(name + CLASH_SUFFIX for name in clashes)}"
+        )
+    if columns := lineage_columns(source.schema.names):
+        lineages = source.select(columns, _SURVEYED_ROWS)
+        blocks = (lineages[index] for index in range(len(lineages)))
+        try:
+            survey = survey_lineages(
+                (block.table, lambda row, first=block.first_row: source.locate(first + row)) for block in blocks
+            )
+            notes += survey.warnings()
+        except InputError as error:
+            notes.append(f"the lineages cannot be used: {error}")
+    for note in notes:
+        logger.warning(note)
+    return notes
 
 
 @contextmanager

@@ -141,6 +141,8 @@ class RunSummary:
     provenance: dict[str, str | None]
     index: str | None
     """The indexes built at the end."""
+    notes: list[str] = field(default_factory=list)
+    """Warnings about the lineages and columns of the input; empty in a run that resumes."""
 
     @property
     def rows_per_second(self) -> float:
@@ -173,7 +175,9 @@ class RunSummary:
             "rejects": f"{self.rejects:,} in the rejects table; this run: {rejects}",
             "truncated": f"{counts.truncated:,} sequences",
             "cleaned": f"{changes.lower_case:,} lower-case, {changes.u_to_t:,} U to T, "
-            f"{changes.ambiguous_to_n:,} ambiguous to N, {changes.gaps_removed:,} gaps removed (characters)",
+            f"{changes.ambiguous_to_n:,} ambiguous to N, {changes.gaps_removed:,} gaps "
+            + (f"and {changes.stops_removed:,} final '*' " if changes.stops_removed else "")
+            + "removed (characters)",
             "tokens": f"{self.tokens_real:,} real, {self.tokens_computed:,} computed (x {waste:.3f})",
             "shapes": f"{shapes}; compiled in {self.seconds['compile']:.1f} s",
             "seconds": stages,
@@ -184,6 +188,8 @@ class RunSummary:
         }
         if self.index is not None:
             lines["index"] = self.index
+        for number, note in enumerate(self.notes, 1):
+            lines["note" if number == 1 else f"note {number}"] = note
         if self.resumed_at == self.rows:
             work = ("truncated", "cleaned", "tokens", "shapes", "seconds", "speed", "overlap")
             lines = {name: text for name, text in lines.items() if name not in work}

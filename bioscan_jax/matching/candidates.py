@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
-from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.barcodes.lineage import lineage_columns, read_lineages
 from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads
 from bioscan_jax.checkpoints.readers import sha256_of
 from bioscan_jax.data.encode import EncodedBlock
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import Encoder
+from bioscan_jax.errors import InputError, logger
 from bioscan_jax.matching.alignment import Pool, edit_distances, identities, none_nearer
 from bioscan_jax.matching.neighbours import by_index, exact, nearest, search_kind
 from bioscan_jax.matching.queries import encode_queries, encoder_of_table
@@ -103,6 +104,7 @@ def find_candidates(
     Raises:
         InputError: A value of the input cannot be read.
     """
+    noted: set[str] = set()
     for encoded, vectors in encode_queries(matcher.encoder, source):
         texts = _cleaned(encoded.block.table[source.sequence_column].take(pa.array(encoded.kept)))
         found = nearest(vectors, matcher.reference, matcher.settings)
@@ -124,7 +126,7 @@ def find_candidates(
             similarity=found.similarity,
             edit_distances=edits,
             heads=None if matcher.heads is None else head_votes(matcher.heads, vectors, matcher.taxa),
-            truth=_truth(matcher, encoded),
+            truth=_truth(matcher, encoded, source, noted),
         )
 
 
@@ -204,12 +206,27 @@ def _cleaned(column: pa.ChunkedArray | pa.Array) -> list[str]:
     return [text or "" for text in clean(column).sequences.to_pylist()]
 
 
-def _truth(matcher: Matcher, encoded: EncodedBlock) -> Int32[np.ndarray, "queries 7"] | None:
-    table = encoded.block.table
-    names = table.column_names
-    if LINEAGE_COLUMN not in names and not all(rank in names for rank in RANKS):
+def _truth(
+    matcher: Matcher, encoded: EncodedBlock, source: ParquetBlocks, noted: set[str]
+) -> Int32[np.ndarray, "queries 7"] | None:
+    """Codes the labels of a block, if any; notes once what cannot be read, which identification does not need."""
+    table, first = encoded.block.table.take(pa.array(encoded.kept)), encoded.block.first_row
+    if not lineage_columns(table.column_names):
         return None
-    return matcher.taxa.truth(read_lineages(table.take(pa.array(encoded.kept))))
+
+    def note(row: int, text: str) -> None:
+        if "lineage" not in noted:
+            noted.add("lineage")
+            where = source.locate(first + int(encoded.kept[row]))
+            logger.warning(f"{where} (counted from 0): the lineage {text[:120]!r} cannot be read and counts as unknown")
+
+    try:
+        return matcher.taxa.truth(read_lineages(table, unreadable=note))
+    except InputError as error:
+        if "column" not in noted:
+            noted.add("column")
+            logger.warning(f"the labels of the queries are not used: {error}")
+        return None
 
 
 def alignment_recall(

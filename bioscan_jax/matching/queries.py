@@ -106,7 +106,11 @@ def open_queries(query: config.QueryConfig, scratch: Path) -> ParquetBlocks:
         InputError: There is nothing to read, or a column is missing.
     """
     data = config.DataConfig(
-        path=query.path, sequence_column=query.sequence_column, id_column=query.id_column, block_rows=_BLOCK_ROWS
+        path=query.path,
+        sequence_column=query.sequence_column,
+        id_column=query.id_column,
+        id=query.id,
+        block_rows=_BLOCK_ROWS,
     )
     with _as_query_flags():
         return open_source(data, scratch=scratch)

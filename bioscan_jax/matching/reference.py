@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float32, Int32, Int64, UInt64
 
 from bioscan_jax import config
-from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.barcodes.lineage import RANKS, lineage_columns, missing_lineages, read_lineages
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.reading import check_condition, open_existing, schema_metadata
 from bioscan_jax.table.storage import storage_errors
@@ -62,8 +62,12 @@ class Reference:
             InputError: The table has no labels.
         """
         names = self.dataset.schema.names
-        wanted = list(RANKS) if all(rank in names for rank in RANKS) else [LINEAGE_COLUMN]
-        return read_lineages(self.dataset.to_table(columns=[name for name in wanted if name in names]))
+        wanted = lineage_columns(names)
+        if not wanted:
+            raise missing_lineages([name for name in names if name != "vector"])
+        return read_lineages(
+            self.dataset.to_table(columns=wanted), locate=lambda row: f"{self.dataset.uri} row {row}"
+        )
 
     def rows_of(self, row_ids: UInt64[np.ndarray, " found"]) -> Int64[np.ndarray, " found"]:
         """Returns the table positions of rows given by Lance's ids."""

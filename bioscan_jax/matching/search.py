@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from bioscan_jax import config
-from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS
+from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.neighbours import nearest as nearest_rows
 from bioscan_jax.matching.queries import encoder_of_table
 from bioscan_jax.matching.reference import Reference, open_reference
+from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS
 from bioscan_jax.table.storage import table_path
 
 
@@ -69,7 +70,8 @@ class Table:
             search: `auto` uses the vector index, where there is one, from 50,000 rows on.
 
         Returns:
-            `query` (0 for the first sequence), the columns, and `similarity` (cosine), the nearest row first.
+            `query` (0 for the first sequence), the columns, and `similarity` (cosine), the nearest row first. A column
+            of the table that is called `query` or `similarity` is `query_in_table` or `similarity_in_table` here.
 
         Raises:
             InputError: The sequence has no vector, the filter or a column is wrong, or the model is not the table's.
@@ -86,9 +88,21 @@ class Table:
         rows = found.rows[query, place]
         distinct, back = np.unique(rows, return_inverse=True)
         taken = reference.dataset.take(distinct, columns=wanted).take(pa.array(back))
+        taken = taken.rename_columns(_without_clashes(wanted))
         return taken.add_column(0, "query", pa.array(query)).append_column(
             "similarity", pa.array(found.similarity[query, place])
         )
+
+
+def _without_clashes(names: Sequence[str]) -> list[str]:
+    """Returns the names with a suffix where results have a column of that name."""
+    found: list[str] = []
+    for name in names:
+        renamed = name
+        while renamed in SEARCH_COLUMNS or (renamed != name and renamed in names):
+            renamed += CLASH_SUFFIX
+        found.append(renamed)
+    return found
 
 
 def open_table(
@@ -126,7 +140,8 @@ def open_table(
 def short_columns(table: Table) -> list[str]:
     """Returns the columns that fit a terminal: id, marker, and the lineage or the ranks that the table has."""
     names = table.columns
-    lineage = [LINEAGE_COLUMN] if LINEAGE_COLUMN in names else [rank for rank in RANKS if rank in names]
+    lineage = [LINEAGE_COLUMN] if LINEAGE_COLUMN in names else lineage_columns(names)
+    lineage = lineage or [rank for rank in RANKS if rank in names]
     return [name for name in ("sequence_id", "marker_gene", *lineage) if name in names]
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Float64, Int32, Int64
 
-from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.barcodes.aliases import find_column
+from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns, read_lineages
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.reading import open_existing, schema_metadata
 from bioscan_jax.table.storage import open_dataset, read_if_exists, sidecar_path, storage_errors, table_path
@@ -132,13 +133,6 @@ def contains_all(uri: str, table: str, ids: Sequence[str]) -> bool:
     return set(ids) <= set(found["sequence_id"].to_pylist())
 
 
-def lineage_columns(names: Sequence[str]) -> list[str]:
-    """Returns those of the named columns that hold the lineages; an empty list if none do."""
-    if all(rank in names for rank in RANKS):
-        return list(RANKS)
-    return [LINEAGE_COLUMN] if LINEAGE_COLUMN in names else []
-
-
 def _count_taxa(dataset: "lance.LanceDataset", notes: dict[str, str]) -> tuple[Taxa, ...]:
     columns = lineage_columns(dataset.schema.names)
     if not columns:
@@ -162,7 +156,10 @@ def _read_rows(
 ) -> Rows:
     available = dataset.schema.names
     lineages = lineage_columns(available)
-    columns = ["sequence_id", "vector", *lineages, *(n for n in (*_NUMBERS, "marker_gene") if n in available)]
+    called = {name: find_column(name, available) or name for name in _NUMBERS}
+    marker = find_column("marker", available)
+    others = [name for name in (*called.values(), marker) if name in available]
+    columns = list(dict.fromkeys(["sequence_id", "vector", *lineages, *others]))
     with storage_errors(dataset.uri):
         read = dataset.to_table(columns=columns) if chosen is None else dataset.take(chosen, columns=columns)
     names = np.full((len(read), len(RANKS)), -1, np.int32)
@@ -170,11 +167,11 @@ def _read_rows(
         for rank, (found, column) in enumerate(zip(taxa, read_lineages(read), strict=True)):
             index = {name: i for i, name in enumerate(found.names)}
             names[:, rank] = [-1 if name is None else index[name] for name in column.to_pylist()]
-    depth, latitude, longitude = (_numbers(read, name, notes) for name in _NUMBERS)
+    depth, latitude, longitude = (_numbers(read, name, called[name], notes) for name in _NUMBERS)
     placed = (np.abs(latitude) <= 90) & (np.abs(longitude) <= 180)
     if not placed.any():
         notes.setdefault("places", "no row has both a latitude and a longitude")
-    markers = read["marker_gene"].to_pylist() if "marker_gene" in available else [None] * len(read)
+    markers = [None] * len(read) if marker is None else read[marker].to_pylist()
     return Rows(
         ids=tuple(str(name) for name in read["sequence_id"].to_pylist()),
         vectors=_vectors(read, dataset.uri),
@@ -198,18 +195,18 @@ def _vectors(read: pa.Table, where: str) -> Float32[np.ndarray, "rows hidden"]:
     return vectors
 
 
-def _numbers(read: pa.Table, name: str, notes: dict[str, str]) -> Float64[np.ndarray, " rows"]:
+def _numbers(read: pa.Table, name: str, called: str, notes: dict[str, str]) -> Float64[np.ndarray, " rows"]:
     """Reads a column of numbers, NaN where one is missing; adds a note if there is no such column or it holds text."""
     part = "depth" if name == "depth" else "places"
     unknown = np.full(len(read), np.nan)
-    if name not in read.column_names:
+    if called not in read.column_names:
         notes.setdefault(part, f"the table has no column {name}")
         return unknown
-    kind = read[name].type
+    kind = read[called].type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
-        notes.setdefault(part, f"the column {name} has the type {kind}, not numbers")
+        notes.setdefault(part, f"the column {called} has the type {kind}, not numbers")
         return unknown
-    values = read[name].cast(pa.float64()).to_numpy()
+    values = read[called].cast(pa.float64()).to_numpy()
     return np.where(np.isfinite(values), values, np.nan)
 
 

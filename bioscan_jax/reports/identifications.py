@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float64
 
-from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns, read_lineages
 from bioscan_jax.errors import InputError
-from bioscan_jax.reports.contents import Taxa, lineage_columns
+from bioscan_jax.reports.contents import Taxa
 
 _BINS = 10
 _NEAREST = 100

@@ -8,6 +8,10 @@ import pyarrow as pa
 from bioscan_jax.errors import InputError
 
 _OWN_COLUMNS = ("vector", "source_row", "_distance")
+SEARCH_COLUMNS = ("query", "similarity")
+"""Columns that a search of the table adds to its results."""
+CLASH_SUFFIX = "_in_table"
+"""Appended in results to a column of the table that is called like one of them."""
 _LANCE_COLUMNS = ("_rowid", "_rowaddr", "_rowoffset", "_row_created_at_version", "_row_last_updated_at_version")
 
 
@@ -54,7 +58,7 @@ def vector_schema(source_schema: pa.Schema, hidden_size: int, vector_dtype: Lite
         vector_dtype: Type of the vector's elements.
 
     Raises:
-        InputError: A column has a reserved name or a type that cannot be stored.
+        InputError: A column has a reserved name or a type that cannot be stored, or two names differ only in case.
     """
     item = {"float32": pa.float32(), "float16": pa.float16()}[vector_dtype]
     fields = [
@@ -75,6 +79,13 @@ def vector_schema(source_schema: pa.Schema, hidden_size: int, vector_dtype: Lite
             raise InputError(f"input column {name!r} has type {field.type}, which Lance cannot store; cast or drop it")
         if name != "sequence_id":
             fields.append(pa.field(name, stored))
+    by_case: dict[str, str] = {}
+    for field in fields:
+        if (other := by_case.setdefault(field.name.casefold(), field.name)) != field.name:
+            raise InputError(
+                f"the columns {other!r} and {field.name!r} differ only in case, and SQL cannot tell them apart; "
+                "rename one in the input"
+            )
     return pa.schema(fields)
 
 

@@ -14,13 +14,14 @@ import pyarrow as pa
 from jaxtyping import Float32, Int, Int8, Int32, Int64, UInt8
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.aliases import find_column
 from bioscan_jax.barcodes.cleaning import clean, string_bytes
 from bioscan_jax.barcodes.labels import LabelSpace
-from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.barcodes.lineage import RANKS, LineageSurvey, lineage_columns, missing_lineages, read_lineages
 from bioscan_jax.barcodes.metadata import METADATA_COLUMNS, check_metadata
 from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 from bioscan_jax.data.parquet import ParquetBlocks
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, logger
 from bioscan_jax.training import splits
 
 _BLOCK_ROWS = 16_384
@@ -87,10 +88,15 @@ def prepare_examples(
     """
     present = source.schema.names
     held_out = None if wanted.split_column else splits.HELD_OUT_RANK[wanted.split]
-    lineages = _lineage_columns(present) if labelled or held_out else []
+    lineages = lineage_columns(present) if labelled or held_out else []
+    if (labelled or held_out) and not lineages:
+        raise missing_lineages(present)
+    if wanted.split_column is None and (column := find_column("split", present)) is not None:
+        logger.info(f"the column {column!r} is not used; pass --data.split_column {column} if it assigns the splits")
+    places = {name: find_column(name, present) or name for name in METADATA_COLUMNS}
     extra = [wanted.split_column] if wanted.split_column else []
     extra += lineages if held_out else []
-    extra += [name for name in METADATA_COLUMNS if name in present] if with_metadata else []
+    extra += [column for column in places.values() if column in present] if with_metadata else []
     path = scratch / "bases"
     sequences, lengths, tokens, taxa, from_column, metadata = [], [], [], [], [], []
     with path.open("wb") as file:
@@ -103,12 +109,12 @@ def prepare_examples(
             tokens.append(encode(cleaned.sequences, vocabulary).lengths.astype(np.int32))
             sequences.append(splits.fingerprints(cleaned.sequences, seed=wanted.split_seed))
             if held_out:
-                names = read_lineages(table)[RANKS.index(held_out)]
+                names = read_lineages(table, locate=locate)[RANKS.index(held_out)]
                 taxa.append(splits.fingerprints(names, seed=wanted.split_seed))
             if wanted.split_column:
                 from_column.append(splits.read_given_splits(table[wanted.split_column], locate=locate))
             if with_metadata:
-                metadata.append(check_metadata(table, locate=locate))
+                metadata.append(check_metadata(table, locate=locate, columns=places))
             on_rows(table.num_rows)
     fingerprints = np.concatenate(sequences)
     if wanted.split_column:
@@ -134,16 +140,6 @@ def prepare_examples(
     return examples
 
 
-def _lineage_columns(present: Sequence[str]) -> list[str]:
-    """Returns the columns that `read_lineages` reads."""
-    if all(rank in present for rank in RANKS):
-        return list(RANKS)
-    if LINEAGE_COLUMN in present:
-        return [LINEAGE_COLUMN]
-    read_lineages(pa.table({name: pa.array([], pa.string()) for name in present}))  # raises, naming what is missing
-    raise AssertionError(present)
-
-
 def _tables(source: ParquetBlocks, columns: Sequence[str]) -> Generator[tuple[int, pa.Table], None, None]:
     """Yields the first row and the table of each block."""
     blocks = source.select(list(dict.fromkeys(columns)), _BLOCK_ROWS)
@@ -167,8 +163,17 @@ def _labels(
         for first, table in _tables(source, columns):
             yield table.filter(pa.array(train[first : first + table.num_rows]))
 
-    space = LabelSpace.build(training())
-    labels = np.empty((source.rows, len(RANKS)), np.int32)
+    try:
+        space = LabelSpace.build(training())
+    except InputError:
+        for first, table in _tables(source, columns):  # the same error with file and row, if it is about one
+            read_lineages(table, locate=partial(_locate, source, first))
+        raise
+    labels, survey = np.empty((source.rows, len(RANKS)), np.int32), LineageSurvey()
     for first, table in _tables(source, columns):
-        labels[first : first + table.num_rows] = space.encode(read_lineages(table))
+        locate = partial(_locate, source, first)
+        labels[first : first + table.num_rows] = space.encode(read_lineages(table, locate=locate))
+        survey.add(table, locate)
+    for line in survey.warnings():
+        logger.warning(line)
     return space, labels

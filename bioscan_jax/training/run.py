@@ -239,7 +239,7 @@ def _check(
 
 
 def _as_data(data: config.ExamplesConfig) -> config.DataConfig:
-    return config.DataConfig(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column)
+    return config.DataConfig(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column, id=data.id)
 
 
 def _max_tokens(data: config.ExamplesConfig, loaded: LoadedModel) -> int:

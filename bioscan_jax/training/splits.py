@@ -39,6 +39,9 @@ _GIVEN = {
     "test": 2,
     "testing": 2,
     "unused": LEFT_OUT,
+    "pretrain": 0,
+    "key_unseen": LEFT_OUT,
+    "other_heldout": LEFT_OUT,
 }
 
 
@@ -120,7 +123,8 @@ def read_given_splits(
     """Reads a column of given splits, that of --data.split_column.
 
     Values are train, validation or test, their usual forms (training, val, valid, dev, testing), or unused. Case is
-    ignored, and so is the rest of a value after '_': test_unseen_species is read as test.
+    ignored, and so is the rest of a value after '_': test_unseen_species is read as test. BIOSCAN-5M's pretrain is
+    read as train; its key_unseen and other_heldout hold taxa that training must not see, and are unused.
 
     Args:
         column: Column of the whole input or of a block.
@@ -134,7 +138,7 @@ def read_given_splits(
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
         coded = chunk.cast(pa.string()).dictionary_encode("encode")
         values = coded.dictionary.to_pylist()
-        numbers = [None if value is None else _GIVEN.get(value.strip().lower().split("_")[0]) for value in values]
+        numbers = [None if value is None else _split_named(value.strip().lower()) for value in values]
         for value, number in zip(values, numbers, strict=True):
             if number is None:
                 row = rows + pc.index(coded.indices, values.index(value)).as_py()
@@ -145,6 +149,10 @@ def read_given_splits(
         splits.append(np.array(numbers, np.int8)[coded.indices.to_numpy()])
         rows += len(chunk)
     return np.concatenate(splits)
+
+
+def _split_named(value: str) -> int | None:
+    return _GIVEN.get(value, _GIVEN.get(value.split("_")[0]))
 
 
 def check_leakage(

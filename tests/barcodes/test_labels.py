@@ -245,7 +245,7 @@ def test_species_are_binomials(genus: str | None, species: str | None, known: tu
     assert read_one(genus, species) == known
 
 
-@pytest.mark.parametrize("text", ["Animalia", "a;b;c;d;e;f", "a;b;c;d;e;f;g;"])
+@pytest.mark.parametrize("text", ["Animalia", "a;b;c;d;e;f", "a;b;c;d;e;f;g;h"])
 def test_a_lineage_of_other_than_seven_fields_is_quoted(text: str):
     table = pa.table({"taxonomy": ["a;;;;;;", None, text]})
     with pytest.raises(InputError, match=re.escape(f"the lineage {text!r} has {text.count(';') + 1} fields")):

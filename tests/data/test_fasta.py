@@ -175,10 +175,7 @@ def test_hash_is_of_headers_and_sequences_not_of_their_packing(tmp_path):
         ("x.fsa", b"ACGT\n", "does not start with '>'"),
         ("x.fastq", b"@a\nAC\n+\nII\n@b\nACGT\n+\nIII\n", "line 8: .*Length of sequence and qualities differ"),
         ("x.fastq", b"@a\nACGT\n+\n", "line 4: .*Premature end of file"),
-        ("x.fa", ">a\nAC\n>b Müller\nAC\n".encode(), "line 3: a character that is not ASCII"),
-        ("x.fa", b">a\nAC\n>b M\xfcller\nAC\n", "line 3: a character that is not ASCII"),
         ("x.fa", b">a\nAC\n>b\nAC\xc3\xa9\n", "line 4: a character that is not ASCII"),
-        ("x.fq", b"@a\nAC\n+\nII\n@b M\xfc\nAC\n+\nII\n", "line 5: a character that is not ASCII"),
         (
             "x.fa.gz",
             gzip.compress(b">a\n" + np.random.default_rng(0).bytes(5000).hex().encode(), mtime=0)[:-500],
