@@ -70,28 +70,99 @@ do not matter. A role that no database names otherwise is called as in 'bioscan_
 
 KINGDOM_OF_PHYLUM = {
     **dict.fromkeys(
-        "Acanthocephala Annelida Arthropoda Brachiopoda Bryozoa Cephalorhyncha Chaetognatha Chordata Cnidaria Ctenophora "
-        "Cycliophora Dicyemida Echinodermata Echiura Entoprocta Gastrotricha Gnathostomulida Hemichordata Kinorhyncha "
-        "Loricifera Micrognathozoa Mollusca Myxozoa Nematoda Nematomorpha Nemertea Onychophora Orthonectida Phoronida "
-        "Placozoa Platyhelminthes Porifera Priapulida Rotifera Sipuncula Tardigrada Xenacoelomorpha".split(),
+        [
+            "Acanthocephala",
+            "Annelida",
+            "Arthropoda",
+            "Brachiopoda",
+            "Bryozoa",
+            "Cephalorhyncha",
+            "Chaetognatha",
+            "Chordata",
+            "Cnidaria",
+            "Ctenophora",
+            "Cycliophora",
+            "Dicyemida",
+            "Echinodermata",
+            "Echiura",
+            "Entoprocta",
+            "Gastrotricha",
+            "Gnathostomulida",
+            "Hemichordata",
+            "Kinorhyncha",
+            "Loricifera",
+            "Micrognathozoa",
+            "Mollusca",
+            "Myxozoa",
+            "Nematoda",
+            "Nematomorpha",
+            "Nemertea",
+            "Onychophora",
+            "Orthonectida",
+            "Phoronida",
+            "Placozoa",
+            "Platyhelminthes",
+            "Porifera",
+            "Priapulida",
+            "Rotifera",
+            "Sipuncula",
+            "Tardigrada",
+            "Xenacoelomorpha",
+        ],
         "Animalia",
     ),
     **dict.fromkeys(
-        "Anthocerotophyta Bryophyta Charophyta Chlorophyta Glaucophyta Lycopodiophyta Magnoliophyta Marchantiophyta "
-        "Pinophyta Pteridophyta Rhodophyta Streptophyta Tracheophyta".split(),
+        [
+            "Anthocerotophyta",
+            "Bryophyta",
+            "Charophyta",
+            "Chlorophyta",
+            "Glaucophyta",
+            "Lycopodiophyta",
+            "Magnoliophyta",
+            "Marchantiophyta",
+            "Pinophyta",
+            "Pteridophyta",
+            "Rhodophyta",
+            "Streptophyta",
+            "Tracheophyta",
+        ],
         "Plantae",
     ),
     **dict.fromkeys(
-        "Ascomycota Basidiomycota Blastocladiomycota Chytridiomycota Cryptomycota Entomophthoromycota Glomeromycota "
-        "Mortierellomycota Mucoromycota Neocallimastigomycota Zygomycota".split(),
+        [
+            "Ascomycota",
+            "Basidiomycota",
+            "Blastocladiomycota",
+            "Chytridiomycota",
+            "Cryptomycota",
+            "Entomophthoromycota",
+            "Glomeromycota",
+            "Mortierellomycota",
+            "Mucoromycota",
+            "Neocallimastigomycota",
+            "Zygomycota",
+        ],
         "Fungi",
     ),
     **dict.fromkeys(
-        "Bigyra Cercozoa Ciliophora Cryptophyta Dinoflagellata Foraminifera Haptophyta Myzozoa Ochrophyta Oomycota "
-        "Bacillariophyta Radiozoa".split(),
+        [
+            "Bigyra",
+            "Cercozoa",
+            "Ciliophora",
+            "Cryptophyta",
+            "Dinoflagellata",
+            "Foraminifera",
+            "Haptophyta",
+            "Myzozoa",
+            "Ochrophyta",
+            "Oomycota",
+            "Bacillariophyta",
+            "Radiozoa",
+        ],
         "Chromista",
     ),
-    **dict.fromkeys("Amoebozoa Choanozoa Euglenozoa Metamonada Mycetozoa Percolozoa".split(), "Protozoa"),
+    **dict.fromkeys(["Amoebozoa", "Choanozoa", "Euglenozoa", "Metamonada", "Mycetozoa", "Percolozoa"], "Protozoa"),
 }
 """Kingdom of a phylum (GBIF's backbone and BOLD agree on these), for tables without a column for the kingdom."""
 
@@ -138,9 +209,13 @@ def find_roles(columns: Sequence[str]) -> dict[str, str]:
         column = find_column(role, [name for name in columns if name not in found.values()])
         if column is not None:
             found[role] = column
+    if len(found.keys() & set(RANK_ROLES)) >= 3 and found.get("lineage") != "taxonomy":
+        found.pop("lineage", None)  # the rank columns are read; BIOSCAN-5M's `taxon` is a single name
     return found
 
 
 def describe_roles(found: Mapping[str, str]) -> str:
     """Returns the roles whose column is not called as in this library, as `role = column` in one line; "" if none."""
-    return ", ".join(f"{role} = {column}" for role, column in found.items() if column not in ALIASES["bioscan_jax"].get(role, ()))
+    return ", ".join(
+        f"{role} = {column}" for role, column in found.items() if column not in ALIASES["bioscan_jax"].get(role, ())
+    )

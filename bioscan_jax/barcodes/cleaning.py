@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int8, Int64, UInt8
 
-from bioscan_jax.errors import InputError, printable
+from bioscan_jax.errors import InputError
 
 REASONS = {
     "null": "the value is null",
@@ -196,11 +196,16 @@ def describe_foreign(sequence: str) -> str | None:
         >>> describe_foreign("ACGTXACG?")
         "'X' at position 5, and 1 more"
     """
-    found = [position for position, letter in enumerate(_STOPS_TEXT.sub("", sequence)) if letter not in _DNA]
+    found = foreign_characters(sequence)
     if not found:
         return None
     more = f", and {len(found) - 1:,} more" if len(found) > 1 else ""
-    return f"{printable(repr(sequence[found[0]]))} at position {found[0] + 1}{more}"
+    return f"{found[0]!r} at position {sequence.index(found[0]) + 1}{more}"
+
+
+def foreign_characters(sequence: str) -> list[str]:
+    """Returns the characters of a sequence that are outside the IUPAC nucleotide code, in order."""
+    return [letter for letter in _STOPS_TEXT.sub("", sequence) if letter not in _DNA]
 
 
 def _clean_block(

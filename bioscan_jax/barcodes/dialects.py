@@ -16,7 +16,9 @@ _ROOT = re.compile(r"^\s*[Rr]oot(_1)?\s*;")
 _ORGANELLE = re.compile(r":[a-z]+$")
 _FILLED_RANK = re.compile(r"^(kingdom|phylum|class|order|family|genus|species)_", re.IGNORECASE)
 
-NEEDS_DIALECT = r"""(?:^|[;,|'"]|tax=)\s*(?:[A-Za-z]{1,2}(?:__|:)|D_[0-9]+__)|_[0-9]+\s*(?:;|$)|^\s*[Rr]oot(?:_1)?\s*;"""
+NEEDS_DIALECT = (
+    r"""(?:^|[;,|'"]|tax=)\s*(?:[A-Za-z]{1,2}(?:__|:)|D_[0-9]+__)|_[0-9]+\s*(?:;|$)|^\s*[Rr]oot(?:_1)?\s*;"""
+)
 """Regular expression (RE2) of lineages that have marks of a database, even where they have seven fields."""
 
 Names = tuple[str | None, ...]

@@ -183,7 +183,9 @@ def _given_names(
     lineages, row_of = _distinct(_as_strings(table, wanted[0]))
     lineages = pc.replace_with_mask(lineages, pc.match_substring_regex(lineages, r"^[\s\pZ]*$"), pa.scalar(";" * 6))
     fields = pc.split_pattern(lineages, ";")
-    marked = pc.or_(pc.not_equal(pc.list_value_length(fields), len(RANKS)), pc.match_substring_regex(lineages, NEEDS_DIALECT))
+    marked = pc.or_(
+        pc.not_equal(pc.list_value_length(fields), len(RANKS)), pc.match_substring_regex(lineages, NEEDS_DIALECT)
+    )
     plain = np.flatnonzero(~marked.to_numpy(zero_copy_only=False))
     others = np.flatnonzero(marked.to_numpy(zero_copy_only=False))
     read = []
@@ -241,7 +243,9 @@ def _without_marks(columns: list[pa.Array]) -> list[pa.Array]:
 
 def _kingdoms(phyla: pa.Array) -> pa.Array:
     names, row_of = _distinct(phyla)
-    return pa.array([KINGDOM_OF_PHYLUM.get((name or "").strip()) for name in names.to_pylist()], pa.string()).take(row_of)
+    return pa.array([KINGDOM_OF_PHYLUM.get((name or "").strip()) for name in names.to_pylist()], pa.string()).take(
+        row_of
+    )
 
 
 @dataclass
@@ -287,7 +291,9 @@ class LineageSurvey:
         self.rows += table.num_rows
         known = _known_names(columns)
         for rank, (written, names) in enumerate(zip(columns, known, strict=True)):
-            there = pc.fill_null(pc.invert(pc.match_substring_regex(written, _BLANK)), False).to_numpy(zero_copy_only=False)
+            there = pc.fill_null(pc.invert(pc.match_substring_regex(written, _BLANK)), False).to_numpy(
+                zero_copy_only=False
+            )
             named = names.is_valid().to_numpy(zero_copy_only=False)
             self.given[rank] += int(weights[there].sum())
             self.known[rank] += int(weights[named].sum())
@@ -305,7 +311,9 @@ class LineageSurvey:
         """Returns one line for the lineages that cannot be read, and one for each rank that a rule mostly blanks."""
         lines = []
         if self.unreadable:
-            lines.append(f"{self.unreadable:,} of {self.rows:,} rows have a lineage that cannot be read; {self.first_unreadable}")
+            lines.append(
+                f"{self.unreadable:,} of {self.rows:,} rows have a lineage that cannot be read; {self.first_unreadable}"
+            )
         for rank, given, blanked, examples in zip(RANKS, self.given, self.blanked, self.examples, strict=True):
             lost = sum(blanked.values())
             if lost * 2 > given and lost > 1:

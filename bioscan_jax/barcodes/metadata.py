@@ -32,7 +32,9 @@ def check_metadata(
         InputError: A column is missing or not numeric; a value is out of range (depth -10 to 12000 m) or one of the
             fillers -9999, 9999 and -999.
     """
-    return np.stack([_check_column(table, name, (columns or {}).get(name, name), locate) for name in METADATA_COLUMNS], axis=1)
+    return np.stack(
+        [_check_column(table, name, (columns or {}).get(name, name), locate) for name in METADATA_COLUMNS], axis=1
+    )
 
 
 def _check_column(

@@ -1,10 +1,25 @@
 """Arrays and table schemas that several folders share."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
+
+
+def case_clash(names: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the first two names that differ only in case, which SQL cannot tell apart.
+
+    Example:
+        >>> case_clash(["genus", "depth", "Genus"])
+        ('genus', 'Genus')
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(name.casefold(), name)) != name:
+            return other, name
+    return None
 
 
 @dataclass(frozen=True)

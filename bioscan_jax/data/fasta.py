@@ -268,7 +268,9 @@ def _fastq(first: str, lines: _Lines) -> Iterator[tuple[str, str]]:
         if sequence is None or plus is None or (qualities is None and sequence):
             raise _FormatError("Premature end of file encountered", lines.number + 1)
         if not plus.startswith("+"):
-            raise _FormatError(f"Expected '+' at beginning of the third line of a record, but got {plus[:60]!r}", lines.number - 1)
+            raise _FormatError(
+                f"Expected '+' at beginning of the third line of a record, but got {plus[:60]!r}", lines.number - 1
+            )
         if len(plus) > 1 and lines.header(plus[1:]) != name:
             raise _FormatError(f"the names of a record differ ({name!r} and {plus[1:]!r})", lines.number - 1)
         if len(sequence) != len(qualities or ""):

@@ -33,7 +33,9 @@ _ACCEPTED = (
     f"Parquet (.parquet) or FASTA/FASTQ ({' '.join(_FASTA_SUFFIXES)}, plain or {' '.join(_PACKED_SUFFIXES)}; "
     f"{' '.join(_TEXT_SUFFIXES)} where they hold FASTA)"
 )
-_FASTA_START = re.compile(rb"(\xef\xbb\xbf)?\s*>[^\r\n]*\S[^\r\n]*[\r\n]+[ACGTUNRYSWKMBDHVacgtunryswkmbdhv.*-]+\s*([\r\n]|$)")
+_FASTA_START = re.compile(
+    rb"(\xef\xbb\xbf)?\s*>[^\r\n]*\S[^\r\n]*[\r\n]+[ACGTUNRYSWKMBDHVacgtunryswkmbdhv.*-]+\s*([\r\n]|$)"
+)
 _SNIFFED = 1 << 16
 _NAMED = 5
 
@@ -288,9 +290,7 @@ def _walk(filesystem: AbstractFileSystem, root: str, local: bool) -> dict[str, i
     listed = {} if local else cast(dict[str, dict], filesystem.find(root, detail=True))
     sizes = _walk_local(root) if local else {path: info["size"] for path, info in listed.items()}
     return {
-        path: size
-        for path, size in sizes.items()
-        if not _is_hidden(path[len(root) :]) and not _is_marker(path, size)
+        path: size for path, size in sizes.items() if not _is_hidden(path[len(root) :]) and not _is_marker(path, size)
     }
 
 

@@ -4,6 +4,7 @@ The columns come from the footers of all files, which must agree.
 """
 
 import bisect
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -14,7 +15,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any, SupportsIndex
@@ -74,7 +75,7 @@ class _Origin:
     rows: int
     sha256: str
     """Hash of the raw Parquet footer, or of the FASTA headers and sequences."""
-    folders: Mapping[str, str | None] = field(default_factory=dict)
+    folders: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     """Names and values of its `key=value` folders."""
 
 
@@ -433,7 +434,9 @@ def _with_folders(schema: pa.Schema, origins: Sequence[_Origin]) -> tuple[pa.Sch
     made = {}
     for name in names:
         if name in schema.names:
-            logger.warning(printable(f"the files have a column {name!r} of their own; the folders {name}=... are ignored"))
+            logger.warning(
+                printable(f"the files have a column {name!r} of their own; the folders {name}=... are ignored")
+            )
             continue
         lacking = next((origin for origin in origins if name not in origin.folders), None)
         if lacking is not None:
@@ -462,7 +465,7 @@ def check_unique_ids(source: ParquetBlocks) -> None:
     hashes = np.empty(source.rows, np.uint64)
     for i in range(len(ids)):
         block = ids[i]
-        hashes[block.first_row : block.first_row + block.table.num_rows] = _hash_text(block.table.column(_ID))
+        hashes[block.first_row : block.first_row + block.table.num_rows] = hash_text(block.table.column(_ID))
     hashes.sort()
     again = hashes[1:] == hashes[:-1]
     repeats = int(np.count_nonzero(again))
@@ -477,7 +480,7 @@ def _confirm_unique(ids: ParquetBlocks, suspects: UInt64[np.ndarray, " suspects"
     for i in range(len(ids)):
         block = ids[i]
         column = block.table.column(_ID)
-        for offset in np.flatnonzero(np.isin(_hash_text(column), suspects)).tolist():
+        for offset in np.flatnonzero(np.isin(hash_text(column), suspects)).tolist():
             row, value = block.first_row + offset, column[offset].as_py()
             if value in rows:
                 raise InputError(
@@ -492,10 +495,12 @@ def _confirm_unique(ids: ParquetBlocks, suspects: UInt64[np.ndarray, " suspects"
             rows[value] = row
 
 
-def _hash_text(column: pa.ChunkedArray) -> UInt64[np.ndarray, " rows"]:
+def hash_text(column: pa.ChunkedArray) -> UInt64[np.ndarray, " rows"]:
     """64-bit multilinear hashes of non-empty texts: sums of random coefficients times bytes."""
     hashes = [np.empty(0, np.uint64)]
     for chunk in column.chunks:
+        if not len(chunk):
+            continue
         offset_type = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
         _, offset_buffer, text = chunk.buffers()
         offsets = np.frombuffer(offset_buffer, offset_type)[chunk.offset : chunk.offset + len(chunk) + 1]

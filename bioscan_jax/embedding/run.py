@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import CleaningCounts
+from bioscan_jax.barcodes.lineage import lineage_columns, survey_lineages
 from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.data.encode import BlockCounts
-from bioscan_jax.barcodes.lineage import lineage_columns, survey_lineages
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import stop_on_signals

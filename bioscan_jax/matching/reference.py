@@ -65,9 +65,7 @@ class Reference:
         wanted = lineage_columns(names)
         if not wanted:
             raise missing_lineages([name for name in names if name != "vector"])
-        return read_lineages(
-            self.dataset.to_table(columns=wanted), locate=lambda row: f"{self.dataset.uri} row {row}"
-        )
+        return read_lineages(self.dataset.to_table(columns=wanted), locate=lambda row: f"{self.dataset.uri} row {row}")
 
     def rows_of(self, row_ids: UInt64[np.ndarray, " found"]) -> Int64[np.ndarray, " found"]:
         """Returns the table positions of rows given by Lance's ids."""

@@ -85,7 +85,9 @@ def training_workload(
         InputError: The input cannot be read, or nothing in it can be trained on.
     """
     limit = data.max_tokens or transformer.max_tokens
-    source_of = config.DataConfig(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column, id=data.id)
+    source_of = config.DataConfig(
+        path=data.path, sequence_column=data.sequence_column, id_column=data.id_column, id=data.id
+    )
     read, every = 0, []
     with tempfile.TemporaryDirectory() as scratch:
         source = _sequences(source_of, scratch)

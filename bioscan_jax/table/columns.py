@@ -5,6 +5,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from bioscan_jax.barcodes.schemas import case_clash
 from bioscan_jax.errors import InputError
 
 _OWN_COLUMNS = ("vector", "source_row", "_distance")
@@ -79,13 +80,11 @@ def vector_schema(source_schema: pa.Schema, hidden_size: int, vector_dtype: Lite
             raise InputError(f"input column {name!r} has type {field.type}, which Lance cannot store; cast or drop it")
         if name != "sequence_id":
             fields.append(pa.field(name, stored))
-    by_case: dict[str, str] = {}
-    for field in fields:
-        if (other := by_case.setdefault(field.name.casefold(), field.name)) != field.name:
-            raise InputError(
-                f"the columns {other!r} and {field.name!r} differ only in case, and SQL cannot tell them apart; "
-                "rename one in the input"
-            )
+    if clash := case_clash(field.name for field in fields):
+        raise InputError(
+            f"the columns {clash[0]!r} and {clash[1]!r} differ only in case, and SQL cannot tell them apart; rename one "
+            "in the input"
+        )
     return pa.schema(fields)
 
 

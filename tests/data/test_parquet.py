@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bioscan_jax.config import DataConfig
 from bioscan_jax.data import parquet as source_module
-from bioscan_jax.data.parquet import ParquetBlocks, _hash_text, check_unique_ids, open_source
+from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, hash_text, open_source
 from bioscan_jax.errors import InputError
 
 
@@ -593,7 +593,7 @@ def test_check_unique_ids_agrees_with_a_set(tmp_path, ids):
 
 def test_ids_that_only_share_a_hash_are_unique(tmp_path, monkeypatch):
     monkeypatch.setattr(source_module, "_HASHED_ROWS", 10)
-    monkeypatch.setattr(source_module, "_hash_text", lambda ids: _hash_text(ids) % np.uint64(16))
+    monkeypatch.setattr(source_module, "hash_text", lambda ids: hash_text(ids) % np.uint64(16))
     path = write(tmp_path / "a.parquet", barcodes(300))
     check_unique_ids(opened(path))
     write(path, pa.concat_tables([barcodes(300), barcodes(1, 250)]))
@@ -608,14 +608,14 @@ def test_ids_that_only_share_a_hash_are_unique(tmp_path, monkeypatch):
 )
 def test_hash_depends_on_the_text_alone(texts, large, skip):
     column = pa.array(["#"] * skip + texts, pa.large_string() if large else pa.string()).slice(skip)
-    alone = [_hash_text(pa.chunked_array([pa.array([text])]))[0] for text in texts]
-    assert _hash_text(pa.chunked_array([column, column])).tolist() == [*alone, *alone]
+    alone = [hash_text(pa.chunked_array([pa.array([text])]))[0] for text in texts]
+    assert hash_text(pa.chunked_array([column, column])).tolist() == [*alone, *alone]
     assert len(set(alone)) == len(set(texts))
 
 
 def test_hash_depends_on_zero_bytes_and_order():
     texts = ["a", "a\0", "\0a", "\0", "\0\0", "ab", "ba"]
-    assert len(set(_hash_text(pa.chunked_array([texts])).tolist())) == len(texts)
+    assert len(set(hash_text(pa.chunked_array([texts])).tolist())) == len(texts)
 
 
 def test_threads_may_share_a_source_in_any_order(tmp_path):

@@ -138,3 +138,60 @@ def test_messages_name_the_file_and_row_beyond_the_first_block(tmp_path):
         prepare(path, tmp_path, split_column="split")
     with pytest.raises(InputError, match=rf"the latitude 400 of .*in-2\.parquet row {rows - 2} is outside"):
         prepare(path, tmp_path, with_metadata=True)
+
+
+def bioscan_5m(path, rows=40, **columns):
+    """A table with the columns of BIOSCAN-5M's published metadata."""
+    names = [lineage.split(";") for lineage in LINEAGES[:3]]
+    table = {"processid": [f"P{i}" for i in range(rows)], "dna_barcode": barcodes(rows)}
+    table |= {rank: [names[i % 3][1 + k] or None for i in range(rows)] for k, rank in enumerate(RANKS[1:])}
+    table |= {"coord-lat": [45.0 + i for i in range(rows)], "coord-lon": [-80.0] * rows, "taxon": ["Aedes"] * rows}
+    pq.write_table(pa.table(table | columns), path)
+    return path
+
+
+def test_bioscan_5m_trains_with_no_flag_but_the_path(tmp_path, caplog):
+    caplog.set_level("INFO", "bioscan_jax")
+    sides = ["train", "pretrain", "val", "test_unseen", "key_unseen"] * 8
+    path = bioscan_5m(tmp_path / "m.parquet", split=sides)
+    found = prepare(path, tmp_path)
+    assert [rank[0] for rank in found.space.names[:2]] == ["Animalia", "Arthropoda"]
+    assert found.space.names[6] == ("Aedes vexans", "Culex pipiens")
+    assert "pass --data.split_column split" in caplog.text
+    given = prepare(path, tmp_path, split_column="split")
+    assert given.splits.tolist() == [0, 0, 1, 2, -1] * 8
+    assert prepare(path, tmp_path, split="held_out_species", validation=0.4).space is not None
+
+
+def test_coordinates_under_other_names(tmp_path):
+    path = bioscan_5m(tmp_path / "m.parquet", minimumDepthInMeters=[float(i) for i in range(40)])
+    found = prepare(path, tmp_path, with_metadata=True)
+    assert found.metadata[3].tolist() == [3.0, 48.0, -80.0]
+    path = bioscan_5m(tmp_path / "m.parquet", depth=[-9999.0] * 40)
+    with pytest.raises(InputError, match="the depth -9999 of"):
+        prepare(path, tmp_path, with_metadata=True)
+
+
+@pytest.mark.parametrize("split", ["random", "held_out_species"])
+def test_a_lineage_that_cannot_be_read_names_file_and_row(tmp_path, split):
+    lineages = [LINEAGES[i % 4] for i in range(40)]
+    lineages[17] = "Animalia;Arthropoda"
+    path = write(tmp_path / "b.parquet", taxonomy=lineages)
+    with pytest.raises(
+        InputError, match=r"b.parquet row 17 \(counted from 0\): the lineage 'Animalia;Arthropoda' has 2"
+    ):
+        prepare(path, tmp_path, split=split)
+
+
+def test_no_labels_lists_the_columns_there_are(tmp_path):
+    pq.write_table(pa.table({"dna_sequence": barcodes(4), "site": ["a"] * 4}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="the columns are: sequence_id, dna_sequence, site"):
+        prepare(tmp_path / "b.parquet", tmp_path)
+
+
+def test_a_rule_that_blanks_most_species_is_told(tmp_path, caplog):
+    lineages = [
+        f"Animalia;Arthropoda;Insecta;Diptera;Culicidae;{'Aedes' if i % 2 else 'Culex'};Aedes x{i}" for i in range(40)
+    ]
+    prepare(write(tmp_path / "b.parquet", taxonomy=lineages), tmp_path)
+    assert "species: 40 of 40 names count as unknown" in caplog.text

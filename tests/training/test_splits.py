@@ -203,7 +203,12 @@ def test_given_splits_are_read_in_their_usual_forms():
     assert [SPLITS[split] for split in read_given_splits(pa.array(["train", "val", "test"]))] == list(SPLITS)
 
 
-@pytest.mark.parametrize("value", ["pretrain", "key_unseen", "", "2", None])
+def test_the_splits_of_bioscan_5m_are_known():
+    values = ["pretrain", "train", "val", "test", "key_unseen", "val_unseen", "test_unseen", "other_heldout"]
+    assert read_given_splits(pa.array(values)).tolist() == [0, 0, 1, 2, LEFT_OUT, 1, 2, LEFT_OUT]
+
+
+@pytest.mark.parametrize("value", ["holdout", "unseen", "", "2", None])
 def test_an_unknown_given_value_is_named_with_its_row(value: str | None):
     column = pa.chunked_array([["train"], ["test", value, "train", value]], pa.string())
     with pytest.raises(InputError, match=re.escape(f"row 2 has the split {value!r} in --data.split_column; write")):
