@@ -1,7 +1,7 @@
 """The seven ranks, lineage strings, and the placeholder names that do not name a taxon."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -200,8 +200,8 @@ def _given_names(
         read.append((None,) * len(RANKS) if found is None else found[0])
         if dialects is not None:
             dialects["unreadable" if found is None else found[1].name] += 1
-    if dialects is not None and len(plain):
-        dialects["seven fields"] += len(plain)
+    if dialects is not None:
+        dialects["seven fields"] += len(plain) - int(pc.sum(pc.equal(lineages, ";" * 6)).as_py() or 0)
     kept = fields.take(pa.array(plain))
     ranks = [pc.list_element(kept, rank) for rank in range(len(RANKS))]
     if len(others):
@@ -258,7 +258,7 @@ class LineageSurvey:
     known: list[int] = field(default_factory=lambda: [0] * len(RANKS))
     """Rows with a name at each rank."""
     dialects: Counter[str] = field(default_factory=Counter)
-    """Distinct lineages by dialect, within blocks; empty for rank columns."""
+    """Distinct lineages by dialect, within blocks, blank ones left out; empty for rank columns."""
     blanked: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in RANKS])
     """For each rank, rows whose name counts as unknown, by the rule in words."""
     examples: list[dict[str, str]] = field(default_factory=lambda: [{} for _ in RANKS])
@@ -323,21 +323,6 @@ class LineageSurvey:
                     f"{examples[rule]!r} (rule: {rule}); write plain names if these are names"
                 )
         return lines
-
-
-def survey_lineages(blocks: Iterable[tuple[pa.Table, Callable[[int], str]]]) -> LineageSurvey:
-    """Counts what the lineages of an input hold.
-
-    Args:
-        blocks: Tables with the columns of `lineage_columns`, each with what names the file and row of one of its rows.
-
-    Raises:
-        InputError: As for `LineageSurvey.add`.
-    """
-    survey = LineageSurvey()
-    for table, locate in blocks:
-        survey.add(table, locate)
-    return survey
 
 
 _BLANK = "|".join(f"(?:{pattern})" for pattern in [*FILLERS][:3])

@@ -12,7 +12,7 @@ def main(data: config.DataConfig) -> None:
     Args:
         data: Which barcodes; --data.path may stand first, without its flag.
     """
-    from bioscan_jax.data.describe import describe
+    from bioscan_jax.planning.describe import describe
 
     print(describe(data))
 

@@ -403,8 +403,10 @@ def _foreign(head: bytes, packing: str | None) -> tuple[str, str] | None:
     if what is None and head[257:262] == b"ustar":
         what = "a tar archive"
     if what is None and b"\0" in head[:64]:
-        even, odd = head[0:64:2].count(0), head[1:64:2].count(0)
-        what = "UTF-16 text" if max(even, odd) > 20 and min(even, odd) < 4 else "a binary file (it has zero bytes)"
+        start = head[: min(64, len(head) // 2 * 2)]
+        zeros, others = sorted((start[0::2].count(0), start[1::2].count(0)), reverse=True)
+        wide = zeros * 2.5 > len(start) and others * 10 < len(start)
+        what = "UTF-16 text" if wide else "a binary file (it has zero bytes)"
     if what is None:
         return None
     packed = "" if packing is None else f" ({packing}-compressed)"

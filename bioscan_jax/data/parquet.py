@@ -42,7 +42,7 @@ _READ_BYTES = 1 << 20
 _HASHED_ROWS = 65_536
 _FOOTER_GUESS = 64 << 10
 _FOOTER_THREADS = 32
-_LISTED = 60
+_LISTED = 25
 
 _ID = "sequence_id"
 _RESERVED = ("source_row", "vector")

@@ -5,13 +5,14 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import jax
 from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import CleaningCounts
-from bioscan_jax.barcodes.lineage import lineage_columns, survey_lineages
+from bioscan_jax.barcodes.lineage import LineageSurvey, lineage_columns
 from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.data.encode import BlockCounts
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
@@ -23,7 +24,7 @@ from bioscan_jax.embedding.job import Job, prepare, scratch_directory
 from bioscan_jax.embedding.pipeline import Work, run_rounds
 from bioscan_jax.embedding.summary import RunSummary, StageClock, peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.errors import InputError, Interrupted, logger
-from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS, vector_schema
+from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS, check_values, vector_schema
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.sink import VectorTable
 from bioscan_jax.table.storage import drop_if_empty, sidecar_path, storage_errors, table_exists, table_path, write_whole
@@ -140,18 +141,23 @@ def _notes(source: ParquetBlocks) -> list[str]:
             f"called {', '.join(name + CLASH_SUFFIX for name in clashes)}"
         )
     if columns := lineage_columns(source.schema.names):
-        lineages = source.select(columns, _SURVEYED_ROWS)
-        blocks = (lineages[index] for index in range(len(lineages)))
+        lineages, survey = source.select(columns, _SURVEYED_ROWS), LineageSurvey()
         try:
-            survey = survey_lineages(
-                (block.table, lambda row, first=block.first_row: source.locate(first + row)) for block in blocks
-            )
+            for index in range(len(lineages)):
+                block = lineages[index]
+                locate = partial(_locate, source, block.first_row)
+                check_values(block.table, locate)
+                survey.add(block.table, locate)
             notes += survey.warnings()
         except InputError as error:
             notes.append(f"the lineages cannot be used: {error}")
     for note in notes:
         logger.warning(note)
     return notes
+
+
+def _locate(source: ParquetBlocks, first: int, row: int) -> str:
+    return source.locate(first + row)
 
 
 @contextmanager

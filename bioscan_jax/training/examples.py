@@ -22,6 +22,7 @@ from bioscan_jax.barcodes.metadata import METADATA_COLUMNS, check_metadata
 from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.errors import InputError, logger
+from bioscan_jax.table.columns import check_values
 from bioscan_jax.training import splits
 
 _BLOCK_ROWS = 16_384
@@ -145,6 +146,7 @@ def _tables(source: ParquetBlocks, columns: Sequence[str]) -> Generator[tuple[in
     blocks = source.select(list(dict.fromkeys(columns)), _BLOCK_ROWS)
     for index in range(len(blocks)):
         block = blocks[index]
+        check_values(block.table, partial(_locate, source, block.first_row))
         yield block.first_row, block.table
 
 

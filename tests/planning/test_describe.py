@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 from support.commands import call
 
 from bioscan_jax.config import DataConfig
-from bioscan_jax.data.describe import describe
+from bioscan_jax.planning.describe import describe
 
 
 def test_what_a_table_holds(tmp_path):

@@ -21,6 +21,7 @@ from bioscan_jax.barcodes.schemas import case_clash
 from bioscan_jax.config import DataConfig
 from bioscan_jax.data.parquet import ParquetBlocks, hash_text, open_source
 from bioscan_jax.errors import InputError, printable
+from bioscan_jax.table.columns import check_values
 
 _HEADERS = 100
 _ID = "sequence_id"
@@ -122,6 +123,7 @@ def _describe(source: ParquetBlocks) -> Description:
     for index in range(len(source)):
         block = source[index]
         locate = partial(_locate, source, block.first_row)
+        check_values(block.table, locate)
         given = block.table[source.sequence_column]
         cleaned = clean(given)
         changes += cleaned.changes
@@ -192,4 +194,6 @@ def _lineage_line(survey: LineageSurvey | None, columns: list[str], headers: Cou
         return f"none in columns{f'; the headers hold some ({inside}), which are not read' if inside else ''}"
     if len(columns) > 1:
         return f"rank columns {', '.join(columns)}" + ("" if len(columns) == len(RANKS) else "; others unknown")
-    return f"column {columns[0]}, in the dialect " + ", ".join(name for name, _ in survey.dialects.most_common())
+    return f"column {columns[0]}, in the dialect " + ", ".join(
+        name for name, count in survey.dialects.most_common() if count
+    )
