@@ -450,13 +450,18 @@ def test_no_rows(tmp_path):
     assert whole(opened(tmp_path)).column(0).to_pylist() == ["S0", "S1", "S2"]
 
 
+@pytest.mark.parametrize("names", [["sequence"], ["Seq"], ["sequences", "nucraw"]])
+def test_a_sequence_column_under_another_name_is_found(tmp_path, names):
+    path = write(tmp_path / "a.parquet", pa.table({name: ["A"] for name in ["sequence_id", *names]}))
+    assert opened(path).sequence_column == names[-1]
+
+
 @pytest.mark.parametrize(
     ("names", "suggested"),
     [
-        (["sequence_id", "sequence"], "sequence"),
-        (["sequence_id", "Seq"], "Seq"),
+        (["sequence_id", "sequences"], "sequences"),
         (["sequence_id", "dna_seqeunce"], "dna_seqeunce"),
-        (["sequence_id", "nucraw", "sequences"], "nucraw"),
+        (["sequence_id", "Sequenz", "count"], "Sequenz"),
         (["sequence_id", "count"], "COLUMN"),
     ],
 )
