@@ -183,8 +183,7 @@ def _without_stops(strings: pa.LargeStringArray) -> tuple[pa.LargeStringArray, I
         return strings, None
     lengths = np.array([0, *map(len, bare)], np.int64)
     # Rows are joined as bytes, since invalid UTF-8 must not stop the others.
-    present = pc.invert(strings.is_null())
-    bits = None if strings.null_count == 0 else present.buffers()[1]
+    bits = None if strings.null_count == 0 else strings.is_valid().buffers()[1]
     joined = pa.py_buffer(np.cumsum(lengths)), pa.py_buffer(b"".join(bare))
     return pa.LargeStringArray.from_buffers(len(bare), *joined, bits), stops
 

@@ -41,13 +41,13 @@ def _exit_at_once(number: int, frame: object) -> None:
 
 def exit_code_of(command: Command, words: Sequence[str]) -> int:
     """Runs a command and turns its errors into one line on stderr and an exit code; see `bioscan_jax.cli.invoke`."""
-    from bioscan_jax.errors import InputError, Interrupted
+    from bioscan_jax.errors import InputError, Interrupted, printable
 
     try:
         command(words)
         sys.stdout.flush()
     except (InputError, UsageError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(error, file=sys.stderr)

@@ -158,7 +158,7 @@ def _read_rows(
     lineages = lineage_columns(available)
     called = {name: find_column(name, available) or name for name in _NUMBERS}
     marker = find_column("marker", available)
-    others = [name for name in (*called.values(), marker) if name in available]
+    others = [name for name in (*called.values(), *([] if marker is None else [marker])) if name in available]
     columns = list(dict.fromkeys(["sequence_id", "vector", *lineages, *others]))
     with storage_errors(dataset.uri):
         read = dataset.to_table(columns=columns) if chosen is None else dataset.take(chosen, columns=columns)

@@ -126,7 +126,9 @@ def test_no_rows(tmp_path):
 
 
 def test_no_sequence_column(tmp_path):
-    pq.write_table(pa.table({"sequence_id": ["a"], "letters": ["ACGT"], "sequences": ["ACGT"]}), tmp_path / "in.parquet")
+    pq.write_table(
+        pa.table({"sequence_id": ["a"], "letters": ["ACGT"], "sequences": ["ACGT"]}), tmp_path / "in.parquet"
+    )
     message = refused(tmp_path)
     assert_says(message, f"{tmp_path}/in.parquet has no column 'dna_sequence'", "--data.sequence_column sequences")
 
