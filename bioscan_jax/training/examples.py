@@ -92,6 +92,11 @@ def prepare_examples(
     lineages = lineage_columns(present) if labelled or held_out else []
     if (labelled or held_out) and not lineages:
         raise missing_lineages(present)
+    if len(lineages) > 1 and (unknown := [rank for rank in RANKS if find_column(rank, present) is None]):
+        filled = "; the kingdom is that of the phylum where that is known" if "kingdom" in unknown else ""
+        logger.info(
+            f"the ranks are read from {', '.join(lineages)}; there is no column for {', '.join(unknown)}{filled}"
+        )
     if wanted.split_column is None and (column := find_column("split", present)) is not None:
         logger.info(f"the column {column!r} is not used; pass --data.split_column {column} if it assigns the splits")
     places = {name: find_column(name, present) or name for name in METADATA_COLUMNS}

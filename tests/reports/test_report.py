@@ -480,7 +480,7 @@ def test_wrong_files_of_identifications_and_truth(tmp_path):
     twice = pa.concat_tables([table, changed(table, "genus", ["X"] * 4)])
     cases = [
         (table.drop_columns("sequence_id"), "has no column 'sequence_id'"),
-        (table.drop_columns("genus"), "neither a column 'taxonomy' nor all seven ranks"),
+        (table.drop_columns(["genus", "species"]), "neither a column 'taxonomy' nor all seven ranks"),
         (twice, "has 'id0' twice"),
         (changed(table, "sequence_id", list("wxyz")), "none of the sequence_ids"),
     ]

@@ -158,6 +158,7 @@ def test_bioscan_5m_trains_with_no_flag_but_the_path(tmp_path, caplog):
     assert [rank[0] for rank in found.space.names[:2]] == ["Animalia", "Arthropoda"]
     assert found.space.names[6] == ("Aedes vexans", "Culex pipiens")
     assert "pass --data.split_column split" in caplog.text
+    assert "there is no column for kingdom; the kingdom is that of the phylum" in caplog.text
     given = prepare(path, tmp_path, split_column="split")
     assert given.splits.tolist() == [0, 0, 1, 2, -1] * 8
     assert prepare(path, tmp_path, split="held_out_species", validation=0.4).space is not None
