@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 _RANK_OF = {"k": 0, "p": 1, "c": 2, "o": 3, "f": 4, "g": 5, "s": 6}
 _DOMAINS = ("d", "sk")
@@ -15,6 +16,13 @@ _TAXID = re.compile(r"_\d+$")
 _ROOT = re.compile(r"^\s*[Rr]oot(_1)?\s*;")
 _ORGANELLE = re.compile(r":[a-z]+$")
 _FILLED_RANK = re.compile(r"^(kingdom|phylum|class|order|family|genus|species)_", re.IGNORECASE)
+
+_MARKED = re.compile(r"(^|;|,)\s*['\"]?[A-Za-z]{0,2}(__|:)")
+_WORDS = re.compile(
+    r"unassigned|unclassified|unknown|unidentified|no (blast )?hit|na|n/a|nan|none|null|root|-|\?", re.IGNORECASE
+)
+_REMEMBERED = 1 << 16
+"""Lineages whose reading is kept, as they repeat from block to block."""
 
 NEEDS_DIALECT = (
     r"""(?:^|[;,|'"]|tax=)\s*(?:[A-Za-z]{1,2}(?:__|:)|D_[0-9]+__)|_[0-9]+\s*(?:;|$)|^\s*[Rr]oot(?:_1)?\s*;"""
@@ -96,7 +104,7 @@ def _read_sintax(lineage: str) -> Names | None:
 
 
 def _read_marked(lineage: str) -> Names | None:
-    if not re.search(r"(^|;|,)\s*['\"]?[A-Za-z]{0,2}(__|:)", lineage):
+    if not _MARKED.search(lineage):
         return None
     text = _ROOT.sub("", lineage, count=1)
     return _read_prefixed(text, ";" if ";" in text or "," not in text else ",")
@@ -143,8 +151,7 @@ def _read_plain(lineage: str) -> Names | None:
 
 
 def _read_unknown(lineage: str) -> Names | None:
-    words = r"unassigned|unclassified|unknown|unidentified|no (blast )?hit|na|n/a|nan|none|null|root|-|\?"
-    return (None,) * 7 if re.fullmatch(words, lineage.strip().strip(";").strip(), re.IGNORECASE) else None
+    return (None,) * 7 if _WORDS.fullmatch(lineage.strip().strip(";").strip()) else None
 
 
 DIALECTS = (
@@ -198,6 +205,7 @@ DIALECTS = (
 """Tried in this order; the first that can read a lineage does."""
 
 
+@lru_cache(_REMEMBERED)
 def read_dialect(lineage: str) -> tuple[Names, Dialect] | None:
     """Reads a lineage in whichever dialect it is in.
 
