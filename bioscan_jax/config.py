@@ -171,6 +171,25 @@ class SinkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SideTableConfig:
+    """A table that comes beside the barcodes, such as metadata, and how its text is written.
+
+    Example:
+        >>> SideTableConfig(path="cruise.csv", delimiter=";").quoting
+        'auto'
+    """
+
+    path: str
+    """Parquet, CSV or TSV file (text also as .gz, .bz2, .xz, .zst), or a directory of them; name=value folders are columns."""
+    delimiter: str = "auto"
+    """Character between cells, or tab, comma, semicolon, bar; auto takes the one that fits the header."""
+    quoting: Literal["auto", "double", "none"] = "auto"
+    """double: cells may stand in quotes, as in RFC 4180; none: a quote is text; auto is none for tab-separated files."""
+    encoding: str = "auto"
+    """Such as cp1252 or utf-16; auto is that of a byte order mark, else UTF-8."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimulateConfig:
     """Simulated barcodes: sequences evolved along a random seven-rank tree.
 

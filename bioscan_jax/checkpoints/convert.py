@@ -43,7 +43,7 @@ def convert(model: ModelConfig, output: str, mesh: MeshConfig = MeshConfig()) ->
         InputError: The checkpoint is wrong, has an adapter, or `output` is not empty or cannot be written.
     """
     start_devices(mesh)
-    loaded = load_weights(model, make_layout(mesh), lm_head=True)
+    loaded = load_weights(model, make_layout(mesh), lm_head=None)
     parts = loaded.model, loaded.config, loaded.vocabulary, loaded.provenance, loaded.projection
     save_converted(Path(output), *parts)
     return ConversionSummary(output, loaded.provenance)

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from bioscan_jax.checkpoints.readers import StoredTensor, list_tensors, read_rows
 from bioscan_jax.devices.sharding import Layout, parameter_axes, stored_shardings
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, logger
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.transformer import NucleotideTransformer
 
@@ -100,6 +100,51 @@ def unused_names(config: TransformerConfig) -> set[str]:
     return names
 
 
+_NOT_FOR_VECTORS = ("classifier", "score", "qa_outputs", "esm.pooler", "esm.contact_head")
+"""Modules of transformers' ESM classes around the trunk, whose tensors no vector needs."""
+_BARE_TRUNK = ("embeddings.", "encoder.", "pooler.", "contact_head.", "rotary_embeddings.")
+"""Starts of the names in a checkpoint of `EsmModel`, where the others have `esm.` before them."""
+_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
+"""Names of a LayerNorm's parameters in checkpoints that began in TensorFlow."""
+
+
+def unneeded_module(name: str) -> str | None:
+    """Returns the module around the trunk that a tensor belongs to, by its published name; None for the trunk's own.
+
+    Example:
+        >>> unneeded_module("esm.contact_head.regression.weight"), unneeded_module("lm_head.bias")
+        ('esm.contact_head', 'lm_head')
+    """
+    return next((module for module in (*_NOT_FOR_VECTORS, "lm_head") if name.startswith(f"{module}.")), None)
+
+
+def list_published(directory: Path) -> dict[str, StoredTensor]:
+    """Lists the tensors of a checkpoint as `readers.list_tensors` does, by the names that `EsmForMaskedLM` gives them.
+
+    Raises:
+        InputError: As for `list_tensors`, or two tensors come to the same name.
+    """
+    stored = list_tensors(directory)
+    bare = not any(name.startswith("esm.") for name in stored)
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        published = f"esm.{name}" if bare and name.startswith(_BARE_TRUNK) else name
+        parent, _, last = published.rpartition(".")
+        if last in _OLD_NAMES and "norm" in parent.rpartition(".")[2].lower():
+            published = f"{parent}.{_OLD_NAMES[last]}"
+        if published in found:
+            raise InputError(
+                f"{directory}: {found[published].name!r} and {name!r} are the same parameter; save the model again"
+            )
+        found[published] = tensor
+    return found
+
+
+def has_lm_head(directory: Path) -> bool:
+    """Returns whether a checkpoint has a tensor of the masked-language-model head; raises as `list_published` does."""
+    return any(name.startswith("lm_head.") for name in list_published(directory))
+
+
 def abstract_model(config: TransformerConfig, dtype: DTypeLike, *, lm_head: bool) -> NucleotideTransformer:
     """Builds the model with shapes in place of arrays; allocates nothing."""
     return nnx.eval_shape(lambda: NucleotideTransformer(config, rngs=nnx.Rngs(0), dtype=dtype, lm_head=lm_head))
@@ -142,14 +187,14 @@ def load_model(
         on_bytes: Called with the number of file bytes just read.
 
     Raises:
-        InputError: A tensor is missing, unexpected, or has another shape.
+        InputError: A tensor is missing, unexpected, or has another shape; there is no head and `lm_head` asks for it.
     """
     graph, state = nnx.split(abstract_model(config, dtype, lm_head=lm_head))
-    tensors = list_tensors(directory)
+    tensors = list_published(directory)
     table = {row.path: row for row in published_names(config, lm_head=lm_head)}
     shapes = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
     assert table.keys() == shapes.keys(), table.keys() ^ shapes.keys()
-    _check_names(directory, config, tensors)
+    _check_names(directory, config, tensors, lm_head=lm_head)
     shardings = stored_shardings(state, layout)
     loaded = []
     for path, variable in nnx.to_flat_state(state):
@@ -169,20 +214,34 @@ def load_model(
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
-def _check_names(directory: Path, config: TransformerConfig, tensors: dict[str, StoredTensor]) -> None:
+def _check_names(
+    directory: Path, config: TransformerConfig, tensors: dict[str, StoredTensor], *, lm_head: bool
+) -> None:
+    """Raises InputError unless the tensors are those of the trunk, and of the whole head if there is one or must be."""
     every = [name for row in published_names(config, lm_head=True) for name in row.names(config.num_hidden_layers)]
-    missing = [name for name in every if name not in tensors]
+    of_head = {name for name in every if name.startswith("lm_head.")}
+    without_head = not of_head & tensors.keys()
+    missing = [name for name in every if name not in tensors and not (without_head and name in of_head)]
     if missing:
         raise InputError(
             f"{directory}: {len(missing)} tensor(s) missing, first {missing[0]!r}; "
             "the weights do not belong to this config.json, or the download is incomplete"
         )
-    unexpected = sorted(tensors.keys() - set(every) - unused_names(config))
+    if without_head and lm_head:
+        raise InputError(
+            f"{directory} has no masked-language-model head (lm_head), which this needs: it was saved from a model "
+            "without one; pass the checkpoint it was made from, or what needs vectors only"
+        )
+    spare = tensors.keys() - set(every) - unused_names(config)
+    left_out = sorted({module for name in spare if (module := unneeded_module(name)) not in (None, "lm_head")})
+    unexpected = sorted(name for name in spare if unneeded_module(name) not in left_out)
     if unexpected:
         raise InputError(
             f"{directory}: {len(unexpected)} unexpected tensor(s), first {unexpected[0]!r}; "
             "the weights do not belong to this config.json"
         )
+    if left_out:
+        logger.warning("%s: %s left out, which vectors do not need", directory, ", ".join(left_out))
 
 
 def _read(

@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from bioscan_jax import config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.hub import Provenance, ResolvedCheckpoint, resolve_checkpoint
-from bioscan_jax.checkpoints.keys import load_model, random_model
-from bioscan_jax.checkpoints.orbax import is_converted, load_converted, read_provenance
+from bioscan_jax.checkpoints.keys import has_lm_head, load_model, random_model
+from bioscan_jax.checkpoints.orbax import has_converted_head, is_converted, load_converted, read_provenance
 from bioscan_jax.checkpoints.peft import Adapter, read_adapter
 from bioscan_jax.checkpoints.projection_files import has_projection, read_projection
 from bioscan_jax.checkpoints.readers import sha256_of, weight_files
@@ -112,7 +112,7 @@ def load_weights(
     model: config.ModelConfig,
     layout: Layout,
     *,
-    lm_head: bool = False,
+    lm_head: bool | None = False,
     on_bytes: Callable[[int], object] = lambda n: None,
 ) -> LoadedModel:
     """Loads the model named by `--model.checkpoint`.
@@ -123,7 +123,7 @@ def load_weights(
     Args:
         model: Checkpoint, revision, dtype, seed, adapter, projection, attention.
         layout: Placement of the parameters on the devices.
-        lm_head: Also load the masked-language-model head.
+        lm_head: Also load the masked-language-model head; None if there is one.
         on_bytes: Called with the number of file bytes just read.
 
     Raises:
@@ -186,16 +186,18 @@ def recorded_model(facts: Mapping[str, Any]) -> config.ModelConfig:
 
 
 def _load_base(
-    model: config.ModelConfig, layout: Layout, lm_head: bool, on_bytes: Callable[[int], object]
+    model: config.ModelConfig, layout: Layout, lm_head: bool | None, on_bytes: Callable[[int], object]
 ) -> LoadedModel:
     dtype = compute_dtype(model.dtype)
     if model.checkpoint.startswith(RANDOM):
-        return _random(model, dtype, layout, lm_head)
+        return _random(model, dtype, layout, lm_head is not False)
     found = resolve_checkpoint(model.checkpoint, model.revision)
     transformer = read_config(found.directory)
     _check_attention(model, transformer, dtype, layout)
     vocabulary = read_vocabulary(found.directory, transformer)
     get_provenance = _in_background(lambda: _provenance_of(found, dtype)).result
+    if lm_head is None:
+        lm_head = (has_converted_head if is_converted(found.directory) else has_lm_head)(found.directory)
     if is_converted(found.directory):
         transformer_model = load_converted(found.directory, transformer, dtype, layout, lm_head=lm_head)
     else:

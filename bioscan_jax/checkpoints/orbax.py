@@ -34,6 +34,11 @@ def is_converted(directory: Path) -> bool:
     return (directory / PROVENANCE_FILE).is_file()
 
 
+def has_converted_head(directory: Path) -> bool:
+    """Returns whether converted weights include the masked-language-model head."""
+    return (directory / "weights" / "lm_head").is_dir()
+
+
 def read_provenance(directory: Path) -> Provenance:
     """Reads the provenance of converted weights.
 
@@ -97,11 +102,16 @@ def load_converted(
     """Reads converted weights; each device reads its own shard.
 
     Raises:
-        InputError: The checkpoint is damaged or has another architecture.
+        InputError: The checkpoint is damaged, has another architecture, or lacks the head that `lm_head` asks for.
     """
     from orbax.checkpoint import v1 as ocp
 
     stored = read_provenance(directory).dtype
+    if lm_head and (directory / "weights").is_dir() and not has_converted_head(directory):
+        raise InputError(
+            f"{directory} has no masked-language-model head (lm_head), which this needs: it was converted from a "
+            "checkpoint without one; pass a checkpoint that has it"
+        )
     graph, state = nnx.split(abstract_model(config, dtype, lm_head=lm_head))
     shardings = stored_shardings(state, layout)
 

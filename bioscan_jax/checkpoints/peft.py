@@ -24,12 +24,12 @@ from safetensors.numpy import save_file
 from bioscan_jax import config
 from bioscan_jax.checkpoints.head_files import Heads, write_heads
 from bioscan_jax.checkpoints.hub import Provenance
-from bioscan_jax.checkpoints.keys import published_names, shard_array
+from bioscan_jax.checkpoints.keys import published_names, shard_array, unneeded_module
 from bioscan_jax.checkpoints.model_card import read_facts, write_facts
 from bioscan_jax.checkpoints.projection_files import write_projection
 from bioscan_jax.checkpoints.readers import StoredTensor, list_file, read_rows, sha256_of
 from bioscan_jax.devices.sharding import Layout, stored_shardings
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, logger
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.lora import TARGETS, LoRALinear, add_adapters, resolve_targets
 from bioscan_jax.model.projection import Projection
@@ -46,9 +46,11 @@ _IRRELEVANT = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "lora_dropout"),
         *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
-        *("ensure_weight_tying", "layers_pattern"),
+        *("ensure_weight_tying", "layers_pattern", "layers_to_transform"),
     }
 )
+# Modules around the trunk, as modules_to_save names them: a vector needs none of their weights.
+_AROUND_TRUNK = frozenset({"classifier", "score", "qa_outputs", "lm_head", "contact_head", "pooler"})
 # Initialisations that leave the base weights unchanged; all others change them.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -122,8 +124,9 @@ def write_adapter(
 def read_adapter(directory: Path, model: NucleotideTransformer, layout: Layout, *, base: Provenance) -> Adapter:
     """Puts stored adapters around the layers of a model, in place.
 
-    Reads the output of `write_adapter`, and plain LoRA adapters that PEFT made of `EsmForMaskedLM` or `EsmModel`. Those
-    do not record the digest of their base weights, so another base is detected only by its shapes or hub id.
+    Reads the output of `write_adapter`, and plain LoRA adapters that PEFT made of any of transformers' ESM classes, on
+    some or all layers. Those do not record the digest of their base weights, so another base is detected only by its
+    shapes or hub id. Their tensors outside the trunk (classifier, lm_head, contact_head) are left out, with a warning.
 
     Args:
         directory: Holds `adapter_config.json` and the tensors.
@@ -140,7 +143,7 @@ def read_adapter(directory: Path, model: NucleotideTransformer, layout: Layout, 
     file = _weights_file(directory)
     made_for = facts["base"]["model"] if facts else parsed.get("base_model_name_or_path")
     where = f"{directory}, an adapter of {made_for or 'an unnamed model'}"
-    stored = _tensors_by_target(file, model.config, f"{where}:", base.model)
+    stored = _tensors_by_target(file, parsed, model.config, f"{where}:", base.model)
     rank, alpha = parsed["r"], parsed["lora_alpha"]
     # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the square root of the rank.
     scaling = alpha / math.sqrt(rank) if parsed.get("use_rslora") else alpha / rank
@@ -158,9 +161,10 @@ def read_adapter(directory: Path, model: NucleotideTransformer, layout: Layout, 
         for matrix in ("a", "b"):
             variable = getattr(layer, matrix)
             layers, *shape = variable.get_value().shape
-            values = np.empty((layers, *shape), np.float32)
+            values = np.zeros((layers, *shape), np.float32)  # a layer without an adapter adds nothing
             for i in range(layers):
-                values[i] = _read(stored[name, matrix, i], tuple(shape), f"{where}:", base.model)
+                if (name, matrix, i) in stored:
+                    values[i] = _read(stored[name, matrix, i], tuple(shape), f"{where}:", base.model)
             sharding = shardings["layers", *TARGETS[name], matrix]
             setattr(layer, matrix, variable.replace(shard_array(values, sharding)))
     digest = hashlib.sha256(f"{sha256_of([file])} scaling {scaling!r}".encode()).hexdigest()
@@ -225,24 +229,55 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise InputError(f"{path}: not a JSON object")
     if parsed.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type = {parsed.get('peft_type')!r} is not supported, only 'LORA'")
+        raise InputError(f"{path}: peft_type = {_short(parsed.get('peft_type'))} is not supported, only 'LORA'")
     for key, least, most in (("r", 1, 1e9), ("lora_alpha", -1e9, 1e9), ("lora_dropout", 0.0, 0.999)):
         value = parsed.setdefault(key, 0.0 if key == "lora_dropout" else None)
         number = isinstance(value, int if key == "r" else int | float) and not isinstance(value, bool)
         if not number or not least <= value <= most:
-            raise InputError(f"{path}: {key} = {value!r} is not a number of the right kind")
+            raise InputError(f"{path}: {key} = {_short(value)} is not a number of the right kind")
     start = parsed.get("init_lora_weights", True)
     if start not in _INITIALISATIONS:
         raise InputError(
-            f"{path}: init_lora_weights = {start!r} may have changed the base's weights; convert the adapter to plain "
+            f"{path}: init_lora_weights = {_short(start)} may have changed the base's weights; convert the adapter to plain "
             "LoRA in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for key, value in parsed.items():
         if key in _IRRELEVANT or key in ("peft_type", "r", "lora_alpha", "init_lora_weights", "use_rslora"):
             continue
+        if key == "modules_to_save" and _is_list_of(value, str) and _AROUND_TRUNK.issuperset(value):
+            continue
         if value not in (None, False, "", [], {}) and (key, value) != ("bias", "none"):
-            raise InputError(f"{path}: {key} = {value!r} is not supported, only plain LoRA of linear layers is")
+            raise InputError(
+                f"{path}: {_short(key)[1:-1]} = {_short(value)} is not supported, only plain LoRA of linear layers is"
+            )
+    _check_targets(path, parsed)
     return parsed
+
+
+def _check_targets(path: Path, parsed: dict[str, Any]) -> None:
+    """Raises InputError for entries that choose layers and are not of PEFT's kinds."""
+    for key in ("target_modules", "exclude_modules"):
+        value = parsed.get(key)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except (re.error, RecursionError, OverflowError):
+                raise InputError(f"{path}: {key} = {_short(value)} is not a pattern; export it again") from None
+        elif value is not None and not _is_list_of(value, str):
+            raise InputError(f"{path}: {key} = {_short(value)} is neither a pattern nor names; export it again")
+    layers = parsed.get("layers_to_transform")
+    if layers is not None and not (isinstance(layers, int) or _is_list_of(layers, int)):
+        raise InputError(f"{path}: layers_to_transform = {_short(layers)} are not layers; export it again")
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
+def _short(value: object) -> str:
+    """Returns the repr of a value from a file, cut to a length that fits a message."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _check_base(directory: Path, parsed: dict[str, Any], facts: dict[str, Any] | None, base: Provenance) -> None:
@@ -271,32 +306,75 @@ def _weights_file(directory: Path) -> Path:
 
 
 def _tensors_by_target(
-    file: Path, transformer: TransformerConfig, where: str, model: str
+    file: Path, parsed: Mapping[str, Any], transformer: TransformerConfig, where: str, model: str
 ) -> dict[tuple[str, str, int], StoredTensor]:
-    """Returns stored tensors by target, matrix (a or b) and layer; each adapted target has both in every layer."""
-    expected = {}
+    """Returns stored tensors by target, matrix (a or b) and layer: both matrices of each layer that the config names."""
+    expected, module_of = {}, {}
     for name, stem in _stems(transformer).items():
         for i in range(transformer.num_hidden_layers):
             for matrix in ("a", "b"):
-                expected[f"{stem.format(i)}.lora_{matrix.upper()}.weight"] = (name, matrix, i)
+                tensor_name = f"{stem.format(i)}.lora_{matrix.upper()}.weight"
+                expected[tensor_name], module_of[tensor_name] = (name, matrix, i), stem.format(i)
     found: dict[tuple[str, str, int], StoredTensor] = {}
+    left_out: set[str] = set()
+    bare_trunk = False
     for tensor in list_file(file):
         bare = tensor.name.removeprefix(_PREFIX)
-        key = expected.get(bare, expected.get(f"esm.{bare}"))
+        whole = bare if bare in expected else f"esm.{bare}"
+        key = expected.get(whole)
+        module = unneeded_module(bare) or unneeded_module(f"esm.{bare}")
+        if bare != tensor.name and key is None and module is not None:
+            left_out.add(module)
+            continue
         if bare == tensor.name or key is None:
-            raise InputError(f"{where} unexpected tensor {tensor.name!r}; {model} has no such layer to adapt")
+            raise InputError(f"{where} unexpected tensor {_short(tensor.name)}; {model} has no such layer to adapt")
         if key in found:
             raise InputError(f"{where} {tensor.name!r} and {found[key].name!r} are the same; export it again")
         found[key] = tensor
+        bare_trunk = bare_trunk or whole != bare
     if not found:
-        raise InputError(f"{where} {file.name} holds no tensors; export or download it again")
+        only = f" but those of {', '.join(sorted(left_out))}, which vectors do not need" if left_out else ""
+        raise InputError(f"{where} {file.name} holds no tensors{only}; export or download the adapter again")
     adapted = {name for name, _, _ in found}
-    missing = [name for name, key in expected.items() if key[0] in adapted and key not in found]
+    halves = {(name, i) for name, _, i in found}
+
+    def is_due(tensor_name: str) -> bool:
+        name, _, i = expected[tensor_name]
+        if not parsed.get("target_modules"):
+            return name in adapted
+        module = module_of[tensor_name].removeprefix("esm." if bare_trunk else "")
+        return (name, i) in halves or _is_adapted(parsed, module, i)
+
+    missing = [name for name, key in expected.items() if key not in found and is_due(name)]
     if missing:
         raise InputError(
             f"{where} {len(missing)} tensor(s) missing, first {_PREFIX + missing[0]!r}; it is damaged or not of {model}"
         )
+    layers = parsed.get("layers_to_transform")
+    if layers is not None and (
+        spare := {i for _, _, i in found} - set([layers] if isinstance(layers, int) else layers)
+    ):
+        raise InputError(
+            f"{file.parent / CONFIG_FILE}: layers_to_transform = {_short(layers)}, but {file.name} also adapts layer "
+            f"{min(spare)}; export it again"
+        )
+    if left_out:
+        logger.warning("%s %s left out, which vectors do not need", where, ", ".join(sorted(left_out)))
     return found
+
+
+def _is_adapted(parsed: Mapping[str, Any], module: str, layer: int) -> bool:
+    """Returns whether the config puts an adapter on a module, as PEFT decides it."""
+
+    def named(key: str) -> bool:
+        wanted = parsed.get(key) or []
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
+        return any(module == one or module.endswith(f".{one}") for one in wanted)
+
+    layers = parsed.get("layers_to_transform")
+    chosen = layers is None or layer in ([layers] if isinstance(layers, int) else layers)
+    return chosen and named("target_modules") and not named("exclude_modules")
 
 
 def _read(tensor: StoredTensor, shape: tuple[int, ...], where: str, model: str) -> np.ndarray:

@@ -17,11 +17,11 @@ from jaxtyping import Array, Int32
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.head_files import Heads, write_heads
 from bioscan_jax.checkpoints.hub import Provenance
-from bioscan_jax.checkpoints.keys import published_names
+from bioscan_jax.checkpoints.keys import list_published, published_names
 from bioscan_jax.checkpoints.model_card import write_facts
 from bioscan_jax.checkpoints.orbax import is_converted
 from bioscan_jax.checkpoints.projection_files import write_projection
-from bioscan_jax.checkpoints.readers import list_tensors, read_rows, sha256_of, weight_files
+from bioscan_jax.checkpoints.readers import read_rows, sha256_of, weight_files
 from bioscan_jax.checkpoints.writers import MAX_SHARD_BYTES, PendingTensor, write_weights
 from bioscan_jax.model.classifier import dotted
 from bioscan_jax.model.lora import merge_adapters
@@ -148,7 +148,7 @@ def _parameters(model: NucleotideTransformer) -> Iterator[PendingTensor]:
 def _copied(base: Path, tensors: Sequence[PendingTensor]) -> Iterator[PendingTensor]:
     """Yields the tensors of the base that the forward pass does not use."""
     ours = {tensor.name: tensor for tensor in tensors}
-    for name, tensor in sorted(list_tensors(base).items()):
+    for name, tensor in sorted(list_published(base).items()):
         if name == "lm_head.decoder.bias":  # another name of lm_head.bias
             yield dataclasses.replace(ours["lm_head.bias"], name=name)
         elif name not in ours:

@@ -123,6 +123,11 @@ def positional(words: Sequence[str], flag: str) -> list[str]:
     return [*first, *words[1:]]
 
 
+def path_flags(words: Sequence[str], flag: str) -> list[str]:
+    """The words with `--flag FILE` as `--flag.path FILE`."""
+    return [f"{flag}.path{word.removeprefix(flag)}" if word.split("=")[0] == flag else word for word in words]
+
+
 def shipped_configs() -> dict[str, Path]:
     """The config files that come with the package, by the name that `--config` takes."""
     package = Path(__file__).parents[1]

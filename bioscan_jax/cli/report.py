@@ -1,8 +1,10 @@
 """`bioscan report --uri DIR --output report.html`: writes a report of a vector table."""
 
+from collections.abc import Sequence
 from typing import Literal
 
-from bioscan_jax.cli._command import from_flags
+from bioscan_jax.cli._command import from_flags, path_flags
+from bioscan_jax.config import SideTableConfig
 
 
 def main(
@@ -10,7 +12,7 @@ def main(
     output: str,
     table: str = "sequences",
     identified: str | None = None,
-    truth: str | None = None,
+    truth: SideTableConfig | str | None = None,
     pictures: str | None = None,
     rows: int = 50_000,
     projection: Literal["pacmap", "pca"] = "pacmap",
@@ -23,7 +25,8 @@ def main(
         output: FILE.html to write.
         table: Name of the vector table.
         identified: Parquet file written by bioscan identify.
-        truth: Parquet file with sequence_id and the true lineages of what was identified.
+        truth: File with sequence_id and the true lineages of what was identified; `--truth FILE` is short for
+            `--truth.path FILE`.
         pictures: Directory for PNG files of the main pictures.
         rows: Most rows to show on the maps; a larger table is sampled at random.
         projection: How vectors become points: PaCMAP, or the first two principal components.
@@ -45,4 +48,6 @@ def main(
     print(summary)
 
 
-command = from_flags(main, "report")
+def command(words: Sequence[str]) -> None:
+    """Runs `report` with the words that follow its name on the command line."""
+    from_flags(main, "report")(path_flags(words, "--truth"))

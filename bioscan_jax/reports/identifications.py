@@ -9,8 +9,10 @@ import pyarrow as pa
 from jaxtyping import Bool, Float64
 
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns, read_lineages
+from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError
 from bioscan_jax.reports.contents import Taxa
+from bioscan_jax.table.side_tables import read_side_table
 
 _BINS = 10
 _NEAREST = 100
@@ -47,7 +49,7 @@ def read_identifications(path: str) -> Identifications:
     Raises:
         InputError: It cannot be read, lacks a column, or has no rows.
     """
-    table = _read_parquet(path, "--identified")
+    table = _read_parquet(path)
     scores = [f"{rank}_confidence" for rank in RANKS]
     needed = ["sequence_id", *RANKS, *scores, "nearest_id", "novelty", "novel", "abstained_at"]
     if missing := [name for name in needed if name not in table.column_names]:
@@ -73,13 +75,20 @@ def read_identifications(path: str) -> Identifications:
     )
 
 
-def read_truth(path: str, ids: Sequence[str]) -> tuple[tuple[str | None, ...], ...]:
+def read_truth(given: str | SideTableConfig, ids: Sequence[str]) -> tuple[tuple[str | None, ...], ...]:
     """Reads the true names: for each of RANKS one per id, None where unknown or where the file lacks the id.
+
+    Args:
+        given: Parquet, CSV or TSV file, or a directory of them; see `table.side_tables`.
+        ids: The sequence_ids of the identified queries.
 
     Raises:
         InputError: The file cannot be read, has no lineages, two different lineages for an id, or none of the ids.
     """
-    table = _read_parquet(path, "--truth")
+    given = SideTableConfig(path=given) if isinstance(given, str) else given
+    names: dict[str, pa.DataType] = dict.fromkeys((*RANKS, LINEAGE_COLUMN), pa.string())
+    side, path = read_side_table(given, "--truth", names), given.path
+    table = side.table
     if "sequence_id" not in table.column_names:
         raise InputError(f"--truth {path} has no column 'sequence_id'; the columns are {', '.join(table.column_names)}")
     columns = lineage_columns(table.column_names)
@@ -87,9 +96,13 @@ def read_truth(path: str, ids: Sequence[str]) -> tuple[tuple[str | None, ...], .
         raise InputError(f"--truth {path} has neither a column {LINEAGE_COLUMN!r} nor all seven ranks; add one of them")
     lineages = list(zip(*(names.to_pylist() for names in read_lineages(table.select(columns))), strict=True))
     true: dict[str, tuple[str | None, ...]] = {}
-    for key, lineage in zip(table["sequence_id"].cast(pa.string()).to_pylist(), lineages, strict=True):
+    for row, (key, lineage) in enumerate(
+        zip(table["sequence_id"].cast(pa.string()).to_pylist(), lineages, strict=True)
+    ):
         if true.setdefault(key, lineage) != lineage:
-            raise InputError(f"--truth {path} has {key!r} twice with different names; keep one")
+            raise InputError(
+                f"--truth {path} has {key!r} twice with different names, again in {side.locate(row)}; keep one"
+            )
     if not any(key in true for key in ids):
         raise InputError(
             f"--truth {path} has none of the sequence_ids of --identified; pass the file that was identified"
@@ -98,17 +111,17 @@ def read_truth(path: str, ids: Sequence[str]) -> tuple[tuple[str | None, ...], .
     return tuple(zip(*(true.get(key, unknown) for key in ids), strict=True))
 
 
-def _read_parquet(path: str, flag: str) -> pa.Table:
+def _read_parquet(path: str) -> pa.Table:
     import pyarrow.parquet as pq
 
     file = Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f"{flag} {path}: there is no such file; pass a Parquet file")
+        raise InputError(f"--identified {path}: there is no such file; pass a Parquet file")
     try:
         return pq.ParquetFile(file).read()
     except (pa.ArrowException, OSError) as error:
         text = " ".join(str(error).split())[:200]
-        raise InputError(f"{flag} {path} cannot be read as Parquet ({text}); pass a Parquet file") from error
+        raise InputError(f"--identified {path} cannot be read as Parquet ({text}); pass a Parquet file") from error
 
 
 def _floats(table: pa.Table, name: str, path: str) -> Float64[np.ndarray, " rows"]:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError
 from bioscan_jax.output import output_file, output_path
 from bioscan_jax.reports.charts import write_pictures
@@ -50,7 +51,7 @@ def report(
     table: str = "sequences",
     *,
     identified: str | None = None,
-    truth: str | None = None,
+    truth: str | SideTableConfig | None = None,
     pictures: str | None = None,
     rows: int = _SHOWN_ROWS,
     projection: Method = "pacmap",
@@ -63,7 +64,7 @@ def report(
         output: FILE.html to write; an existing file is replaced once the new one is complete.
         table: Name of the vector table.
         identified: Parquet file that `identify` wrote, about this table's rows or with this table as reference.
-        truth: Parquet file with `sequence_id` and the true lineages of the queries.
+        truth: Parquet, CSV or TSV file with `sequence_id` and the true lineages of the queries; see `SideTableConfig`.
         pictures: Directory for PNG files of the main charts; created if absent.
         rows: Most rows to show on the maps; of a larger table a random sample is shown. Counts are of all rows.
         projection: How vectors become points of a plane: PaCMAP, or the first two principal components.

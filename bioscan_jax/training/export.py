@@ -68,7 +68,7 @@ def export(
         raise InputError(f"{run} trained the whole model and has no adapter; pass --format merged")
     mesh = mesh or config.MeshConfig()
     start_devices(mesh)
-    loaded = _base(record, checkpoint, mesh)
+    loaded = _base(record, checkpoint, mesh, lm_head=format == "merged" or train.objective == "mlm")
     space = LabelSpace.load(directory / LABEL_SPACE_FILE) if train.objective == "taxonomy" else None
     step, classifier = _trained(directory, which, loaded, loss, lora, train, space)
     facts = {"objective": train.objective, "which": which, "step": step, "run": record["decided_by"]}
@@ -94,8 +94,8 @@ def export(
     return f"{output}: {format} of {which} parameters, after step {step:,}, on {loaded.provenance.model}"
 
 
-def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfig) -> LoadedModel:
-    """Loads the weights that the run started from, in its dtype, with their language-model head."""
+def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfig, *, lm_head: bool) -> LoadedModel:
+    """Loads the weights that the run started from, in its dtype."""
     wanted = config.ModelConfig(
         checkpoint=checkpoint or record["model"]["checkpoint"],
         revision=record["model"]["revision"],
@@ -103,7 +103,7 @@ def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfi
         dtype=record["provenance"]["dtype"],
         projection="none",
     )
-    loaded = load_weights(wanted, make_layout(mesh), lm_head=True)
+    loaded = load_weights(wanted, make_layout(mesh), lm_head=lm_head)
     expected, found = record["provenance"]["weights_sha256"], loaded.provenance.weights_sha256
     if expected != found:
         raise InputError(
@@ -134,6 +134,6 @@ def _trained(
     }
     step, params = restore_params(directory, which, abstract)
     whole = model.merge(params, model.frozen)
-    if whole.trunk.lm_head is None:
+    if whole.trunk.lm_head is None and lm_head is not None:
         whole.trunk.lm_head = nnx.data(lm_head)
     return step, whole
