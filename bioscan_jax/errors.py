@@ -42,6 +42,24 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
 
 
+def shown(value: object, most: int = 100) -> str:
+    """Returns the repr of a value from a file, without control characters and cut to a length that fits a message.
+
+    Example:
+        >>> shown("x" * 100, most=10)
+        "'xxxxxx..."
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def cause_of(error: BaseException, most: int = 150) -> str:
+    """Returns the message of another library's exception as one short line without control characters."""
+    text = " ".join(str(error).split())
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def one_line(error: BaseException) -> str:
     r"""Returns the type and message of an exception as one line of text.
 

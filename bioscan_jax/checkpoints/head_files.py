@@ -13,7 +13,7 @@ from bioscan_jax.checkpoints.keys import shard_array
 from bioscan_jax.checkpoints.readers import list_file, read_rows
 from bioscan_jax.checkpoints.writers import PendingTensor, write_safetensors
 from bioscan_jax.devices.sharding import Layout, stored_shardings
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, shown
 from bioscan_jax.model.classifier import dotted, named_arrays, with_arrays
 from bioscan_jax.model.heads import HeadKind, IndependentHead, MarginalHead, TaxonTree, make_head
 from bioscan_jax.model.metadata import MetadataEncoder
@@ -96,7 +96,7 @@ def read_heads(directory: Path, layout: Layout) -> Heads:
     metadata = _read_metadata(path)
     if metadata["label_space_sha256"] != space.sha256:
         raise InputError(
-            f"{path} is for the label space {metadata['label_space_sha256'][:12]}, but {directory / LABELS_FILE} is "
+            f"{path} is for the label space {shown(metadata['label_space_sha256'][:12])[1:-1]}, but {directory / LABELS_FILE} is "
             f"{space.sha256[:12]}; copy both from the same export"
         )
     shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -109,7 +109,7 @@ def read_heads(directory: Path, layout: Layout) -> Heads:
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name) or stored[name].dtype != np.float32:
             raise InputError(
-                f"{path}: {name} has shape {shapes.get(name)}, the label space needs {expected.get(name)} (float32); export again"
+                f"{path}: {shown(name, 200)[1:-1]} has shape {shapes.get(name)}, the label space needs {expected.get(name)} (float32); export again"
             )
     shardings = {dotted(path): sharding for path, sharding in stored_shardings(state, layout).items()}
     arrays = {name: shard_array(read_rows(stored[name]), sharding) for name, sharding in shardings.items()}

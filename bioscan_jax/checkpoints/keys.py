@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from bioscan_jax.checkpoints.readers import StoredTensor, list_tensors, read_rows
 from bioscan_jax.devices.sharding import Layout, parameter_axes, stored_shardings
-from bioscan_jax.errors import InputError, logger
+from bioscan_jax.errors import InputError, logger, shown
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.transformer import NucleotideTransformer
 
@@ -134,7 +134,7 @@ def list_published(directory: Path) -> dict[str, StoredTensor]:
             published = f"{parent}.{_OLD_NAMES[last]}"
         if published in found:
             raise InputError(
-                f"{directory}: {found[published].name!r} and {name!r} are the same parameter; save the model again"
+                f"{directory}: {shown(found[published].name)} and {shown(name)} are the same parameter; save the model again"
             )
         found[published] = tensor
     return found
@@ -237,7 +237,7 @@ def _check_names(
     unexpected = sorted(name for name in spare if unneeded_module(name) not in left_out)
     if unexpected:
         raise InputError(
-            f"{directory}: {len(unexpected)} unexpected tensor(s), first {unexpected[0]!r}; "
+            f"{directory}: {len(unexpected)} unexpected tensor(s), first {shown(unexpected[0])}; "
             "the weights do not belong to this config.json"
         )
     if left_out:

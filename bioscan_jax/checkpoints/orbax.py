@@ -14,7 +14,7 @@ from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.checkpoints.projection_files import write_projection
 from bioscan_jax.devices.sharding import Layout, stored_shardings
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, cause_of
 from bioscan_jax.model.classifier import named_arrays, with_arrays
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.projection import Projection
@@ -54,7 +54,7 @@ def read_provenance(directory: Path) -> Provenance:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: damaged ({error}); convert the weights again") from None
+        raise InputError(f"{path}: damaged ({cause_of(error)}); convert the weights again") from None
 
 
 def save_converted(

@@ -29,7 +29,7 @@ from bioscan_jax.checkpoints.model_card import read_facts, write_facts
 from bioscan_jax.checkpoints.projection_files import write_projection
 from bioscan_jax.checkpoints.readers import StoredTensor, list_file, read_rows, sha256_of
 from bioscan_jax.devices.sharding import Layout, stored_shardings
-from bioscan_jax.errors import InputError, logger
+from bioscan_jax.errors import InputError, cause_of, logger, shown
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.lora import TARGETS, LoRALinear, add_adapters, resolve_targets
 from bioscan_jax.model.projection import Projection
@@ -225,20 +225,20 @@ def _read_config(directory: Path) -> dict[str, Any]:
         there = ", ".join(sorted(one.name for one in directory.iterdir())[:20]) or "nothing"
         raise InputError(f"--model.adapter {str(directory)!r} has no {CONFIG_FILE}, only {there}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); export or download it again") from None
+        raise InputError(f"{path}: not readable as JSON ({cause_of(error)}); export or download it again") from None
     if not isinstance(parsed, dict):
         raise InputError(f"{path}: not a JSON object")
     if parsed.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type = {_short(parsed.get('peft_type'))} is not supported, only 'LORA'")
+        raise InputError(f"{path}: peft_type = {shown(parsed.get('peft_type'))} is not supported, only 'LORA'")
     for key, least, most in (("r", 1, 1e9), ("lora_alpha", -1e9, 1e9), ("lora_dropout", 0.0, 0.999)):
         value = parsed.setdefault(key, 0.0 if key == "lora_dropout" else None)
         number = isinstance(value, int if key == "r" else int | float) and not isinstance(value, bool)
         if not number or not least <= value <= most:
-            raise InputError(f"{path}: {key} = {_short(value)} is not a number of the right kind")
+            raise InputError(f"{path}: {key} = {shown(value)} is not a number of the right kind")
     start = parsed.get("init_lora_weights", True)
     if start not in _INITIALISATIONS:
         raise InputError(
-            f"{path}: init_lora_weights = {_short(start)} may have changed the base's weights; convert the adapter to plain "
+            f"{path}: init_lora_weights = {shown(start)} may have changed the base's weights; convert the adapter to plain "
             "LoRA in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for key, value in parsed.items():
@@ -248,7 +248,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             continue
         if value not in (None, False, "", [], {}) and (key, value) != ("bias", "none"):
             raise InputError(
-                f"{path}: {_short(key)[1:-1]} = {_short(value)} is not supported, only plain LoRA of linear layers is"
+                f"{path}: {shown(key)[1:-1]} = {shown(value)} is not supported, only plain LoRA of linear layers is"
             )
     _check_targets(path, parsed)
     return parsed
@@ -262,22 +262,16 @@ def _check_targets(path: Path, parsed: dict[str, Any]) -> None:
             try:
                 re.compile(value)
             except (re.error, RecursionError, OverflowError):
-                raise InputError(f"{path}: {key} = {_short(value)} is not a pattern; export it again") from None
+                raise InputError(f"{path}: {key} = {shown(value)} is not a pattern; export it again") from None
         elif value is not None and not _is_list_of(value, str):
-            raise InputError(f"{path}: {key} = {_short(value)} is neither a pattern nor names; export it again")
+            raise InputError(f"{path}: {key} = {shown(value)} is neither a pattern nor names; export it again")
     layers = parsed.get("layers_to_transform")
     if layers is not None and not (isinstance(layers, int) or _is_list_of(layers, int)):
-        raise InputError(f"{path}: layers_to_transform = {_short(layers)} are not layers; export it again")
+        raise InputError(f"{path}: layers_to_transform = {shown(layers)} are not layers; export it again")
 
 
 def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(one, kind) for one in value)
-
-
-def _short(value: object) -> str:
-    """Returns the repr of a value from a file, cut to a length that fits a message."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _check_base(directory: Path, parsed: dict[str, Any], facts: dict[str, Any] | None, base: Provenance) -> None:
@@ -327,9 +321,9 @@ def _tensors_by_target(
             left_out.add(module)
             continue
         if bare == tensor.name or key is None:
-            raise InputError(f"{where} unexpected tensor {_short(tensor.name)}; {model} has no such layer to adapt")
+            raise InputError(f"{where} unexpected tensor {shown(tensor.name)}; {model} has no such layer to adapt")
         if key in found:
-            raise InputError(f"{where} {tensor.name!r} and {found[key].name!r} are the same; export it again")
+            raise InputError(f"{where} {shown(tensor.name)} and {shown(found[key].name)} are the same; export it again")
         found[key] = tensor
         bare_trunk = bare_trunk or whole != bare
     if not found:
@@ -355,7 +349,7 @@ def _tensors_by_target(
         spare := {i for _, _, i in found} - set([layers] if isinstance(layers, int) else layers)
     ):
         raise InputError(
-            f"{file.parent / CONFIG_FILE}: layers_to_transform = {_short(layers)}, but {file.name} also adapts layer "
+            f"{file.parent / CONFIG_FILE}: layers_to_transform = {shown(layers)}, but {file.name} also adapts layer "
             f"{min(spare)}; export it again"
         )
     if left_out:

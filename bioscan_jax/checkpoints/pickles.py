@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, shown
 
 _STORAGE_DTYPES = {
     "torch.DoubleStorage": np.dtype(np.float64),
@@ -84,10 +84,10 @@ def read_views(data: bytes, source: str) -> dict[str, View]:
         raise InputError(f"{source} holds no tensors; save model.state_dict() of a whole model")
     for name, value in top.items():
         if not isinstance(name, str):
-            raise InputError(f"{source}: {name} is a number, not the name of a tensor; save model.state_dict()")
+            raise InputError(f"{source}: {shown(name)} is a number, not the name of a tensor; save model.state_dict()")
         if not isinstance(value, View):
             raise InputError(
-                f"{source}: {name!r} holds a {_kind(value)}, not a tensor; save the state dict alone, "
+                f"{source}: {shown(name)} holds a {_kind(value)}, not a tensor; save the state dict alone, "
                 "not a training checkpoint around it"
             )
     return top
@@ -177,7 +177,7 @@ def _set_items(target: object, items: list[Any], source: str) -> None:
         if type(key) not in (str, int):
             raise _refusal(source, f"a key of type {_kind(key)}")
         if key in target:
-            raise InputError(f"{source}: {key!r} is in its pickle twice; use the model's safetensors file")
+            raise InputError(f"{source}: {shown(key)} is in its pickle twice; use the model's safetensors file")
         target[key] = value
 
 
@@ -187,7 +187,7 @@ def _named(name: str, source: str) -> np.dtype | _Global:
     if name in (_ORDERED_DICT, _TENSOR, _PARAMETER):
         return _Global(name)
     raise InputError(
-        f"{source}: its pickle imports {name!r}, which plain tensors do not need; none of it was executed; "
+        f"{source}: its pickle imports {shown(name)}, which plain tensors do not need; none of it was executed; "
         "use the model's safetensors file"
     )
 

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from bioscan_jax.checkpoints.pickles import read_views
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, cause_of, shown
 
 FORMATS = (
     "model.safetensors",
@@ -91,19 +91,19 @@ def list_tensors(directory: Path) -> dict[str, StoredTensor]:
         for tensor in list_file(file):
             if tensor.name in found:
                 raise InputError(
-                    f"tensor {tensor.name!r} is in both {found[tensor.name].file} and {file}; download them again"
+                    f"tensor {shown(tensor.name)} is in both {found[tensor.name].file} and {file}; download them again"
                 )
             if tensor.name not in weight_map:
-                raise InputError(f"{file} holds tensor {tensor.name!r}, which {entry} lacks; download both again")
+                raise InputError(f"{file} holds tensor {shown(tensor.name)}, which {entry} lacks; download both again")
             if weight_map[tensor.name] != file.name:
                 raise InputError(
-                    f"tensor {tensor.name!r} is in {file}, but {entry} puts it in {weight_map[tensor.name]!r}; "
+                    f"tensor {shown(tensor.name)} is in {file}, but {entry} puts it in {shown(weight_map[tensor.name])}; "
                     "download them again"
                 )
             found[tensor.name] = tensor
     for name, shard in weight_map.items():
         if name not in found:
-            raise InputError(f"{directory / shard} lacks tensor {name!r} of {entry}; download both again")
+            raise InputError(f"{directory / shard} lacks tensor {shown(name)} of {entry}; download both again")
     return found
 
 
@@ -192,9 +192,11 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise InputError(f"{index}: weight_map is not a table of tensors; download it again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
-            raise InputError(f"{index}: shard {shard!r} of tensor {name!r} is not a file beside it; download it again")
+            raise InputError(
+                f"{index}: shard {shown(shard)} of tensor {shown(name)} is not a file beside it; download it again"
+            )
         if not (index.parent / shard).is_file():
-            raise InputError(f"{index} names shard {shard!r}, which is missing from {index.parent}; download it")
+            raise InputError(f"{index} names shard {shown(shard)}, which is missing from {index.parent}; download it")
     return weight_map
 
 
@@ -224,9 +226,7 @@ def _list_safetensors(file: Path) -> list[StoredTensor]:
             header_bytes = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(header_bytes))
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file} is not a whole safetensors file ({' '.join(str(error).split())}); download it again"
-        ) from error
+        raise InputError(f"{file} is not a whole safetensors file ({cause_of(error)}); download it again") from error
     header.pop("__metadata__", None)
     if set(header) != names:
         raise InputError(f"{file}: its header is ambiguous; download it again")
@@ -235,7 +235,7 @@ def _list_safetensors(file: Path) -> list[StoredTensor]:
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise InputError(
-                f"{file}: tensor {name!r} has dtype {entry['dtype']}, which is not supported; save it as F32"
+                f"{file}: tensor {shown(name)} has dtype {entry['dtype']}, which is not supported; save it as F32"
             )
         shape = tuple(entry["shape"])
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
@@ -265,11 +265,13 @@ def _list_pickled(file: Path, head: bytes) -> list[StoredTensor]:
             storage = view.storage
             entry = entries.get(f"{folder}/data/{storage.key}")
             if entry is None or storage.numel * storage.dtype.itemsize > entry.file_size:
-                raise InputError(f"{file}: the data of tensor {name!r} is missing or too short; download it again")
+                raise InputError(f"{file}: the data of tensor {shown(name)} is missing or too short; download it again")
             opened.seek(entry.header_offset)
             local = opened.read(30)
             if len(local) < 30 or not local.startswith(b"PK\x03\x04"):
-                raise InputError(f"{file}: the data of tensor {name!r} is not where it should be; download it again")
+                raise InputError(
+                    f"{file}: the data of tensor {shown(name)} is not where it should be; download it again"
+                )
             name_bytes, extra_bytes = struct.unpack("<HH", local[26:])
             begin = entry.header_offset + 30 + name_bytes + extra_bytes
             end = begin + storage.numel * storage.dtype.itemsize
@@ -290,7 +292,7 @@ def _archive_entries(archive: zipfile.ZipFile, file: Path) -> tuple[str, dict[st
     for entry in entries.values():
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise InputError(
-                f"{file}: {entry.filename} is compressed or encrypted, as torch never saves it; save it again in torch"
+                f"{file}: {shown(entry.filename)} is compressed or encrypted, as torch never saves it; save it again in torch"
             )
     if f"{folder}/byteorder" in entries and (order := archive.read(f"{folder}/byteorder")) != b"little":
         raise InputError(f"{file} has byte order {order[:8]!r}, not little; save it again on a little-endian machine")
@@ -307,7 +309,7 @@ def _check_bounds(tensor: StoredTensor, end: int, size: int) -> StoredTensor:
         or tensor.offset + _span(shape, tensor.strides) * item > end
         or math.prod(max(length, 1) for length in shape) * item > (_MAX_EMPTY_BYTES if 0 in shape else size)
     ):
-        raise InputError(f"{tensor.file}: tensor {tensor.name!r} reaches past its data; download the file again")
+        raise InputError(f"{tensor.file}: tensor {shown(tensor.name)} reaches past its data; download the file again")
     return tensor
 
 
@@ -335,7 +337,7 @@ def _read_into(values: np.ndarray, tensor: StoredTensor, offset: int) -> None:
             count = file.readinto(remaining)
             if not count:
                 raise InputError(
-                    f"{tensor.file}: file truncated inside tensor {tensor.name!r}, {len(remaining)} bytes short; "
+                    f"{tensor.file}: file truncated inside tensor {shown(tensor.name)}, {len(remaining)} bytes short; "
                     "download it again"
                 )
             remaining = remaining[count:]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bioscan_jax.config import SideTableConfig
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, cause_of, shown
 from bioscan_jax.table.columns import check_values, vector_schema
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.reading import check_finished, open_existing, schema_metadata
@@ -86,7 +86,7 @@ class AnnotateSummary:
         ]
         for where, ids in (("table", self.unmatched_ids), ("file", self.unused_ids)):
             if ids:
-                lines.append(f"only in the {where}: {', '.join(map(_shown, ids))}")
+                lines.append(f"only in the {where}: {', '.join(map(shown, ids))}")
         if self.dry_run:
             lines.append("dry run: nothing was written")
         return "\n  ".join(lines)
@@ -153,7 +153,7 @@ def annotate(
             if not counts.matched:
                 raise InputError(
                     f"{source.path}: none of its {len(given):,} sequence_ids is in {where}; check the ids (the file "
-                    f"has {', '.join(map(_shown, counts.unused_ids))}, the table {', '.join(map(_shown, unmatched))})"
+                    f"has {', '.join(map(shown, counts.unused_ids))}, the table {', '.join(map(shown, unmatched))})"
                 )
             if not dry_run and (counts.added or any(counts.filled.values())):
                 fragments, schema = _write(dataset, given, matches, counts, overwrite)
@@ -172,17 +172,12 @@ def annotate(
     )
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 def _summaries(side: SideTable, given: pa.Table) -> tuple[ColumnSummary, ...]:
     found = []
     for name in given.column_names:
         column = given[name]
         first = pc.call_function("drop_null", [column]).slice(0, 1000).to_pylist()
-        examples = tuple(dict.fromkeys(map(_shown, first)))[:_EXAMPLES]
+        examples = tuple(dict.fromkeys(shown(value, 40) for value in first))[:_EXAMPLES]
         kind = "text" if pa.types.is_string(column.type) else str(column.type)
         note = side.column_notes.get(name)
         found.append(ColumnSummary(name=name, type=kind, nulls=column.null_count, examples=examples, note=note))
@@ -193,11 +188,17 @@ def _check_columns(path: str, side: SideTable, dataset: "lance.LanceDataset") ->
     given = side.table
     names = given.column_names
     if ID not in names:
-        raise InputError(f"{path} has no column {ID!r} (columns: {', '.join(names[:20])}); rename the one with the ids")
+        raise InputError(
+            f"{path} has no column {ID!r} (columns: {shown(', '.join(names[:20]), 160)[1:-1]}); rename the one with the ids"
+        )
     if len(names) != len(set(names)):
-        raise InputError(f"{path} has a column name twice ({', '.join(names[:20])}); rename all but one")
+        raise InputError(
+            f"{path} has a column name twice ({shown(', '.join(names[:20]), 160)[1:-1]}); rename all but one"
+        )
     if blank := [name for name in names if name != name.strip() or not name]:
-        raise InputError(f"{path}: column {blank[0]!r} has a name that is empty or starts or ends blank; rename it")
+        raise InputError(
+            f"{path}: column {shown(blank[0])} has a name that is empty or starts or ends blank; rename it"
+        )
     if names == [ID]:
         raise InputError(f"{path} has no column but {ID}; there is nothing to join")
     reserved = {
@@ -205,7 +206,7 @@ def _check_columns(path: str, side: SideTable, dataset: "lance.LanceDataset") ->
         json.loads(schema_metadata(dataset).get("plan_facts", "{}")).get("data", {}).get("sequence_column"),
     }
     if taken := [name for name in names if name in reserved and name != ID]:
-        raise InputError(f"{path}: column {taken[0]!r} is an input or a result of embedding; leave it out")
+        raise InputError(f"{path}: column {shown(taken[0])} is an input or a result of embedding; leave it out")
     if given[ID].null_count:
         first = int(np.argmax(given[ID].is_null().to_numpy()))
         raise InputError(
@@ -217,7 +218,7 @@ def _check_columns(path: str, side: SideTable, dataset: "lance.LanceDataset") ->
         first = again[0].as_py()
         rows = np.flatnonzero(pc.call_function("equal", [given[ID], first["values"]]).to_numpy())[:2].tolist()
         raise InputError(
-            f"{path}: {len(again):,} sequence_ids come more than once, such as {_shown(first['values'])} "
+            f"{path}: {len(again):,} sequence_ids come more than once, such as {shown(first['values'])} "
             f"({first['counts']} times), in {' and '.join(map(side.locate, rows))}; keep one row each"
         )
     for index in dataset.describe_indices():
@@ -239,10 +240,8 @@ def _conform(path: str, side: SideTable, schema: pa.Schema) -> pa.Table:
         try:
             given[name].cast(kind)
         except pa.ArrowException as error:
-            cause = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{path}: column {name!r} is {given[name].type}, the table's is {kind} ({cause})"
-            ) from error
+            types = f"{shown(str(given[name].type))[1:-1]}, the table's is {shown(str(kind))[1:-1]}"
+            raise InputError(f"{path}: column {shown(name)} is {types} ({cause_of(error, 100)})") from error
     return given.cast(pa.schema(fields)).combine_chunks()
 
 
@@ -312,7 +311,7 @@ def _check_conflicts(
             conflicts += int(differing.sum())
             if differing.any() and not first:
                 row = int(np.argmax(differing))
-                first = f"{name} of {batch[ID][row].as_py()!r} is {before[row].as_py()!r}, not {new[row].as_py()!r}"
+                first = f"{name} of {shown(batch[ID][row].as_py())} is {shown(before[row].as_py())}, not {shown(new[row].as_py())}"
     if conflicts and not overwrite:
         raise InputError(
             f"{path}: {conflicts:,} values differ from the table's; the first: {first}; pass --overwrite true"

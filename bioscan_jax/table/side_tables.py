@@ -42,7 +42,7 @@ import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 
 from bioscan_jax.config import SideTableConfig
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, cause_of, shown
 
 ID = "sequence_id"
 NULL_WORDS = ("NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None")
@@ -153,14 +153,16 @@ def _read_directory(root: Path, given: SideTableConfig, flag: str, types: Mappin
                 notes += more
         columns = _hive_columns(path.relative_to(root))
         if keys not in (None, list(columns)):
-            raise InputError(f"{here}: its folders name the columns {list(columns)}, others {keys}; give all the same")
+            raise InputError(
+                f"{here}: its folders name the columns {shown(list(columns))}, others {shown(keys)}; give all the same"
+            )
         keys = list(columns)
         parts.append(_with_columns(table, columns, here))
         locators.append((len(table), locate))
     try:
         whole = pa.concat_tables(parts, promote_options="default")
     except pa.ArrowException as error:
-        raise InputError(f"{where}: its files differ in a column ({_first_line(error)}); give all one type") from error
+        raise InputError(f"{where}: its files differ in a column ({cause_of(error)}); give all one type") from error
 
     def locate_in_all(row: int) -> str:
         for rows, locate in locators:
@@ -196,7 +198,7 @@ def _with_columns(table: pa.Table, columns: Mapping[str, str | None], where: str
         if name not in table.column_names:
             table = table.append_column(name, pa.array([value] * len(table), pa.string()))
         elif set(table[name].cast(pa.string()).unique().to_pylist()) - {value}:
-            raise InputError(f"{where}: column {name!r} differs from the folder {name}={value}; rename one of them")
+            raise InputError(f"{where}: column {shown(name)} differs from its folder; rename one of them")
     return table
 
 
@@ -208,11 +210,7 @@ def _readable(where: str) -> Iterator[None]:
     except EOFError as error:
         raise InputError(f"{where} is cut short (the compressed data ends early); get it again") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{where} cannot be read: {_first_line(error)}; get it again or fix it") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return ascii(" ".join(str(error).split())[:150])[1:-1]
+        raise InputError(f"{where} cannot be read: {cause_of(error)}; get it again or fix it") from error
 
 
 def _is_parquet(path: Path) -> bool:
@@ -268,11 +266,11 @@ class _Text:
         next(records)
         for number, line in enumerate(records):
             if number == row:
-                return f"{self.where} line {line:,}"
+                return f"{self.where} line {line}"
         raise IndexError(row)
 
     def fail(self, line: int, what: str, fix: str) -> NoReturn:
-        raise InputError(f"{self.where} line {line:,}: {what}; {fix}")
+        raise InputError(f"{self.where} line {line}: {what}; {fix}")
 
 
 def _inspect(path: Path, given: SideTableConfig, where: str, flag: str) -> _Text:
@@ -571,10 +569,9 @@ def _cast(name: str, column: pa.ChunkedArray, kind: pa.DataType, locate: Callabl
                 column, first = column.slice(len(half)), first + len(half)
             except pa.ArrowException:
                 column = half
-        value = str(column[0].as_py())[:60]
-        raise InputError(
-            f"{locate(first)}: column {name!r} is {value!r}, but the table's type is {kind}; fix it or rename the column"
-        ) from None
+                raise InputError(
+                    f"{locate(first)}: column {shown(name)} is {shown(column[0].as_py())}, but the table's type is {kind}; fix it or rename the column"
+                ) from None
 
 
 def _numbers(column: pa.ChunkedArray, decimal_commas: bool) -> tuple[pa.ChunkedArray, str | None]:

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from support.golden import golden_config
+from support.golden_models import relative, token_rows
 from support.places import GOLDEN
 
 from bioscan_jax import config
@@ -50,9 +51,118 @@ def test_a_missing_tensor_is_named(checkpoint):
 
 
 def test_an_unexpected_tensor_is_named(checkpoint):
-    edit(checkpoint, lambda tensors: tensors.update({"esm.pooler.dense.weight": np.ones((2, 2), np.float32)}))
-    with pytest.raises(InputError, match=r"1 unexpected tensor\(s\), first 'esm.pooler.dense.weight'"):
+    name = "esm.encoder.layer.3.output.dense.weight"
+    edit(checkpoint, lambda tensors: tensors.update({name: np.ones((2, 2), np.float32)}))
+    with pytest.raises(InputError, match=rf"1 unexpected tensor\(s\), first '{name}'"):
         read(checkpoint)
+
+
+def without_head(tensors):
+    for name in [name for name in tensors if name.startswith("lm_head.")]:
+        del tensors[name]
+
+
+def rename(tensors, new_name):
+    for name in list(tensors):
+        tensors[new_name(name)] = tensors.pop(name)
+
+
+def as_classifier(tensors):
+    without_head(tensors)
+    more = {
+        "classifier.dense.weight": (16, 16),
+        "classifier.out_proj.bias": (3,),
+        "esm.contact_head.regression.bias": (1,),
+    }
+    tensors.update({name: np.ones(shape, np.float32) for name, shape in more.items()})
+
+
+def as_bare_trunk(tensors):
+    without_head(tensors)
+    rename(tensors, lambda name: name.removeprefix("esm."))
+    tensors["pooler.dense.weight"] = np.ones((16, 16), np.float32)
+
+
+def as_of_tensorflow(tensors):
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old |= {"emb_layer_norm_after.weight": "emb_layer_norm_after.gamma"}
+    rename(tensors, lambda name: next((name.replace(k, v) for k, v in old.items() if name.endswith(k)), name))
+
+
+def as_old_bare_trunk(tensors):
+    as_bare_trunk(tensors)
+    as_of_tensorflow(tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (without_head, ""),
+        (as_classifier, "classifier left out"),
+        (as_bare_trunk, "esm.pooler left out"),
+        (as_of_tensorflow, ""),
+        (as_old_bare_trunk, "esm.pooler left out"),
+    ],
+)
+def test_the_trunk_is_enough_for_vectors(checkpoint, change, named, tmp_path, caplog):
+    before = read(checkpoint)
+    edit(checkpoint, change)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(before.model), nnx.state(read(checkpoint).model))
+    assert named in caplog.text
+    wanted = config.ModelConfig(checkpoint=str(checkpoint))
+    has_head = change is as_of_tensorflow
+    if has_head:
+        assert load_weights(wanted, make_layout(ONE), lm_head=True).model.lm_head is not None
+    else:
+        with pytest.raises(InputError, match=r"no masked-language-model head \(lm_head\), which this needs"):
+            load_weights(wanted, make_layout(ONE), lm_head=True)
+    convert(wanted, str(tmp_path / "out"), ONE)
+    again = config.ModelConfig(checkpoint=str(tmp_path / "out"))
+    trunk = load_weights(again, make_layout(ONE)).model
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(before.model), nnx.state(trunk))
+    assert (load_weights(again, make_layout(ONE), lm_head=None).model.lm_head is not None) == has_head
+    if not has_head:
+        with pytest.raises(InputError, match=r"no masked-language-model head \(lm_head\)"):
+            load_weights(again, make_layout(ONE), lm_head=True)
+
+
+def test_half_a_head_is_damage(checkpoint):
+    edit(checkpoint, lambda tensors: tensors.pop("lm_head.dense.weight"))
+    with pytest.raises(InputError, match=r"1 tensor\(s\) missing, first 'lm_head.dense.weight'"):
+        read(checkpoint)
+
+
+def test_one_parameter_under_two_names_is_refused(checkpoint):
+    name = "esm.encoder.layer.0.LayerNorm"
+    edit(checkpoint, lambda tensors: tensors.update({f"{name}.gamma": tensors[f"{name}.weight"]}))
+    with pytest.raises(InputError, match="'esm.encoder.layer.0.LayerNorm.(weight|gamma)' .* are the same parameter"):
+        read(checkpoint)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["EsmForSequenceClassification", "EsmForTokenClassification", "EsmModel"])
+@pytest.mark.parametrize("pooler", [True, False])
+def test_what_transformers_saved_from_another_class_is_read(kind, pooler, tmp_path):
+    import torch
+    import transformers
+    from support.torch_models import torch_model
+
+    source = torch_model(golden_config("v1"), seed=3)
+    theirs = source.esm
+    if kind == "EsmModel":
+        theirs = transformers.EsmModel(source.config, add_pooling_layer=pooler)
+        theirs.load_state_dict(source.esm.state_dict(), strict=False)
+    else:
+        theirs = getattr(transformers, kind)(source.config)
+        theirs.esm = source.esm
+    theirs.eval().save_pretrained(tmp_path / "out")
+    shutil.copy(GOLDEN / "v1" / "vocab.txt", tmp_path / "out")
+    ours = load_weights(config.ModelConfig(checkpoint=str(tmp_path / "out")), make_layout(ONE)).model
+    ids = np.asarray(token_rows(ours.config))
+    with torch.no_grad():
+        given = torch.tensor(ids)
+        out = theirs(input_ids=given, attention_mask=given != 1, output_hidden_states=True)
+    assert relative(ours.hidden_state(jnp.asarray(ids)), out.hidden_states[-1].numpy(), ids) < 1e-4
 
 
 def test_a_misshapen_tensor_is_named(checkpoint):

@@ -210,7 +210,7 @@ UNSUPPORTED = {
     "bias": "lora_only",
     "lora_bias": True,
     "fan_in_fan_out": True,
-    "modules_to_save": ["classifier"],
+    "modules_to_save": ["classifier", "emb_layer_norm_after"],
     "rank_pattern": {"query": 2},
     "alpha_pattern": {"query": 2},
     "layers_to_transform": [0],
@@ -280,8 +280,8 @@ def test_tensors_that_do_not_fit_are_refused(exported):
         return refusal(exported)
 
     assert f"1 tensor(s) missing, first '{name}'" in with_tensors(**{name: None})
-    assert "unexpected tensor 'base_model.model.lm_head.dense.lora_A.weight'" in with_tensors(
-        **{"base_model.model.lm_head.dense.lora_A.weight": np.ones((8, 16), np.float32)}
+    assert "unexpected tensor 'base_model.model.esm.embeddings.word_embeddings.lora_A.weight'" in with_tensors(
+        **{"base_model.model.esm.embeddings.word_embeddings.lora_A.weight": np.ones((8, 16), np.float32)}
     )
     deeper = {f"{stem}.3.attention.self.key.lora_{m}.weight": whole[name] for m in "AB"}
     assert f"unexpected tensor '{stem}.3.attention.self.key.lora_A" in with_tensors(**deeper)
@@ -289,6 +289,70 @@ def test_tensors_that_do_not_fit_are_refused(exported):
     assert "key.lora_B.weight is int32, not floating point" in with_tensors(**{name: whole[name].astype(np.int32)})
     save_file({}, exported / WEIGHTS)
     assert "holds no tensors" in refusal(exported)
+
+
+def test_what_a_vector_does_not_need_is_named_and_left(exported, caplog):
+    whole = golden_model("v2")
+    digest = read_adapter(exported, whole, make_layout(ONE), base=BASE).sha256
+    names = ("classifier.dense.weight", "classifier.out_proj.bias", "lm_head.dense.lora_A.weight")
+    names += ("esm.contact_head.regression.lora_B.weight", "esm.pooler.dense.lora_A.weight", "score.weight")
+    edit(exported, lambda t: t.update({f"base_model.model.{name}": np.ones((8, 16), np.float32) for name in names}))
+    reconfigure(exported, task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
+    again = golden_model("v2")
+    assert read_adapter(exported, again, make_layout(ONE), base=BASE).sha256 != digest
+    for path, values in adapters(whole).items():
+        np.testing.assert_array_equal(values, adapters(again)[path])
+    assert "classifier, esm.contact_head, esm.pooler, lm_head, score left out" in caplog.text
+    edit(exported, lambda t: [t.pop(name) for name in list(t) if ".layer." in name])
+    assert "holds no tensors but those of classifier, esm.contact_head" in refusal(exported)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"target_modules": r"esm\.encoder\.layer\.[02]\..*"}, {0, 2}),
+        ({"target_modules": [f"layer.2.{n}" for n in ("attention.self.query", "output.dense")]}, {2}),
+        ({"target_modules": "all-linear", "layers_to_transform": [1]}, {1}),
+        ({"target_modules": "all-linear", "layers_to_transform": 1}, {1}),
+        ({"target_modules": ["query", "key", "value", "dense"], "exclude_modules": r".*layer\.1\..*"}, {0, 2}),
+    ],
+)
+def test_layers_without_an_adapter_get_none(exported, settings, kept):
+    """As PEFT does: the config says which layers, and those that it names must be in the file."""
+    whole = golden_model("v2")
+    read_adapter(exported, whole, make_layout(ONE), base=BASE)
+    only = isinstance(settings["target_modules"], list) and len(settings["target_modules"]) == 2
+    parts = (".self.query.", ".output.dense.") if only else (".",)
+    stem = "base_model.model.esm.encoder.layer"
+    kept_names = [f"{stem}.{i}." for i in kept]
+
+    def drop(tensors):
+        for name in list(tensors):
+            wanted = any(part in name for part in parts) and not (only and "attention.output" in name)
+            if not wanted or not name.startswith(tuple(kept_names)):
+                del tensors[name]
+
+    edit(exported, drop)
+    reconfigure(exported, **settings)
+    partial_model = golden_model("v2")
+    adapter = read_adapter(exported, partial_model, make_layout(ONE), base=BASE)
+    assert len(adapter.lora.targets) == (2 if only else 6)
+    for path, values in adapters(partial_model).items():
+        for layer, found in enumerate(values):
+            expected = adapters(whole)[path][layer] if layer in kept else np.zeros_like(found)
+            np.testing.assert_array_equal(found, expected)
+    first = min(load_file(exported / WEIGHTS))
+    edit(exported, lambda t: t.pop(first))
+    assert "1 tensor(s) missing, first" in refusal(exported)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("target_modules", "("), ("target_modules", 7), ("target_modules", [7]), ("layers_to_transform", ["0"])],
+)
+def test_settings_that_choose_no_layers_are_refused(exported, key, value):
+    reconfigure(exported, **{key: value})
+    assert f"{key} = {value!r}" in refusal(exported)
 
 
 def test_nothing_is_overwritten_or_half_written(exported, tmp_path):
@@ -568,3 +632,45 @@ def test_we_read_peft_s(family, reference, whole, safe, tmp_path):
             expected = model(input_ids=theirs_ids, attention_mask=theirs_ids != 1).last_hidden_state.numpy()
     assert relative(plain, expected, ids) > 1e-2
     assert relative(ours.hidden_state(ids), expected, ids) < 1e-4
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["query", "value"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.layer\.[02]\..*\.(query|dense)"},
+        {"target_modules": ["key", "dense"], "layers_to_transform": [1]},
+    ],
+    ids=["names", "all-linear", "pattern", "layers"],
+)
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", None])
+def test_we_read_peft_s_adapters_of_other_tasks(family, reference, task, settings, tmp_path, caplog):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import EsmForSequenceClassification, EsmForTokenClassification
+
+    theirs, ours = reference
+    if task is not None:
+        kind = {"SEQ_CLS": EsmForSequenceClassification, "TOKEN_CLS": EsmForTokenClassification}[task]
+        trunk, theirs = theirs.esm, kind(theirs.config)
+        theirs.esm = trunk
+    ids = token_rows(ours.config)
+    plain = np.asarray(ours.hidden_state(ids))
+    model = get_peft_model(theirs, LoraConfig(task_type=task, r=4, init_lora_weights=False, **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "out")
+    read_adapter(tmp_path / "out", ours, make_layout(ONE), base=BASE)
+    expected = torch_states(model, ids)
+    assert relative(plain, expected, ids) > 1e-2
+    assert relative(ours.hidden_state(ids), expected, ids) < 1e-4
+    names = load_file(tmp_path / "out" / WEIGHTS)
+    for module in ("classifier", "lm_head", "contact_head"):
+        assert (module in caplog.text) == any(f"{module}." in name for name in names)
+    if task is not None:
+        assert "classifier" in caplog.text

@@ -1,4 +1,5 @@
 import gzip
+import importlib
 import math
 import shutil
 import signal
@@ -17,10 +18,12 @@ from support.places import GOLDEN, SCRIPTS
 from support.tables import make_table, read, same_bits
 
 from bioscan_jax import DataConfig, ModelConfig, SinkConfig, embed
+from bioscan_jax.cli import invoke
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.annotate import ANNOTATED, annotate
 from bioscan_jax.table.lock import writer_lock
 
+annotate_module = importlib.import_module("bioscan_jax.table.annotate")
 SCRIPT = SCRIPTS / "annotate.py"
 
 
@@ -151,16 +154,16 @@ def test_a_file_that_does_not_fit_is_rejected_without_changes(uri, tmp_path, col
 def test_unreadable_files_are_reported_on_one_line(uri, tmp_path):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     (tmp_path / "ragged.csv").write_text("sequence_id,x\ns1,1,2\n")
-    (tmp_path / "words.csv").write_text("sequence_id,depth\ns4,deep\n")
+    (tmp_path / "words.csv").write_text("sequence_id,depth\ns3,NA\ns4,deep\n")
     (tmp_path / "latin.csv").write_bytes("sequence_id,place\ns4,Tromsø\n".encode("latin-1"))
     (tmp_path / "m.xlsx").write_bytes(b"PK")
     for name, expected in {
         "none.csv": "no such file",
         "cut.parquet": "cannot be read",
-        "ragged.csv": "cannot be read",
-        "words.csv": "cannot be read",
-        "latin.csv": "column 'place' is not UTF-8",
-        "m.xlsx": "unknown kind .xlsx",
+        "ragged.csv": "line 2: 3 cells, but the header has 2",
+        "words.csv": "line 3: column 'depth' is 'deep', but the table's type is double",
+        "latin.csv": "line 2: its text is not utf-8",
+        "m.xlsx": "is a spreadsheet workbook; save the sheet as CSV",
     }.items():
         with pytest.raises(InputError, match=expected) as error:
             annotate(uri, str(tmp_path / name))
@@ -247,8 +250,110 @@ def test_the_script_prints_the_counts(uri, tmp_path):
     command = [sys.executable, SCRIPT, "--uri", uri, "--metadata", path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    counts = "2 rows matched, 427 of the table and 0 of the file did not"
-    assert done.stdout == f"{counts}; new columns: ship; filled: none\n"
+    assert done.stdout.splitlines() == [
+        "2 rows matched, 427 of the table and 0 of the file did not; new columns: ship; filled: none",
+        "  read as Parquet",
+        "  ship: text, 0 null, such as 'Sonne', 'Polarstern'",
+        "  only in the table: 's0', 's2', 's5'",
+    ]
+
+
+def test_a_dry_run_shows_what_would_change_and_changes_nothing(uri, tmp_path):
+    before = {path: path.read_bytes() for path in Path(uri, "sequences.lance").rglob("*") if path.is_file()}
+    text = "sequence_id;plate;depth;country\ns4;0007;12,5;NA\nx1;0008;NA;ZA\nx2;;3;\n"
+    (tmp_path / "m.csv").write_bytes("\N{BOM}".encode() + text.replace("\n", "\r\n").encode())
+    done = annotate(uri, str(tmp_path / "m.csv"), dry_run=True)
+    assert {path: path.read_bytes() for path in Path(uri, "sequences.lance").rglob("*") if path.is_file()} == before
+    assert (done.matched, done.unused, done.added, done.filled) == (1, 2, ("plate", "country"), {"depth": 1})
+    assert (done.unused_ids, done.unmatched_ids) == (("x1", "x2"), ("s0", "s1", "s2"))
+    assert str(done).splitlines()[1:] == [
+        "  read as text delimited by semicolon, cells quoted, UTF-8; empty cells are null",
+        "  plate: text, 1 null, such as '0007', '0008'",
+        "  depth: double, 1 null, such as 12.5, 3.0 (decimal commas; 1 cells NA counted as null)",
+        "  country: text, 1 null, such as 'NA', 'ZA'",
+        "  only in the table: 's0', 's1', 's2'",
+        "  only in the file: 'x1', 'x2'",
+        "  dry run: nothing was written",
+    ]
+    wet = annotate(uri, str(tmp_path / "m.csv"))
+    row = next(row for row in read(uri).to_pylist() if row["sequence_id"] == "s4")
+    assert (row["plate"], row["depth"], row["country"]) == ("0007", 12.5, "NA")
+    assert (wet.added, wet.filled) == (done.added, done.filled)
+
+
+@pytest.mark.parametrize("words", [["--metadata", "m.txt"], ["--metadata=m.txt"], ["--metadata.path", "m.txt"]])
+def test_the_command_takes_what_is_known_of_the_text(uri, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    Path("m.txt").write_bytes('sequence_id:site\ns4:"Ærø\n'.encode("cp1252"))
+    more = ["--metadata.delimiter", ":", "--metadata.quoting=none", "--metadata.encoding", "cp1252", "--dry_run"]
+    invoke("annotate", ["--uri", uri, *words, *more])
+    assert "site: text, 0 null, such as '\"Ærø'" in capsys.readouterr().out
+
+
+def test_a_config_file_names_the_metadata_alone_or_with_its_settings(uri, tmp_path, capsys):
+    (tmp_path / "m.csv").write_text("sequence_id|site\ns4|a\n")
+    for number, given in enumerate([f" {tmp_path}/m.csv", f"\n  path: {tmp_path}/m.csv\n  delimiter: bar"]):
+        (tmp_path / f"{number}.yaml").write_text(f"uri: {uri}\ndry_run: true\nmetadata:{given}\n")
+        assert invoke("annotate", ["--config", str(tmp_path / f"{number}.yaml")]) == 0
+        assert "new columns: site" in capsys.readouterr().out
+
+
+def test_ids_that_repeat_or_lack_name_their_lines(uri, tmp_path):
+    (tmp_path / "m.csv").write_text('sequence_id,x\ns1,"a\nb"\ns2,1\ns1,2\n')
+    with pytest.raises(InputError, match=r"such as 's1' \(2 times\), in .*m.csv line 2 and .*m.csv line 5; keep"):
+        annotate(uri, str(tmp_path / "m.csv"))
+    (tmp_path / "m.csv").write_text("sequence_id,x\ns1,1\n,2\n")
+    with pytest.raises(InputError, match=r"1 rows have no sequence_id, the first is .*m.csv line 3"):
+        annotate(uri, str(tmp_path / "m.csv"))
+
+
+def test_ids_that_do_not_match_are_shown_from_both_sides(uri, tmp_path):
+    path = metadata(tmp_path / "m.parquet", sequence_id=["S1 ", "S2"], x=[1, 2])
+    with pytest.raises(InputError, match=r"the file has 'S1 ', 'S2', the table 's0', 's1', 's2'"):
+        annotate(uri, path)
+
+
+def test_ids_are_hashed_once_per_stretch_of_the_table_that_is_as_long_as_the_file(uri, tmp_path, monkeypatch):
+    """One lookup per batch of rows would hash all ids of the file each time."""
+    calls = []
+    original = annotate_module.pc.call_function
+
+    def counted(name, *arguments, **keywords):
+        calls.append(name)
+        return original(name, *arguments, **keywords)
+
+    monkeypatch.setattr(annotate_module.pc, "call_function", counted)
+    for stretch, least in ((1, 1), (100, 1)):
+        calls.clear()
+        monkeypatch.setattr(annotate_module, "_SLAB_ROWS", stretch)
+        ids = [f"s{i}" for i in range(500)]
+        annotate(uri, metadata(tmp_path / "m.parquet", sequence_id=ids, x=ids), dry_run=True)
+        assert calls.count("index_in") == least
+    calls.clear()
+    annotate(uri, metadata(tmp_path / "m.parquet", sequence_id=["s1"], x=["a"]))
+    assert 1 < calls.count("index_in") <= 5
+    assert [row["x"] for row in read(uri).to_pylist() if row["x"]] == ["a"]
+
+
+def test_rows_that_were_deleted_do_not_shift_the_others(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate_module, "check_finished", lambda *given: None)  # as of an imported table
+    lance.dataset(f"{uri}/sequences.lance").delete("station = 5")
+    left = read(uri)["sequence_id"].to_pylist()
+    ids = [f"s{i}" for i in range(500)]
+    path = metadata(tmp_path / "m.parquet", sequence_id=ids, ship=ids, depth=[float(i) for i in range(500)])
+    annotate(uri, path, overwrite=True)
+    assert read(uri)["ship"].to_pylist() == left
+    assert read(uri)["depth"].to_pylist() == [float(i[1:]) for i in left]
+
+
+def test_folders_of_metadata_are_joined_with_their_columns(uri, tmp_path):
+    for marker, name in [("COI", "s1"), ("16S", "s2")]:
+        (tmp_path / "m" / f"marker_gene={marker}").mkdir(parents=True)
+        metadata(tmp_path / "m" / f"marker_gene={marker}" / "part-0.parquet", sequence_id=[name], depth=[7.5])
+    done = annotate(uri, str(tmp_path / "m"), overwrite=True)
+    assert done.added == ("marker_gene",)
+    rows = {row["sequence_id"]: (row["marker_gene"], row["depth"]) for row in read(uri).to_pylist()}
+    assert (rows["s1"], rows["s2"], rows["s4"][0]) == (("COI", 7.5), ("16S", 7.5), None)
 
 
 def test_embed_still_recognises_an_annotated_table(tmp_path):
