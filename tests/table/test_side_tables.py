@@ -45,7 +45,8 @@ def refusal(read, data, name="m.csv", **settings):
 
 @pytest.mark.parametrize("name", ["m.tsv", "occurrence.txt", "m.csv"])
 def test_a_quote_in_a_tab_separated_file_is_text(read, name):
-    rows = [f"s{i}\tc\t{'"Old mill' if i in (10, 40) else f'site {i}'}\t{i}" for i in range(60)]
+    sites = ['"Old mill' if i in (10, 40) else f"site {i}" for i in range(60)]
+    rows = [f"s{i}\tc\t{site}\t{i}" for i, site in enumerate(sites)]
     side = read("\n".join(["sequence_id\tcollector\tsite\tdepth", *rows]) + "\n", name)
     assert side.table["sequence_id"].to_pylist() == [f"s{i}" for i in range(60)]
     assert side.table["site"].to_pylist()[10] == side.table["site"].to_pylist()[40] == '"Old mill'
