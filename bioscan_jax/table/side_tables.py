@@ -569,9 +569,10 @@ def _cast(name: str, column: pa.ChunkedArray, kind: pa.DataType, locate: Callabl
                 column, first = column.slice(len(half)), first + len(half)
             except pa.ArrowException:
                 column = half
-                raise InputError(
-                    f"{locate(first)}: column {shown(name)} is {shown(column[0].as_py())}, but the table's type is {kind}; fix it or rename the column"
-                ) from None
+        raise InputError(
+            f"{locate(first)}: column {shown(name)} is {shown(column[0].as_py())}, but the table's type is "
+            f"{shown(str(kind))[1:-1]}; fix it or rename the column"
+        ) from None
 
 
 def _numbers(column: pa.ChunkedArray, decimal_commas: bool) -> tuple[pa.ChunkedArray, str | None]:

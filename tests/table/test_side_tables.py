@@ -144,7 +144,8 @@ def test_only_plain_numbers_become_numbers(read, cells, kind):
     if kind == "string":
         assert side.table["x"].to_pylist() == cells
     else:
-        assert side.table["x"].to_pylist() == [float(cell) for cell in cells]
+        number = int if kind == "int64" else float
+        assert side.table["x"].to_pylist() == [number(cell) for cell in cells]
 
 
 def test_semicolons_and_decimal_commas(read):
@@ -273,7 +274,7 @@ def tables(draw):
 
 def check_equal(table, rows):
     """Compares cell by cell; numbers must be the cell's number, text the cell."""
-    assert table["sequence_id"].to_pylist() == [row[0] for row in rows]
+    assert table["sequence_id"].to_pylist() == [row[0] or None for row in rows]
     for i, name in enumerate(table.column_names[1:], start=1):
         cells, values = [row[i] for row in rows], table[name].to_pylist()
         for cell, value in zip(cells, values, strict=True):
@@ -301,11 +302,13 @@ def test_any_table_written_with_quotes_is_read_back(
     rows, delimiter, ending, everything, encoding, stated, tmp_path_factory
 ):
     names = ["sequence_id", *(f"c{i}" for i in range(1, len(rows[0])))]
-    text = io.StringIO(newline="")
-    quoting = csv.QUOTE_ALL if everything else csv.QUOTE_MINIMAL
-    csv.writer(text, delimiter=delimiter, lineterminator=ending, quoting=quoting).writerows([names, *rows])
+
+    def quoted(cell):  # csv.writer leaves "\r" unquoted
+        return '"' + cell.replace('"', '""') + '"' if everything or re.search(rf'["\r\n{delimiter}]', cell) else cell
+
+    text = "".join(delimiter.join(map(quoted, row)) + ending for row in [names, *rows])
     path = tmp_path_factory.mktemp("side") / "t.csv"
-    path.write_bytes(text.getvalue().encode(encoding))
+    path.write_bytes(text.encode(encoding))
     stated = stated or (delimiter == "\t" and not everything)
     how = "double" if stated else "auto"
     try:
@@ -314,7 +317,7 @@ def test_any_table_written_with_quotes_is_read_back(
         # Allowed only where a cell's lines could be rows of their own, and only for that row
         assert not stated
         line = int(re.search(r"t\.csv line (\d+): a quoted cell holds a line break", str(error))[1])
-        reader = csv.reader(io.StringIO(text.getvalue(), newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         starts = [1]
         for _ in reader:
             starts.append(reader.line_num + 1)
