@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bioscan_jax.bundles.location import Directory, Location, locate
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, shown
 
 FORMAT = "bioscan_jax bundle 1"
 MANIFEST = "manifest.json"
@@ -115,14 +115,14 @@ def check_path(path: str, where: str) -> None:
             ends in a dot or space.
     """
     if not isinstance(path, str) or not path:
-        raise InputError(f"{where} names {path!r}, which is no path; do not trust it")
+        raise InputError(f"{where} names {shown(path)}, which is no path; do not trust it")
     if path.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", path) or ".." in re.split(r"[/\\]", path):
-        raise InputError(f"{where} names {path!r}, which leads out of the directory; do not trust it")
+        raise InputError(f"{where} names {shown(path)}, which leads out of the directory; do not trust it")
     for name in path.split("/"):
         if not name or name == "." or _RESERVED.fullmatch(name) or _FORBIDDEN.search(name) or name[-1] in ". ":
-            raise InputError(f"{where} names {path!r}, which Windows refuses ({name!r}); rename it")
+            raise InputError(f"{where} names {shown(path)}, which Windows refuses ({shown(name)}); rename it")
     if len(path) > 200:
-        raise InputError(f"{where} names {path!r}, {len(path)} characters; Windows has no room for more than 200")
+        raise InputError(f"{where} names {shown(path)}, {len(path)} characters; Windows has no room for more than 200")
 
 
 def check_distinct(paths: Iterable[str], where: str) -> None:

@@ -637,16 +637,16 @@ def test_we_read_peft_s(family, reference, whole, safe, tmp_path):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize(
-    "settings",
+    ("task", "settings"),
     [
-        {"target_modules": ["query", "value"]},
-        {"target_modules": "all-linear"},
-        {"target_modules": r".*\.layer\.[02]\..*\.(query|dense)"},
-        {"target_modules": ["key", "dense"], "layers_to_transform": [1]},
+        ("SEQ_CLS", {"target_modules": ["query", "value"]}),
+        ("SEQ_CLS", {"target_modules": "all-linear"}),
+        ("SEQ_CLS", {"target_modules": r".*\.layer\.[02]\..*\.(query|dense)"}),
+        ("TOKEN_CLS", {"target_modules": ["key", "dense"], "layers_to_transform": [1]}),
+        (None, {"target_modules": "all-linear"}),
+        (None, {"target_modules": r".*\.layer\.1\..*dense|lm_head\.dense"}),
     ],
-    ids=["names", "all-linear", "pattern", "layers"],
 )
-@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", None])
 def test_we_read_peft_s_adapters_of_other_tasks(family, reference, task, settings, tmp_path, caplog):
     import torch
     from peft import LoraConfig, get_peft_model

@@ -29,7 +29,7 @@ from bioscan_jax.matching import calibration
 from bioscan_jax.table.side_tables import read_side_table
 
 pytestmark = pytest.mark.slow
-ROUNDS = 1500
+ROUNDS = 2500
 """Mutations of each kind of file."""
 LONGEST = 400
 """Characters of a message without its path."""
