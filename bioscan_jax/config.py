@@ -187,6 +187,8 @@ class SideTableConfig:
     """double: cells may stand in quotes, as in RFC 4180; none: a quote is text; auto is none for tab-separated files."""
     encoding: str = "auto"
     """Such as cp1252 or utf-16; auto is that of a byte order mark, else UTF-8."""
+    id_column: str = "sequence_id"
+    """Column with the ids of the barcodes, such as processid or gbifID."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,7 @@ def read_side_table(given: SideTableConfig, flag: str, types: Mapping[str, pa.Da
     with _readable(where):
         if _is_parquet(path):
             return SideTable(
-                table=pq.ParquetFile(path).read(),
+                table=_read_parquet(path, given, where),
                 how="Parquet",
                 is_text=False,
                 locate=lambda row: f"{where} row {row} (counted from 0)",
@@ -143,7 +143,7 @@ def _read_directory(root: Path, given: SideTableConfig, flag: str, types: Mappin
             if parquet not in (None, _is_parquet(path)):
                 raise InputError(f"{where} mixes Parquet and text ({path.name}); pass files of one kind")
             if parquet := _is_parquet(path):
-                table, locate = pq.ParquetFile(path).read(), partial("{} row {} (counted from 0)".format, here)
+                table, locate = _read_parquet(path, given, here), partial("{} row {} (counted from 0)".format, here)
                 hows.add("Parquet")
             else:
                 text = _inspect(path, given, here, flag)
@@ -185,6 +185,18 @@ def _read_directory(root: Path, given: SideTableConfig, flag: str, types: Mappin
         notes=tuple(notes),
         is_text=not parquet,
     )
+
+
+def _read_parquet(path: Path, given: SideTableConfig, where: str) -> pa.Table:
+    table = pq.ParquetFile(path).read()
+    return table.rename_columns(_with_id(table.column_names, given, where))
+
+
+def _with_id(names: Sequence[str], given: SideTableConfig, where: str) -> list[str]:
+    """Returns the names with the id column's as sequence_id."""
+    if given.id_column != ID and given.id_column in names and ID in names:
+        raise InputError(f"{where} has a column {shown(given.id_column)} and one {ID!r}; rename one of them")
+    return [ID if name == given.id_column else name for name in names]
 
 
 def _hive_columns(path: Path) -> dict[str, str | None]:
@@ -320,6 +332,7 @@ def _inspect(path: Path, given: SideTableConfig, where: str, flag: str) -> _Text
             f"{where}: its header has {len(names)} column(s) (delimiters tried: {tried!r}; encoding: {encoding}); pass "
             f"{flag}.delimiter or {flag}.encoding"
         )
+    names = _with_id(names, given, where)
     skipped = int(separator is not None)
     return replace(plain, delimiter=delimiter, quoted=quoted, names=tuple(names), skipped_lines=skipped)
 
@@ -329,7 +342,7 @@ def _delimiter(given: SideTableConfig, flag: str, stated: str | None, start: str
         if stated:
             return stated
         headers = {mark: _header(start, mark, True) for mark in _DELIMITERS.values()}
-        return max(headers, key=lambda mark: (ID in headers[mark], len(headers[mark])))
+        return max(headers, key=lambda mark: (given.id_column in headers[mark], len(headers[mark])))
     mark = {**_DELIMITERS, r"\t": "\t", "space": " "}.get(given.delimiter, given.delimiter)
     if len(mark) != 1 or not mark.isascii() or mark in '"\r\n':
         raise InputError(

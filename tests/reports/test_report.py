@@ -21,6 +21,7 @@ from support.places import SCRIPTS
 from support.tables import make_table
 
 from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError
 from bioscan_jax.reports import charts
 from bioscan_jax.reports.contents import Taxa, read_contents
@@ -488,6 +489,25 @@ def test_wrong_files_of_identifications_and_truth(tmp_path):
         pq.write_table(wrong, path)
         with pytest.raises(InputError, match=re.escape(message)):
             read_truth(path, ("id0", "id1"))
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("t.tsv", "\t"), ("t.csv", ";"), ("t.txt", ",")])
+def test_truth_is_read_from_text_as_from_parquet(tmp_path, name, delimiter):
+    table = sequences(4).select(["sequence_id", *RANKS])
+    path = tmp_path / name
+    pq.write_table(table, tmp_path / "t.parquet")
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    lines = [delimiter.join(cell or "" for cell in row) for row in [table.column_names, *rows]]
+    path.write_text("\n".join(lines) + "\n")
+    wanted = ("id0", "id3", "nobody")
+    assert read_truth(str(path), wanted) == read_truth(str(tmp_path / "t.parquet"), wanted)
+    first = lines[1].split(delimiter)
+    path.write_text("\n".join([*lines, delimiter.join([*first[:-1], "Another name"])]))
+    with pytest.raises(InputError, match=rf"has 'id0' twice with different names, again in .*{name} line 6; keep one"):
+        read_truth(str(path), wanted)
+    path.write_text("\n".join([*lines[:2], first[0]]))
+    with pytest.raises(InputError, match=rf"--truth .*{name} line 3: 1 cells, but the header has 8"):
+        read_truth(SideTableConfig(path=str(path), delimiter=delimiter), wanted)
 
 
 def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path):

@@ -229,6 +229,17 @@ def test_rows_and_columns_without_anything_are_left_out_and_counted(read):
     assert side.locate(1).endswith("m.csv line 5")
 
 
+def test_the_id_column_may_have_another_name(read, tmp_path):
+    side = read("a,b\tprocessid\tgbifID\nx\t007\t12\n", "m.tsv", id_column="processid")
+    assert side.table.to_pylist() == [{"a,b": "x", "sequence_id": "007", "gbifID": 12}]
+    pq.write_table(pa.table({"processid": ["x"], "sequence_id": ["y"]}), tmp_path / "m.parquet")
+    with pytest.raises(InputError, match="has a column 'processid' and one 'sequence_id'; rename"):
+        read_side_table(SideTableConfig(path=str(tmp_path / "m.parquet"), id_column="processid"), "--metadata")
+    pq.write_table(pa.table({"processid": [5]}), tmp_path / "m.parquet")
+    side = read_side_table(SideTableConfig(path=str(tmp_path / "m.parquet"), id_column="processid"), "--metadata")
+    assert side.table.column_names == ["sequence_id"]
+
+
 def test_folders_are_columns_of_text_unless_numbers(tmp_path):
     for marker, plate, name in [("COI", "0002", "a"), ("16S", "0010", "b")]:
         folder = tmp_path / f"marker_gene={marker}" / f"plate={plate}" / "year=2020"
