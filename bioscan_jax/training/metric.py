@@ -410,7 +410,7 @@ def _search(
     most: int,
     progress: bool,
 ) -> tuple[Try, list[Try]]:
-    """Chooses the scatter, then the number of axes, then the shrinkage; each by the genus of held-out species."""
+    """Chooses scatter, number of axes, shrinkage, and the scatter once more; each by the genus of held-out species."""
     sizes = tuple(sorted({min(size, most) for size in _COMPONENTS} | {most}))
     options: dict[str, tuple[Any, ...]] = {
         "scatter": (settings.scatter,) if settings.scatter else _SCATTERS,
@@ -421,8 +421,8 @@ def _search(
     at["components"] = min(at["components"], most)
     best: Try | None = None
     tries: list[Try] = []
-    with tqdm(total=sum(map(len, options.values())) - 2, unit="try", desc="search", disable=not progress) as bar:
-        for name, values in options.items():
+    with tqdm(total=None, unit="try", desc="search", disable=not progress) as bar:
+        for name, values in (*options.items(), ("scatter", options["scatter"])):
             for value in values:
                 wanted = at | {name: value}
                 if any(all(getattr(one, key) == wanted[key] for key in wanted) for one in tries):
