@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "fit_metric.json"
 _BLOCK_ROWS = 4096
+_BLOCK_BYTES = 16 << 20
+"""Vectors read at once; Lance reads about 16 such blocks ahead."""
+_PADDED_ROWS = 1024
 _COMPONENTS = (128, 256, 512, 768, 1024, 1536)
 _DIMENSIONS = 1024
 """Longest whitened vector, unless another is asked for."""
@@ -363,7 +366,8 @@ def _blocks(
 ) -> Iterator[tuple[Float32[np.ndarray, "_ _"], Int32[np.ndarray, "_ 7"]]]:
     """Yields vectors and taxa of the rows, in batches."""
     columns = ["vector", *_label_columns(dataset)]
-    scanner = dataset.scanner(columns=columns, filter=condition, batch_size=_BLOCK_ROWS, scan_in_order=True)
+    rows = min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * dataset.schema.field("vector").type.list_size))
+    scanner = dataset.scanner(columns=columns, filter=condition, batch_size=rows, scan_in_order=True)
     with storage_errors(dataset.uri):
         for batch in scanner.to_batches():
             vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
@@ -391,7 +395,7 @@ def device_products(layout: Layout) -> Products:
     )
 
     def products(centred: Float64[np.ndarray, "rows d"]) -> Float32[np.ndarray, "d d"]:
-        rows = -len(centred) % _BLOCK_ROWS  # one compiled shape; rows of zeros add nothing
+        rows = -len(centred) % _PADDED_ROWS  # few compiled shapes; rows of zeros add nothing
         padded = np.pad(centred.astype(np.float32), ((0, rows), (0, 0)))
         return np.asarray(multiply(jax.device_put(padded, sharding)))
 
