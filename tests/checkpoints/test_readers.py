@@ -671,7 +671,7 @@ def test_archive_that_is_not_a_state_dict(tmp_path: Path):
     assert refusal(tmp_path) == f"{file} is a TorchScript program, not a state dict; save model.state_dict()"
     write_archive(file, honest, compression=zipfile.ZIP_DEFLATED)
     assert refusal(tmp_path) == (
-        f"{file}: archive/data.pkl is compressed or encrypted, as torch never saves it; save it again in torch"
+        f"{file}: 'archive/data.pkl' is compressed or encrypted, as torch never saves it; save it again in torch"
     )
     write_archive(file, honest, entries={"byteorder": b"big"})
     assert refusal(tmp_path) == (f"{file} has byte order b'big', not little; save it again on a little-endian machine")

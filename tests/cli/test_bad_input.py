@@ -26,7 +26,7 @@ from support.places import GOLDEN, ROOT, SCRIPTS
 from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, embed
 from bioscan_jax.cli import finetune
 from bioscan_jax.cli._command import parse
-from bioscan_jax.embedding import encoder, sample
+from bioscan_jax.embedding import encoder
 from bioscan_jax.table.lock import writer_lock
 
 EMBED = import_module("bioscan_jax.embedding.run")  # the package's name `embed` is the function
@@ -210,7 +210,7 @@ def test_a_parquet_file_damaged_inside(tmp_path, monkeypatch):
     whole, group = path.read_bytes(), pq.ParquetFile(path).metadata.row_group(6)
     page = group.column(1).data_page_offset
     path.write_bytes(whole[: page + 30] + bytes(200) + whole[page + 230 :])
-    monkeypatch.setattr(sample, "SAMPLED_ROWS", 50)
+    monkeypatch.setattr(encoder, "SAMPLED_ROWS", 50)
     monkeypatch.setattr(EMBED, "check_unique_ids", lambda source: None)
     with pytest.raises(InputError) as error:
         embed_here(tmp_path, {"block_rows": 50})
