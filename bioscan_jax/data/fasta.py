@@ -174,7 +174,7 @@ def _records(found: Files, path: str) -> Iterator[tuple[str, str]]:
             raise
         raise InputError(f"{shown} cannot be read to its end ({one_line(error)}); get the file again") from error
     if latin:
-        logger.warning(f"{shown}: {len(latin)} headers are not UTF-8 and were read as Latin-1, first {latin[0]!r}")
+        logger.warning(f"{shown}: {len(latin)} headers are not UTF-8 and were read as Latin-1, first {latin[0][:60]!r}")
 
 
 _FASTA_NAMES = (".fa", ".fasta", ".fna", ".fas", ".ffn")
@@ -272,7 +272,7 @@ def _fastq(first: str, lines: _Lines) -> Iterator[tuple[str, str]]:
                 f"Expected '+' at beginning of the third line of a record, but got {plus[:60]!r}", lines.number - 1
             )
         if len(plus) > 1 and lines.header(plus[1:]) != name:
-            raise _FormatError(f"the names of a record differ ({name!r} and {plus[1:]!r})", lines.number - 1)
+            raise _FormatError(f"the names of a record differ ({name[:60]!r} and {plus[1:61]!r})", lines.number - 1)
         if len(sequence) != len(qualities or ""):
             raise _FormatError(
                 f"Length of sequence and qualities differ ({len(sequence)} and {len(qualities or '')})", lines.number
