@@ -41,7 +41,6 @@ from .planning.plan import Plan, plan
 from .reports.run import ReportSummary, report
 from .table.annotate import annotate
 from .table.query import query
-from .training.default_model import train_default_model
 from .training.export import export
 from .training.metric import MetricSummary, fit_metric
 from .training.run import TrainingSummary, finetune
@@ -102,6 +101,5 @@ __all__ = [
     "project",
     "query",
     "report",
-    "train_default_model",
     "verify_bundle",
 ]

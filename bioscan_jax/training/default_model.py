@@ -53,16 +53,6 @@ def train_default_model(
 
     Raises:
         InputError: The data have no labels or cannot be read, or `output` exists.
-
-    Example:
-        >>> import bioscan_jax as bj
-        >>> from bioscan_jax.barcodes.simulate import write_simulated
-        >>> _ = write_simulated("barcodes.parquet", species=60, per_species=4, length=200, seed=0)
-        >>> fitted = bj.train_default_model(
-        ...     bj.DataConfig(path="barcodes.parquet"), "model", bj.MetricConfig(components=16), work="w", progress=False
-        ... )
-        >>> bj.load("model").encode("ACGTTGCAACGTACGT").shape
-        (16,)
     """
     if Path(output).expanduser().exists():
         raise InputError(f"--output {output} exists; pass a directory that does not")

@@ -183,6 +183,7 @@ def test_wrong_flags_are_errors(name: str, flags: dict, message: str) -> None:
         BENCHMARKS[name](**flags)
 
 
+@pytest.mark.slow
 def test_the_pipeline_without_a_model(tmp_path: Path) -> None:
     texts: list[str | None] = ["ACGTTGCA" * (3 + row % 17) for row in range(40)]
     found = BENCHMARKS["pipeline"](barcodes(tmp_path, texts), rows=100)

@@ -549,8 +549,8 @@ def test_a_list_needs_no_brackets(given, joined):
     assert found["train"].epochs == 3
 
 
-def test_through_the_script(tmp_path):
-    """From another directory: one line on stderr, exit code 2, no traceback, nothing on stdout that looks well."""
+def test_from_another_directory(tmp_path, monkeypatch):
+    """One line on stderr, exit code 2, no traceback, no summary on stdout; the script itself once for each outcome."""
     write(tmp_path / "in.parquet", GOOD)
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
@@ -562,9 +562,11 @@ def test_through_the_script(tmp_path):
         ([*given, "--data.path=../in.parquet", "--model.checkpoint=../model"], ["config.json"]),
     ]
     (tmp_path / "model").mkdir()
+    monkeypatch.chdir(elsewhere)
     for arguments, words in cases:
-        assert_script_fails(script(arguments, cwd=elsewhere), *words)
+        assert_script_fails(call("embed", *arguments), *words)
         assert_nothing_left(elsewhere / "db")
+    assert_script_fails(script(cases[0][0], cwd=elsewhere), *cases[0][1])
     done = script([*given, "--data.path=../in.parquet"], cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     assert lines(done.stderr) == []

@@ -244,6 +244,7 @@ def check_failure_reached(process: int, failed: tuple[int, str], other: tuple[in
     return line
 
 
+@pytest.mark.slow
 def test_an_error_in_process_0_ends_both(embed: Start, tmp_path: Path) -> None:
     # Made by another plan: only the process that opens the table notices.
     lance.write_dataset(pa.table({"a": [1]}), str(tmp_path / "t" / "sequences.lance"))
