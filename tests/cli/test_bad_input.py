@@ -233,7 +233,7 @@ def test_fasta_that_is_malformed_leaves_nothing(tmp_path):
 def test_fasta_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Gzipped, with Windows line ends, to a relative path with all that a path can hold."""
     text = "".join(f">s{n} some text\r\n{GOOD[n % 3][:30]}\r\n{GOOD[n % 3][30:]}\r\n" for n in range(12))
-    (tmp_path / "in.fa.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "in.fa.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     monkeypatch.chdir(tmp_path)
     uri = tmp_path / "a:b" / "c d ü%20#?"
     settings = {"data": {"path": "in.fa.gz", "block_rows": 4}, "sink": {"uri": "a:b/c d ü%20#?"}, "embed": ALL}

@@ -45,13 +45,13 @@ def test_headers_and_wrapped_sequences(tmp_path):
 @pytest.mark.parametrize("name", ["a.fastq", "a.fq.gz", "a.txt"])
 def test_fastq(tmp_path, name):
     data = b"@r1 1:N:0 \nACGT\n+\nIIII\n@r2\n\n+\n\n"
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith("gz") else data)
     assert transcode(tmp_path / name, tmp_path / "o.parquet") == [row("r1", "1:N:0", "ACGT"), row("r2", None, "")]
 
 
 def test_remote(tmp_path):
     filesystem = fsspec.filesystem("memory")
-    filesystem.pipe("/reads/a.fa.gz", gzip.compress(b">a\nAC\n"))
+    filesystem.pipe("/reads/a.fa.gz", gzip.compress(b">a\nAC\n", mtime=0))
     filesystem.pipe("/reads/b.fa", b">b\nGT\n")
     steps = []
     for _ in range(2):
@@ -67,7 +67,7 @@ def test_remote(tmp_path):
 
 def test_gzip_of_several_members_and_without_its_suffix(tmp_path):
     for name in ("a.fa.gz", "b.fsa"):
-        (tmp_path / name).write_bytes(gzip.compress(b">a\nAC\n") + gzip.compress(b"GT\n>b\nA\n"))
+        (tmp_path / name).write_bytes(gzip.compress(b">a\nAC\n", mtime=0) + gzip.compress(b"GT\n>b\nA\n", mtime=0))
         assert transcode(tmp_path / name, tmp_path / "o.parquet") == [row("a", None, "ACGT"), row("b", None, "A")]
 
 
@@ -88,7 +88,7 @@ def test_written_records_are_read_back(tmp_path, records, width, cuts, packed):
         lines.append(f">{name}{'' if rest is None else ' ' + rest}\n{wrapped}".encode())
     for i in range(cuts):
         data = b"".join(lines[i * len(lines) // cuts : (i + 1) * len(lines) // cuts])
-        (work / (f"{i}.fa.gz" if packed else f"{i}.fa")).write_bytes(gzip.compress(data) if packed else data)
+        (work / (f"{i}.fa.gz" if packed else f"{i}.fa")).write_bytes(gzip.compress(data, mtime=0) if packed else data)
     assert transcode(work, tmp_path / "o.parquet") == [row(*record) for record in records]
 
 
@@ -156,7 +156,7 @@ def test_hash_is_of_headers_and_sequences_not_of_their_packing(tmp_path):
     for name, data in {
         "plain.fa": b">a b\nACGT\n",
         "wrapped.fa": b">a b\nAC\r\nGT\n",
-        "packed.fa.gz": gzip.compress(b">a b\nACGT\n"),
+        "packed.fa.gz": gzip.compress(b">a b\nACGT\n", mtime=0),
         "header.fa": b">a c\nACGT\n",
         "bases.fa": b">a b\nACGA\n",
     }.items():
@@ -224,7 +224,7 @@ def test_interrupt_leaves_nothing(tmp_path):
 def test_no_records_at_all(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.fa").touch()
-    (tmp_path / "in/b.fa.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "in/b.fa.gz").write_bytes(gzip.compress(b"", mtime=0))
     (tmp_path / "out").mkdir()
     message = error_of(tmp_path / "in", tmp_path / "out/o.parquet")
     assert message.startswith(f"no sequences in {tmp_path}/in/a.fa")

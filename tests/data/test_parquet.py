@@ -548,7 +548,7 @@ def test_reserved_columns(tmp_path, name):
 def test_fasta_becomes_blocks(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.fa").write_text("".join(f">a{i} x\nACGT\n" for i in range(10)))
-    (tmp_path / "in/b.fa.gz").write_bytes(gzip.compress(b">b0\nAC\n>b1\n\n"))
+    (tmp_path / "in/b.fa.gz").write_bytes(gzip.compress(b">b0\nAC\n>b1\n\n", mtime=0))
     steps: list[int] = []
     data = DataConfig(path=str(tmp_path / "in"), sequence_column="other", id_column="another", block_rows=5)
     source = open_source(data, scratch=tmp_path / "scratch", on_rows=steps.append)
@@ -568,7 +568,7 @@ def test_fasta_becomes_blocks(tmp_path):
     assert steps == [12, 12]
     assert again.fingerprint == source.fingerprint, "an older file with the same content is the same input"
     check_unique_ids(again)
-    (tmp_path / "in/b.fa.gz").write_bytes(gzip.compress(b">b0\nAC\n>a3\nG\n"))
+    (tmp_path / "in/b.fa.gz").write_bytes(gzip.compress(b">b0\nAC\n>a3\nG\n", mtime=0))
     with pytest.raises(InputError, match=r"'a3' is not unique: .*/a\.fa row 3 and .*/b\.fa\.gz row 1 "):
         check_unique_ids(open_source(data, scratch=tmp_path / "scratch"))
     with pytest.raises(InputError, match="is FASTA.*scratch directory"):

@@ -51,7 +51,7 @@ def packed(data: bytes) -> dict[str, bytes]:
         stream.write(data)
     return {
         "": data,
-        ".gz": gzip.compress(data),
+        ".gz": gzip.compress(data, mtime=0),
         ".bz2": bz2.compress(data),
         ".xz": lzma.compress(data),
         ".zst": sink.getvalue().to_pybytes(),
