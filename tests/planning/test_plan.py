@@ -358,7 +358,7 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does():
     assert 512 <= fits < over <= 1024
     assert plan("v3-8", BIG, batch=fits, tokens=1000).fits
     assert f"--embed.batch_tokens {fits // 8 * 1000}" in str(found)
-    assert "--mesh.params fsdp keeps 0.59 GiB of them a device, not 4.71" in str(found)
+    assert "--mesh.params fsdp keeps 0.59 GiB per device instead of 4.71" in str(found)
 
 
 @compiles
