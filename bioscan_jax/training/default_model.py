@@ -47,7 +47,7 @@ def train_default_model(
         data: Labelled barcodes.
         output: Directory to make; `bioscan_jax.load(output)` loads the model.
         metric: How the projection is fitted.
-        work: Directory for the 6-mer counts, their table and the fit; the same call continues there.
+        work: Directory for the 6-mer counts, their table and the fit; a stopped call continues there.
         mesh: Devices.
         progress: Show progress bars on stderr.
 
@@ -57,6 +57,8 @@ def train_default_model(
     if Path(output).expanduser().exists():
         raise InputError(f"--output {output} exists; pass a directory that does not")
     base, fitted, table = (Path(work).expanduser() / name for name in ("counts", "projection", "table"))
+    if (fitted / "projection.json").is_file():
+        raise InputError(f"{fitted} exists, from an earlier run; remove it, or pass another --work")
     start_devices(mesh)
     if not (base / "config.json").is_file():
         write_sixmer_counts(base)
@@ -68,8 +70,6 @@ def train_default_model(
         mesh,
         progress=progress,
     )
-    if (fitted / "projection.json").is_file():
-        raise InputError(f"{fitted} exists, from an earlier run; remove it, or pass another --work")
     summary = fit_metric(config.ReferenceConfig(uri=str(table)), str(fitted), metric, mesh=mesh, progress=progress)
     loaded = load_weights(config.ModelConfig(checkpoint=str(base)), make_layout(mesh))
     write_folded(Path(output).expanduser(), loaded.model, loaded.vocabulary, read_projection(fitted))
