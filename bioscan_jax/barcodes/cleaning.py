@@ -262,15 +262,35 @@ def reverse_complement(sequences: pa.LargeStringArray) -> pa.LargeStringArray:
     return pc.call_function("ascii_reverse", [_large_strings(complement, offsets)])
 
 
-def drop_prefix(sequences: pa.LargeStringArray, bases: int) -> pa.LargeStringArray:
-    """Removes the first `bases` characters of each sequence; a shorter sequence becomes "".
+def start_at_phase(sequences: pa.LargeStringArray, phase: int) -> pa.LargeStringArray:
+    """Removes the first `phase` bases of each stretch between Ns; of a shorter stretch nothing stays.
+
+    The tokenizer reads each stretch in 6-mers from its left end. So a start phase applies to each of them: over six
+    phases every 6-mer of a sequence is read once, whether or not it has Ns.
+
+    Args:
+        sequences: Cleaned sequences.
+        phase: Number of bases.
 
     Raises:
-        InputError: `bases` is negative.
+        InputError: `phase` is negative.
+
+    Example:
+        >>> start_at_phase(pa.array(["ACGTA", "ACGTNNACGTN"], pa.large_string()), 2).to_pylist()
+        ['GTA', 'GTNNGTN']
     """
-    if bases < 0:
-        raise InputError(f"drop_prefix got bases={bases}; pass 0 or more")
-    return pc.call_function("utf8_slice_codeunits", [sequences], pc.SliceOptions(start=bases))
+    if phase < 0:
+        raise InputError(f"start_at_phase got phase={phase}; pass 0 or more")
+    if phase == 0:
+        return sequences
+    started = pc.call_function("utf8_slice_codeunits", [sequences], pc.SliceOptions(start=phase))
+    has_n = pc.match_substring(sequences, "N")
+    if not pc.any(has_n).as_py():
+        return started
+    pattern = f"(N|^)[ACGT]{{0,{phase}}}"
+    return pc.replace_with_mask(
+        started, has_n, pc.replace_substring_regex(sequences.filter(has_n), pattern, r"\1")
+    )
 
 
 def unclean_character(sequences: pa.LargeStringArray, position: int, function: str) -> InputError:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int
 
-from bioscan_jax.barcodes.cleaning import drop_prefix, reverse_complement
+from bioscan_jax.barcodes.cleaning import reverse_complement, start_at_phase
 from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 
@@ -46,13 +46,13 @@ def cut_views(
         overlong: `truncate` keeps the first max_tokens tokens; `window` splits a view into the fewest windows of nearly
             equal size; `error` returns no view of such a sequence (the caller rejects it).
         strand: `both` adds the views of the reverse complement.
-        phases: Views start at bases 0 to phases - 1; there is none for a start past the end.
+        phases: Views start at bases 0 to phases - 1 of each stretch between Ns; there is none for a start past the end.
     """
     strands = [sequences] + [reverse_complement(sequences)] * (strand == "both")
     rows, owners = [], []
     for oriented in strands:
         for phase in range(phases):
-            tokens = encode(drop_prefix(oriented, phase) if phase else oriented, vocabulary)
+            tokens = encode(start_at_phase(oriented, phase), vocabulary)
             rows.append(tokens)
             owners.append(np.arange(len(tokens)))
     tokens, owner = _concatenate(rows), np.concatenate(owners)

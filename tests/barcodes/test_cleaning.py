@@ -12,8 +12,8 @@ from bioscan_jax.barcodes.cleaning import (
     REASONS,
     CleaningCounts,
     clean,
-    drop_prefix,
     reverse_complement,
+    start_at_phase,
     row_blocks,
     string_bytes,
 )
@@ -189,14 +189,15 @@ def test_reverse_complement(values: list[str]):
 
 @given(dna, st.integers(0, 25))
 @unhurried
-def test_drop_prefix(values: list[str], bases: int):
-    assert drop_prefix(large(values), bases).to_pylist() == [value[bases:] for value in values]
+def test_a_start_phase_applies_to_each_stretch_between_ns(values: list[str], bases: int):
+    expected = ["N".join(stretch[bases:] for stretch in value.split("N")) for value in values]
+    assert start_at_phase(large(values), bases).to_pylist() == expected
 
 
-def test_reverse_complement_and_drop_prefix_accept_slices():
+def test_reverse_complement_and_start_at_phase_accept_slices():
     rows = large(["AAA", "ACG", "TTN", "CCC"])[1:3]
     assert reverse_complement(rows).to_pylist() == ["CGT", "NAA"]
-    assert drop_prefix(rows, 1).to_pylist() == ["CG", "TN"]
+    assert start_at_phase(rows, 1).to_pylist() == ["CG", "TN"]
 
 
 def test_reverse_complement_refuses_what_was_not_cleaned():
@@ -205,9 +206,9 @@ def test_reverse_complement_refuses_what_was_not_cleaned():
         reverse_complement(rows)
 
 
-def test_drop_prefix_refuses_a_negative_number():
-    with pytest.raises(InputError, match="bases=-1"):
-        drop_prefix(large(["ACGT"]), -1)
+def test_start_at_phase_refuses_a_negative_number():
+    with pytest.raises(InputError, match="phase=-1"):
+        start_at_phase(large(["ACGT"]), -1)
 
 
 @given(dna, st.data())

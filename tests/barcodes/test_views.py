@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioscan_jax.barcodes.cleaning import drop_prefix, reverse_complement
+from bioscan_jax.barcodes.cleaning import reverse_complement, start_at_phase
 from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 from bioscan_jax.barcodes.views import cut_views
 
@@ -38,9 +38,18 @@ def test_strands_and_phases_are_every_oriented_suffix(texts, phases, strand):
     seen = views(texts, strand=strand, phases=phases)
     for i, text in enumerate(texts):
         oriented = [strings([text])] + [reverse_complement(strings([text]))] * (strand == "both")
-        expected = [encode(drop_prefix(o, p), VOCABULARY).ids.tolist() for o in oriented for p in range(phases)]
+        expected = [encode(start_at_phase(o, p), VOCABULARY).ids.tolist() for o in oriented for p in range(phases)]
         expected = [tokens for tokens in expected if len(tokens) > 1]
         assert [row(seen.tokens, v) for v in np.flatnonzero(seen.owner == i)] == expected
+
+
+@given(st.lists(dna, min_size=1, max_size=4))
+def test_six_phases_read_every_sixmer_once_on_both_sides_of_an_n(texts):
+    names = np.array(VOCABULARY.tokens)
+    for text in texts:
+        seen = names[views([text], phases=6).tokens.ids]
+        windows = (text[i : i + 6] for i in range(len(text) - 5))
+        assert sorted(t for t in seen if len(t) == 6) == sorted(w for w in windows if "N" not in w)
 
 
 @given(st.lists(dna, min_size=1, max_size=5), st.integers(2, 12), st.integers(1, 6))
