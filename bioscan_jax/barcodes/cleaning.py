@@ -288,9 +288,7 @@ def start_at_phase(sequences: pa.LargeStringArray, phase: int) -> pa.LargeString
     if not pc.any(has_n).as_py():
         return started
     pattern = f"(N|^)[ACGT]{{0,{phase}}}"
-    return pc.replace_with_mask(
-        started, has_n, pc.replace_substring_regex(sequences.filter(has_n), pattern, r"\1")
-    )
+    return pc.replace_with_mask(started, has_n, pc.replace_substring_regex(sequences.filter(has_n), pattern, r"\1"))
 
 
 def unclean_character(sequences: pa.LargeStringArray, position: int, function: str) -> InputError:

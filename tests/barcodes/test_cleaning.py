@@ -13,8 +13,8 @@ from bioscan_jax.barcodes.cleaning import (
     CleaningCounts,
     clean,
     reverse_complement,
-    start_at_phase,
     row_blocks,
+    start_at_phase,
     string_bytes,
 )
 from bioscan_jax.errors import InputError
