@@ -32,7 +32,7 @@ from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, default_voting
 from bioscan_jax.table.storage import read_if_exists, sidecar_path, storage_errors, write_whole
 
-FORMAT = "bioscan_jax calibration 2"
+FORMAT = "bioscan_jax calibration 3"
 _POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)
 _IDENTITY_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -365,15 +365,23 @@ def novelty_features(votes: Votes, entropy: Float[np.ndarray, " rows"] | None) -
 
 
 def confidences(ranks: Sequence[RankFit], votes: Votes) -> Float64[np.ndarray, "rows 7"]:
-    """Returns the probability that each name is correct: at most that of the rank above; 0 where there is no name."""
-    found = [fit.logistic(rank_features(votes, rank)) for rank, fit in enumerate(ranks)]
-    return np.minimum.accumulate(np.stack(found, axis=1), axis=1) * (votes.taxa >= 0)
+    """Returns the probability that each name is correct: at most that of the named ranks above; 0 where there is no name."""
+    found = np.stack([fit.logistic(rank_features(votes, rank)) for rank, fit in enumerate(ranks)], axis=1)
+    named = votes.taxa >= 0
+    return np.minimum.accumulate(np.where(named, found, 1.0), axis=1) * named
+
+
+def passed(ranks: Sequence[RankFit], confidence: Float64[np.ndarray, "rows 7"]) -> Bool[np.ndarray, "rows 7"]:
+    """Returns which ranks reach their thresholds, as all ranks above do; a blank rank above a name is passed over."""
+    thresholds = [np.inf if fit.threshold is None else fit.threshold for fit in ranks]
+    named = confidence > 0
+    named_below = np.logical_or.accumulate(named[:, ::-1], axis=1)[:, ::-1]
+    return np.logical_and.accumulate((confidence >= np.array(thresholds)) & named | ~named & named_below, axis=1)
 
 
 def answered(ranks: Sequence[RankFit], confidence: Float64[np.ndarray, "rows 7"]) -> Bool[np.ndarray, "rows 7"]:
-    """Returns which ranks are answered: their confidences and those of all ranks above reach the thresholds."""
-    thresholds = [np.inf if fit.threshold is None else fit.threshold for fit in ranks]
-    return np.logical_and.accumulate(confidence >= np.array(thresholds)[None, :], axis=1)
+    """Returns which ranks are answered: those with a name that `passed`."""
+    return passed(ranks, confidence) & (confidence > 0)
 
 
 def fit_ranks(
@@ -407,7 +415,7 @@ def fit_ranks(
         right = (votes.taxa[:, rank] == truth[:, rank])[known]
         threshold = fit_threshold(confidence[known, rank], right, fit.precision, fit.risk)
         ranks[rank] = RankFit(fitted.logistic, threshold)
-        open_rows &= confidence[:, rank] >= (np.inf if threshold is None else threshold)
+        open_rows &= (confidence[:, rank] >= (np.inf if threshold is None else threshold)) | (votes.taxa[:, rank] < 0)
     return tuple(ranks)
 
 
@@ -574,7 +582,7 @@ def from_json(text: str | bytes, where: str) -> tuple[Calibration, ...]:
                 "calibrate again"
             )
         return tuple(_read(entry) for entry in body["calibrations"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where} is damaged or was edited ({error}); run bioscan calibrate again") from error
 
 

@@ -23,6 +23,7 @@ from bioscan_jax.matching.calibration import (
     confidences,
     find_calibration,
     novelty_features,
+    passed,
     rank_accuracy,
 )
 from bioscan_jax.matching.candidates import (
@@ -119,7 +120,7 @@ def identify(
     """Identifies barcodes by their nearest references and writes one row of names and confidences per barcode.
 
     The columns are `answers.ANSWERS`. The seven ranks hold the best guess (see `vote.vote`). With a calibration for
-    this table and these settings the confidences are probabilities, `abstained_at` is the highest rank whose confidence
+    this table and these settings the confidences are probabilities, `abstained_at` is the highest named rank whose confidence
     misses its threshold (this rank and all below are not answered; null if all seven are), and `novel` is true if the
     species is likely not in the reference. Without one, confidences are shares of the vote, `novelty` is 1 - identity
     (1 - similarity where nothing is aligned), and `novel` and `abstained_at` are null.
@@ -247,8 +248,8 @@ def answers(
     novelty = np.where(np.isnan(identity), 1 - similarity, 1 - identity).astype(np.float64)
     if found is not None:
         confidence = confidences(found.ranks, result)
-        sure = answered(found.ranks, confidence)
-        names = [None if row.all() else RANKS[int(np.argmin(row))] for row in sure]
+        sure, reached = answered(found.ranks, confidence), passed(found.ranks, confidence)
+        names = [None if row.all() else RANKS[int(np.argmin(row))] for row in reached]
         abstained = pa.array(names, pa.string())
         if found.novelty is not None:
             novelty = found.novelty(novelty_features(result, entropy))
@@ -278,8 +279,8 @@ def _by_rank(rows: pa.Table, judged: list[tuple[np.ndarray, ...]], found: Calibr
     if found is None:
         return []
     stop = [RANKS.index(rank) if rank is not None else len(RANKS) for rank in rows["abstained_at"].to_pylist()]
-    there = rows["nearest_id"].is_valid().to_numpy()
-    shares = ((np.array(stop)[:, None] > np.arange(len(RANKS))) & there[:, None]).sum(axis=0)
+    named = np.stack([rows[rank].is_valid().to_numpy() for rank in RANKS], axis=1)
+    shares = ((np.array(stop)[:, None] > np.arange(len(RANKS))) & named).sum(axis=0)
     return [f"{rank:8} {int(share):,} are answered" for rank, share in zip(RANKS, shares, strict=True)]
 
 

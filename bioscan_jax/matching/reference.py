@@ -116,7 +116,7 @@ class Taxa:
     names: tuple[pa.Array, ...]
     """Names of each rank; a code is an index into them."""
     codes: Int32[np.ndarray, "rows 7"]
-    """-1 where unknown."""
+    """-1 where unknown; see `fill_gaps`."""
     of_reference: tuple[pa.Array, ...]
     """Names among the rows that may be matched; `names` may hold more, which only a head predicts."""
 
@@ -130,7 +130,7 @@ class Taxa:
             for column, known in zip(own, more, strict=True)
         )
         codes = np.stack([name_codes(c, n) for c, n in zip(lineages, names, strict=True)], axis=1)
-        return Taxa(names, codes, own)
+        return Taxa(names, fill_gaps(codes, reference.chosen), own)
 
     def truth(self, lineages: tuple[pa.Array, ...]) -> Int32[np.ndarray, "rows 7"]:
         """Codes the names of labelled rows: -1 where unknown, -2 where no row of the reference has the name."""
@@ -140,6 +140,46 @@ class Taxa:
             missing = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, -2)
             found.append(np.where(there, name_codes(column, names), missing))
         return np.stack(found, axis=1).astype(np.int32)
+
+
+def fill_gaps(
+    codes: Int32[np.ndarray, "rows 7"], chosen: Int64[np.ndarray, " chosen"]
+) -> Int32[np.ndarray, "rows 7"]:
+    """Fills blank ranks above a name from lineages that agree on all names of the row and have more.
+
+    A gap stays where no lineage has more names, or two that have the most disagree.
+
+    Args:
+        codes: Codes of taxa, -1 where unknown.
+        chosen: Rows that may be matched; others are neither read nor filled.
+
+    Example:
+        >>> full, gap, other = [0, 0, 0, 4, 5, 6, 7], [0, 0, 0, -1, -1, 6, 7], [0, 0, 0, -1, -1, 6, 8]
+        >>> fill_gaps(np.array([full, gap, other], np.int32), np.arange(3)).tolist() == [full, full, other]
+        True
+    """
+    last = codes.shape[1] - 1 - (codes[chosen, ::-1] >= 0).argmax(axis=1)
+    above = np.arange(codes.shape[1]) < last[:, None]
+    if not (above & (codes[chosen] < 0)).any():
+        return codes
+    found, lineage_of = np.unique(codes[chosen], axis=0, return_inverse=True)
+    holders: dict[tuple[int, int], list[int]] = {}
+    for row, rank in zip(*np.nonzero(found >= 0), strict=True):
+        holders.setdefault((rank, found[row, rank]), []).append(row)
+    filled = found.copy()
+    for row, lineage in enumerate(found):
+        known = np.flatnonzero(lineage >= 0)
+        if not len(known) or known[-1] == len(known) - 1:
+            continue
+        others = found[holders[known[-1], lineage[known[-1]]], : known[-1] + 1]
+        others = others[(others[:, known] == lineage[known]).all(axis=1)]
+        names = (others >= 0).sum(axis=1)
+        most = np.unique(others[names == names.max()], axis=0)
+        if len(most) == 1:
+            filled[row, : known[-1] + 1] = most[0]
+    codes = codes.copy()
+    codes[chosen] = filled[lineage_of.reshape(-1)]
+    return codes
 
 
 def name_codes(column: pa.Array, names: pa.Array) -> Int32[np.ndarray, " rows"]:

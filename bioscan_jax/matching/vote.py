@@ -116,9 +116,11 @@ def vote(
 
     From kingdom down, the taxon with the most weight wins; at the ranks below only candidates of its lineage can win.
     A candidate without a name at a rank does not vote there, but does at the ranks below. Of taxa with equal weight
-    the one with the nearest candidate wins. A taxon's share is that of all candidates with a name at the rank,
-    whatever their lineage, so that a name under a doubtful order is doubtful too; it cannot exceed that of the rank
-    above.
+    the one with the nearest candidate wins. The answer is the lineage of one candidate with the last name that won (the
+    one with most names, then the nearest): ranks that it leaves blank stay blank, so that no name gets the ancestors of
+    another. A taxon's share is that of all candidates with a name at the rank, whatever their lineage, so that a name
+    under a doubtful order is doubtful too; it cannot exceed that of the named ranks above. A taxon is a name with its
+    ancestors: where these contradict the answer's, an equal name is another taxon.
 
     Args:
         lineages: Codes of taxa, -1 where unknown; candidates sorted by distance.
@@ -126,7 +128,6 @@ def vote(
         voting: How the weight falls with the distance, and the share of the head.
         heads: Taxa and probabilities of a head, if there is one.
     """
-    queries = len(distances)
     nearest = distances.min(axis=1, initial=np.inf)
     head_weight = 0.0 if heads is None else voting.head_weight
     by_rank = voting.weights(distances)[:, :, None] * (lineages >= 0)
@@ -138,12 +139,11 @@ def vote(
         every_lineage = np.concatenate([lineages, heads.lineages], axis=1)
     taxa, share = _descend(every_lineage, by_rank, normalised=head_weight > 0)
     far = np.where(np.isfinite(distances), distances, -np.inf).max(axis=1, initial=-np.inf)
-    near, other = np.empty((queries, len(RANKS))), np.empty((queries, len(RANKS)))
-    for rank in range(len(RANKS)):
-        of = lineages[:, :, rank]
-        same = of == taxa[:, None, rank]
-        near[:, rank] = np.where(same & (of >= 0), distances, np.inf).min(axis=1, initial=np.inf)
-        other[:, rank] = np.where(~same & (of >= 0), distances, np.inf).min(axis=1, initial=np.inf)
+    named = lineages >= 0
+    same = _same_taxon(lineages, taxa)
+    near, other = (
+        np.where(found, distances[:, :, None], np.inf).min(axis=1, initial=np.inf) for found in (same, named & ~same)
+    )
     # A head may name a taxon that no candidate has: its distance is at least that of the farthest candidate.
     near, other = (np.where(np.isfinite(found), found, far[:, None]) for found in (near, other))
     return Votes(taxa, share, near, other, nearest)
@@ -163,9 +163,9 @@ def _descend(
         normalised: The weights are shares already, and are not divided by their sum.
     """
     queries = len(lineages)
-    taxa, share = np.full((queries, len(RANKS)), -1, np.int32), np.zeros((queries, len(RANKS)))
+    taxa = np.full((queries, len(RANKS)), -1, np.int32)
     fits: Bool[np.ndarray, "queries candidates"] = np.ones(lineages.shape[:2], bool)
-    ceiling = np.ones(queries)
+    last: Bool[np.ndarray, "queries candidates"] = np.zeros(lineages.shape[:2], bool)
     for rank in range(len(RANKS)):
         of, weight = lineages[:, :, rank], weights[:, :, rank]
         query, candidate = np.nonzero(fits & (of >= 0) & (weight > 0))
@@ -178,14 +178,25 @@ def _descend(
         np.minimum.at(first, group_of, candidate)
         order = np.lexsort((first, -np.round(total, 9), groups // size))
         found, at = np.unique(groups[order] // size, return_index=True)
-        best = order[at]
-        taxa[found, rank] = groups[best] % size
-        whole = np.ones(len(found)) if normalised else weight.sum(axis=1)[found]
-        share[found, rank] = np.minimum(total[best] / whole, ceiling[found])
-        ceiling[found] = share[found, rank]
-        chosen = taxa[:, rank]
-        fits &= (chosen[:, None] < 0) | (of < 0) | (of == chosen[:, None])
-    return taxa, share
+        taxa[found, rank] = groups[order[at]] % size
+        chosen = taxa[:, None, rank]
+        last = np.where(chosen < 0, last, fits & (of == chosen) & (weight > 0))
+        fits &= (chosen < 0) | (of < 0) | (of == chosen)
+    if lineages.shape[1]:
+        own = np.where(last, (lineages >= 0).sum(axis=2), -1).argmax(axis=1)
+        taxa = np.where(last.any(axis=1)[:, None], lineages[np.arange(queries), own], -1).astype(np.int32)
+    total = (weights * _same_taxon(lineages, taxa)).sum(axis=1)
+    whole = np.ones(total.shape) if normalised else weights.sum(axis=1)
+    share = np.where(taxa >= 0, total / np.where(whole > 0, whole, 1), np.inf)
+    return taxa, np.where(taxa >= 0, np.minimum.accumulate(np.minimum(share, 1), axis=1), 0.0)
+
+
+def _same_taxon(
+    lineages: Int32[np.ndarray, "queries candidates 7"], taxa: Int32[np.ndarray, "queries 7"]
+) -> Bool[np.ndarray, "queries candidates 7"]:
+    """Tells at which ranks a candidate has the name of a path, and no other name than the path's above it."""
+    equal, blank = lineages == taxa[:, None], (lineages < 0) | (taxa[:, None] < 0)
+    return np.logical_and.accumulate(equal | blank, axis=2) & equal & ~blank
 
 
 def open_heads(directory: str, encoder: Encoder) -> Heads:

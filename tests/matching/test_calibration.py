@@ -109,6 +109,21 @@ def test_ranks_are_answered_from_kingdom_down_and_keep_their_precision() -> None
             assert (votes.taxa[:, rank] == truth[:, rank])[sure[:, rank]].mean() >= 0.89
 
 
+def test_a_blank_rank_lowers_nothing_below_it() -> None:
+    ranks = tuple(RankFit(Logistic((0.0, 0.0, 0.0), bias), 0.6) for bias in (3, 3, 3, -9, 2, 2, 1))
+    taxa = np.array([[0, 0, 0, -1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 0, -1, 0, -1, -1]], np.int32)
+    ones = np.ones(taxa.shape)
+    confidence = confidences(ranks, Votes(taxa, ones, ones, ones, np.ones(3)))
+    assert ((confidence > 0) == (taxa >= 0)).all()
+    assert confidence[0, 4] == pytest.approx(1 / (1 + np.exp(-2)))
+    assert confidence[1, 4] == confidence[1, 3] < 0.01
+    assert answered(ranks, confidence).tolist() == [
+        [True, True, True, False, True, True, True],
+        [True, True, True, False, False, False, False],
+        [True, True, True, False, True, False, False],
+    ]
+
+
 def test_a_logistic_regression_recovers_its_coefficients() -> None:
     random = np.random.default_rng(0)
     features = random.normal(size=(20_000, 2)) * [1.0, 50.0] + [0.0, 7.0]
@@ -144,11 +159,13 @@ def test_a_file_is_read_as_it_was_written() -> None:
     [
         lambda text: text[:-20],
         lambda text: text.replace("0.95", "0.10"),
-        lambda text: text.replace("calibration 2", "calibration 1"),
+        lambda text: text.replace("calibration 3", "calibration 1"),
         lambda text: "[1, 2]",
         lambda text: "{}",
         lambda text: "\x00",
-        lambda text: json.dumps({"sha256": "0", "format": "bioscan_jax calibration 2", "calibrations": [{}]}),
+        lambda text: "[" * 200_000,
+        lambda text: '{"sha256":' * 200_000,
+        lambda text: json.dumps({"sha256": "0", "format": "bioscan_jax calibration 3", "calibrations": [{}]}),
     ],
 )
 def test_a_damaged_file_is_one_line(damage) -> None:

@@ -18,6 +18,7 @@ from bioscan_jax.checkpoints.head_files import Heads, taxon_tree, write_heads
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.candidates import open_matcher
 from bioscan_jax.matching.identify import identify
+from bioscan_jax.matching.reference import fill_gaps
 from bioscan_jax.matching.vote import HeadVotes, Voting, head_votes, vote
 from bioscan_jax.model.heads import HeadKind, make_head
 
@@ -26,30 +27,37 @@ CANDIDATES = st.lists(st.tuples(LINEAGES, st.sampled_from([0.5, 0.5, 1.0, 3.0, n
 POWER_8 = Voting(power=8.0)
 
 
+def is_of(lineage: list[int], path: list[int], rank: int) -> bool:
+    """Whether a lineage has a path's name at a rank, and no other name than the path's above it."""
+    above = zip(lineage[:rank], path[:rank], strict=True)
+    return lineage[rank] == path[rank] >= 0 and all(one == other or -1 in (one, other) for one, other in above)
+
+
 def by_hand(candidates: list[tuple[list[int], float]], power: float) -> tuple[list[int], list[float]]:
     """The heaviest path and its shares for one query."""
     least = min(distance for _, distance in candidates)
     weights = [0.0 if distance == np.inf else (least / distance) ** power for _, distance in candidates]
-    fits = [True] * len(candidates)
-    taxa, shares, ceiling = [], [], 1.0
+    fit = [lineage for (lineage, _), weight in zip(candidates, weights, strict=True) if weight > 0]
+    path = [-1] * 7
     for rank in range(len(RANKS)):
         weights_of: dict[int, float] = {}
-        for (lineage, _), weight, allowed in zip(candidates, weights, fits, strict=True):
-            if allowed and lineage[rank] >= 0 and weight > 0:
+        for (lineage, _), weight in zip(candidates, weights, strict=True):
+            if lineage in fit and lineage[rank] >= 0 and weight > 0:
                 weights_of[lineage[rank]] = weights_of.get(lineage[rank], 0.0) + weight
-        if not weights_of:
-            taxa.append(-1)
-            shares.append(0.0)
-            continue
-        most = max(weights_of.values())
-        # dicts keep the order of the candidates, so that the nearest comes first among equals
-        best = next(taxon for taxon, weight in weights_of.items() if abs(weight - most) < 1e-9)
+        if weights_of:
+            most = max(weights_of.values())
+            # dicts keep the order of the candidates, so that the nearest comes first among equals
+            best = next(taxon for taxon, weight in weights_of.items() if abs(weight - most) < 1e-9)
+            fit = [lineage for lineage in fit if lineage[rank] in (-1, best)]
+            # max takes the first of equals, the nearest
+            path = max((one for one in fit if one[rank] == best), key=lambda one: sum(name >= 0 for name in one))
+    shares, ceiling = [], 1.0
+    for rank, name in enumerate(path):
+        of = sum(w for (lineage, _), w in zip(candidates, weights, strict=True) if is_of(lineage, path, rank))
         whole = sum(w for (lineage, _), w in zip(candidates, weights, strict=True) if lineage[rank] >= 0)
-        ceiling = min(weights_of[best] / whole, ceiling)
-        taxa.append(best)
-        shares.append(ceiling)
-        fits = [fit and lineage[rank] in (-1, best) for fit, (lineage, _) in zip(fits, candidates, strict=True)]
-    return taxa, shares
+        ceiling = ceiling if name < 0 else min(of / whole, ceiling)
+        shares.append(0.0 if name < 0 else ceiling)
+    return path, shares
 
 
 def arrays(queries: list[list[tuple[list[int], float]]]) -> tuple[np.ndarray, np.ndarray]:
@@ -73,6 +81,7 @@ def test_the_vote_is_the_one_written_out(queries: list, power: float) -> None:
         assert found.taxa[row].tolist() == taxa
         np.testing.assert_allclose(found.share[row], shares, atol=1e-9)
         assert found.nearest[row] == candidates[0][1]
+        assert taxa in [lineage for lineage, _ in candidates] or taxa == [-1] * 7  # no mixture of two
 
 
 @settings(max_examples=100, deadline=None)
@@ -94,9 +103,11 @@ def test_near_and_other_are_distances_to_the_taxon_and_to_another(queries: list)
     for row, candidates in enumerate(queries):
         there = [distance for _, distance in candidates if distance < np.inf]
         far = max(there) if there else -np.inf
-        for rank, taxon in enumerate(found.taxa[row].tolist()):
-            same = [d for lineage, d in candidates if lineage[rank] == taxon >= 0 and d < np.inf]
-            different = [d for lineage, d in candidates if lineage[rank] not in (-1, taxon) and d < np.inf]
+        for rank in range(len(RANKS)):
+            path = found.taxa[row].tolist()
+            same = [d for lineage, d in candidates if is_of(lineage, path, rank) and d < np.inf]
+            different = [d for lineage, d in candidates if lineage[rank] >= 0 and not is_of(lineage, path, rank)]
+            different = [d for d in different if d < np.inf]
             assert found.near[row, rank] == (min(same) if same else far)
             assert found.other[row, rank] == (min(different) if different else far)
 
@@ -107,7 +118,27 @@ def test_a_tie_goes_to_the_nearer_and_an_unnamed_rank_still_votes_below() -> Non
     assert vote(*arrays([[(first, 0.5), (second, 0.5)]]), POWER_8).taxa[0, 6] == 0
     gap = [0, 0, 0, 0, -1, 1, 1]
     found = vote(*arrays([[(gap, 0.5), (first, 0.6)]]), POWER_8)
-    assert found.taxa[0].tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert found.taxa[0].tolist() == [0, 0, 0, 0, -1, 1, 1]  # its own ancestors, not those of the other one
+    assert found.share[0, 5] > 0.5
+
+
+def test_an_equal_name_in_another_family_is_another_taxon() -> None:
+    one, homonym = [0, 0, 0, 0, 0, 5, 1], [0, 0, 0, 0, 1, 5, 2]
+    found = vote(*arrays([[(one, 0.5), (homonym, 0.5), (homonym, 0.6)]]), Voting(power=0.5))
+    assert found.taxa[0].tolist() == homonym
+    np.testing.assert_allclose(found.share[0, 4:], found.share[0, 4])
+    assert found.other[0, 5] == 0.5
+
+
+def test_blank_ranks_take_names_only_from_a_lineage_with_all_names_of_the_row() -> None:
+    full, other_family = [0, 0, 0, 4, 5, 6, 7], [0, 0, 0, 4, 9, 6, 7]
+    same_genus, no_genus, shorter = [0, 0, 0, -1, -1, 6, 8], [0, 0, 0, 4, 5, -1, -1], [0, 0, 0, -1, -1, 6, -1]
+    given = np.array([full, [0, 0, 0, -1, -1, 6, 7], same_genus, no_genus, shorter], np.int32)
+    filled = fill_gaps(given, np.arange(5)).tolist()
+    assert filled == [full, full, same_genus, no_genus, [0, 0, 0, 4, 5, 6, -1]]
+    assert fill_gaps(given, np.arange(1, 5)).tolist() == given.tolist()  # the full one may not be matched
+    doubtful = np.array([full, other_family, [0, 0, 0, 4, -1, 6, 7]], np.int32)
+    assert fill_gaps(doubtful, np.arange(3)).tolist() == doubtful.tolist()
 
 
 def test_a_head_is_pooled_linearly() -> None:
