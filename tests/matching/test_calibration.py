@@ -110,7 +110,7 @@ def test_ranks_are_answered_from_kingdom_down_and_keep_their_precision() -> None
 
 
 def test_a_blank_rank_lowers_nothing_below_it() -> None:
-    ranks = tuple(RankFit(Logistic((0.0, 0.0, 0.0), bias), 0.6) for bias in (3, 3, 3, -9, 2, 2, 1))
+    ranks = tuple(RankFit(Logistic((0.0, 0.0, 0.0), bias), 0.6) for bias in (3.0, 3.0, 3.0, -9.0, 2.0, 2.0, 1.0))
     taxa = np.array([[0, 0, 0, -1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 0, -1, 0, -1, -1]], np.int32)
     ones = np.ones(taxa.shape)
     confidence = confidences(ranks, Votes(taxa, ones, ones, ones, np.ones(3)))
