@@ -142,9 +142,7 @@ class Taxa:
         return np.stack(found, axis=1).astype(np.int32)
 
 
-def fill_gaps(
-    codes: Int32[np.ndarray, "rows 7"], chosen: Int64[np.ndarray, " chosen"]
-) -> Int32[np.ndarray, "rows 7"]:
+def fill_gaps(codes: Int32[np.ndarray, "rows 7"], chosen: Int64[np.ndarray, " chosen"]) -> Int32[np.ndarray, "rows 7"]:
     """Fills blank ranks above a name from lineages that agree on all names of the row and have more.
 
     A gap stays where no lineage has more names, or two that have the most disagree.
