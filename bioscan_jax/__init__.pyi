@@ -7,6 +7,7 @@ from .bundles.manifest import verify_bundle
 from .bundles.merge import import_bundle
 from .checkpoints.convert import convert
 from .config import (
+    ArchiveConfig,
     CalibrateConfig,
     CheckpointConfig,
     DataConfig,
@@ -46,6 +47,7 @@ from .training.metric import MetricSummary, fit_metric
 from .training.run import TrainingSummary, finetune
 
 __all__ = [
+    "ArchiveConfig",
     "CalibrateConfig",
     "CalibrationSummary",
     "CheckpointConfig",

@@ -421,7 +421,7 @@ class TrackingConfig:
 
 
 SearchKind = Literal["auto", "exact", "index"]
-AnswerFormat = Literal["parquet", "tsv", "sintax"]
+AnswerFormat = Literal["parquet", "tsv", "sintax", "dwca"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -505,6 +505,29 @@ class IdentifyConfig:
         _at_least("nprobes", self.nprobes, 1)
         _at_least("refine_factor", self.refine_factor, 1)
         _at_least("processes", self.processes, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchiveConfig:
+    """What a Darwin Core archive says beside the identifications.
+
+    Example:
+        >>> ArchiveConfig(title="Fish of the Kiel Fjord, 12S eDNA", creator="Ada Lovelace").license is None
+        True
+    """
+
+    taxon_ids: SideTableConfig | str | None = None
+    """Table of scientific names and their WoRMS or GBIF ids, in columns such as name and AphiaID, or name and taxonID."""
+    title: str | None = None
+    """Title of the data set."""
+    creator: str | None = None
+    """Given name and surname of its creator and contact."""
+    organization: str | None = None
+    """Institution of the creator, or alone in place of a person."""
+    email: str | None = None
+    """Address of the creator."""
+    license: Literal["CC0-1.0", "CC-BY-4.0", "CC-BY-NC-4.0"] | None = None
+    """License of the data set, one of those that GBIF accepts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         **{rank: (f"{rank}_name",) for rank in RANK_ROLES},
         "latitude": ("lat",),
         "longitude": ("lon",),
+        "coordinates": ("coord",),
         "marker": ("marker_code", "markercode"),
         "date": ("collection_date_start", "collectiondate_start", "collectiondate"),
     },
@@ -45,6 +46,7 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "GenBank": {
         "sequence": ("sequence", "seq", "dna"),
         "id": ("accession.version", "accession_version", "accession"),
+        "coordinates": ("lat_lon",),
         "marker": ("gene",),
         "date": ("collection_date",),
     },
@@ -66,7 +68,8 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 """Database, role, names: the earlier name is taken where a file has several of a role. Case, '_', '-', '.' and blanks
-do not matter. A role that no database names otherwise is called as in 'bioscan_jax'."""
+do not matter. A role that no database names otherwise is called as in 'bioscan_jax'; `coordinates` join latitude and
+longitude in one text, which `bioscan_jax.barcodes.metadata` splits."""
 
 KINGDOM_OF_PHYLUM = {
     **dict.fromkeys(

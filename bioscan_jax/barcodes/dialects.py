@@ -136,12 +136,14 @@ def _read_taxids(lineage: str) -> Names | None:
     return _placed(dict(enumerate(fields)))
 
 
-def _read_nine(lineage: str) -> Names | None:
+def _read_pr2(lineage: str) -> Names | None:
     fields = [_ORGANELLE.sub("", field.strip()) for field in _fields(lineage)]
-    if len(fields) != 9 or fields[0] not in ("Eukaryota", "Bacteria", "Archaea"):
+    if len(fields) not in (8, 9) or fields[0] not in ("Eukaryota", "Bacteria", "Archaea"):
         return None
-    domain, _, division, subdivision, *rest = fields
-    phylum = division if not subdivision or re.search(r"_X+$", subdivision) else subdivision
+    domain, _, phylum, *rest = fields
+    if len(fields) == 9:
+        subdivision, *rest = rest
+        phylum = phylum if not subdivision or re.search(r"_X+$", subdivision) else subdivision
     return _placed(dict(enumerate([domain, phylum, *rest])))
 
 
@@ -191,9 +193,10 @@ DIALECTS = (
     Dialect(
         "PR2",
         "Eukaryota;TSAR;Alveolata;Dinoflagellata;Dinophyceae;Peridiniales;...;Unruhdinium_kevei",
-        "nine fields from a domain down: the domain in the kingdom's place, the subdivision as phylum (the division "
-        "where that is a placeholder in _X), class to species; the supergroup is read past",
-        _read_nine,
+        "eight fields (version 4) or nine (version 5) from Eukaryota, Bacteria or Archaea down: the domain in the "
+        "kingdom's place, the division as phylum (of nine the subdivision, unless that is a placeholder in _X), class "
+        "to species; the supergroup is read past",
+        _read_pr2,
     ),
     Dialect(
         "seven fields",

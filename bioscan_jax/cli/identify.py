@@ -1,7 +1,9 @@
 """Identifies barcodes with a vector table of labelled ones: one row of names and confidences per barcode."""
 
+from collections.abc import Sequence
+
 from bioscan_jax import config
-from bioscan_jax.cli._command import from_flags
+from bioscan_jax.cli._command import from_flags, path_flags
 
 
 def main(
@@ -9,6 +11,7 @@ def main(
     query: config.QueryConfig,
     output: str,
     settings: config.IdentifyConfig,
+    archive: config.ArchiveConfig,
     format: config.AnswerFormat | None = None,
     calibration: str | None = None,
     groups: str | None = None,
@@ -23,8 +26,9 @@ def main(
     Args:
         reference: Which table.
         query: Which barcodes.
-        output: FILE.parquet, FILE.tsv or FILE.sintax.
+        output: FILE.parquet, FILE.tsv, FILE.sintax, or FILE.dwca.zip for a Darwin Core archive.
         settings: How barcodes are compared.
+        archive: What the Darwin Core archive says beside the identifications.
         format: Format of the output, where its name does not tell.
         calibration: File made by bioscan calibrate; the one beside the table if absent.
         groups: FILE.parquet or FILE.tsv for groups of novel barcodes.
@@ -42,6 +46,7 @@ def main(
         query,
         output,
         settings,
+        archive=archive,
         format=format,
         model=model,
         mesh=mesh,
@@ -54,4 +59,6 @@ def main(
     print(summary)
 
 
-command = from_flags(main, "identify", unprefixed=["settings"])
+def command(words: Sequence[str]) -> None:
+    """Runs `identify` with the words that follow its name on the command line."""
+    from_flags(main, "identify", unprefixed=["settings", "archive"])(path_flags(words, "--taxon_ids"))

@@ -31,10 +31,15 @@ def output_format(output: str, wanted: config.AnswerFormat | None) -> config.Ans
     Raises:
         InputError: Neither is given, or `output_path` refuses the file.
     """
-    ends: dict[str, config.AnswerFormat] = {".parquet": "parquet", ".tsv": "tsv", ".sintax": "sintax"}
+    ends: dict[str, config.AnswerFormat] = {
+        ".parquet": "parquet",
+        ".tsv": "tsv",
+        ".sintax": "sintax",
+        ".zip": "dwca",
+    }
     suffix = Path(output).suffix
     if wanted is None and suffix not in ends:
-        raise InputError(f"--output {output}: pass FILE.parquet, FILE.tsv or FILE.sintax, or --format")
+        raise InputError(f"--output {output}: pass FILE.parquet, FILE.tsv, FILE.sintax or FILE.dwca.zip, or --format")
     output_path(output)
     return wanted or ends[suffix]
 

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Float32
 from tqdm import tqdm
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import REASONS
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.alignment import worker_pool
@@ -39,8 +41,10 @@ from bioscan_jax.matching.candidates import (
     rank_candidates,
 )
 from bioscan_jax.matching.novel_groups import group_novel
-from bioscan_jax.matching.queries import open_queries
+from bioscan_jax.matching.queries import check_query_ids, open_queries
 from bioscan_jax.matching.vote import Votes, Voting, default_voting
+from bioscan_jax.output import output_file
+from bioscan_jax.reports.darwin_core import Method, read_taxon_ids, write_archive
 
 _HEAD_WEIGHT = 0.5
 """Weight of a head in the vote without a calibration."""
@@ -81,6 +85,8 @@ class IdentifySummary:
     recall: tuple[str, ...]
     """Lines on what `check_recall` measured."""
     seconds: float
+    archive: tuple[str, ...] = ()
+    """Lines on what a Darwin Core archive lacks."""
 
     def __str__(self) -> str:
         """Lines for the terminal."""
@@ -98,6 +104,7 @@ class IdentifySummary:
         if self.groups is not None:
             lines.append(f"      groups  {self.groups:,} of novel queries")
         lines += [f"      recall  {line}" for line in self.recall]
+        lines += [f"     archive  {line}" for line in self.archive]
         return "\n".join([*lines, f"     seconds  {self.seconds:.1f}"])
 
 
@@ -107,6 +114,7 @@ def identify(
     output: str,
     settings: config.IdentifyConfig | None = None,
     *,
+    archive: config.ArchiveConfig | None = None,
     format: config.AnswerFormat | None = None,
     model: config.ModelConfig | None = None,
     mesh: config.MeshConfig | None = None,
@@ -128,8 +136,9 @@ def identify(
     Args:
         reference: The table of vectors.
         query: The barcodes to identify.
-        output: FILE.parquet, FILE.tsv or FILE.sintax.
+        output: FILE.parquet, FILE.tsv, FILE.sintax, or FILE.dwca.zip for a Darwin Core archive.
         settings: How barcodes are compared.
+        archive: What a Darwin Core archive says beside the identifications.
         format: Format of the file, where its name does not tell.
         model: Where the table's model is now, if not where the table records it.
         mesh: Which devices.
@@ -158,13 +167,21 @@ def identify(
     start, settings = time.perf_counter(), settings or config.IdentifyConfig()
     form = output_format(output, format)
     group_form = None if groups is None else output_format(groups, None)
-    if group_form == "sintax":
+    if group_form not in (None, "parquet", "tsv"):
         raise InputError(f"--groups {groups}: groups are written as FILE.parquet or FILE.tsv")
     if group_size < 2 or check_recall < 0:
         raise InputError(f"--group_size {group_size} must be at least 2, --check_recall {check_recall} at least 0")
+    archive = archive or config.ArchiveConfig()
+    if form != "dwca" and archive != config.ArchiveConfig():
+        raise InputError(
+            "--taxon_ids, --title and the like describe a Darwin Core archive; pass --output FILE.dwca.zip"
+        )
+    taxon_ids = None if archive.taxon_ids is None else read_taxon_ids(archive.taxon_ids)
     with ExitStack() as held:
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-")))
         source = open_queries(query, scratch)
+        if form == "dwca":
+            check_query_ids(source)
         pool = held.enter_context(worker_pool(settings.processes if settings.rerank == "alignment" else 1))
         matcher = open_matcher(reference, settings, model, mesh)
         if check_recall and settings.rerank == "none" and matcher.search == "exact":
@@ -175,7 +192,7 @@ def identify(
                 f"--groups needs a calibration with a novelty threshold: {note}; run bioscan calibrate first"
             )
         bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="identify", disable=not progress))
-        tables, judged, novel_vectors, rejects = [], [], [], Counter()
+        tables, judged, novel_vectors, rejected = [], [], [], []
         sampled = _sample(source.rows, check_recall, seed)
         reached: dict[str, list[tuple[int, float]]] = {}
         first, voting = 0, _voting(found, matcher)
@@ -185,7 +202,7 @@ def identify(
             identity = nearest_identity(matcher, block.texts, ranked, pool)
             table, sure = answers(matcher, block, ranked, identity, result, found)
             tables.append(table)
-            rejects.update(block.rejects["reason"].to_pylist())
+            rejected.append(block.rejects)
             if block.truth is not None:
                 judged.append((result.taxa, sure, block.truth))
             if groups is not None:
@@ -199,18 +216,24 @@ def identify(
             if len(sample) and matcher.search == "index":
                 reached.setdefault(_BY_INDEX, []).append((len(sample), index_recall(matcher, block, sample)))
             first += len(block.ids)
-    rows = pa.concat_tables(tables)
+        rows, rejects = pa.concat_tables(tables), pa.concat_tables(rejected)
+        lacks = ()
+        if form == "dwca":
+            method = _method(reference, matcher, voting, found)
+            with output_file(output) as path:
+                lacks = write_archive(path, rows, source, _reasons(rejects), method, archive, taxon_ids)
+        else:
+            write(rows, output, form, calibrated=found is not None)
     count = None
     if groups is not None and group_form is not None:
         novel = rows.filter(pa.array(_is_novel(rows)))
         grouped = group_novel(novel["sequence_id"].to_pylist(), np.concatenate(novel_vectors), group_size)
         count = len(grouped["group"].drop_null().unique())
         write(grouped, groups, group_form)
-    write(rows, output, form, calibrated=found is not None)
     return IdentifySummary(
         output=output,
         queries=rows.num_rows,
-        rejects=dict(rejects),
+        rejects=dict(Counter(rejects["reason"].to_pylist())),
         search=f"{matcher.search}, {len(matcher.reference.chosen):,} references, k {settings.k}, rerank {settings.rerank}",
         vote=str(voting),
         calibration=note,
@@ -219,6 +242,27 @@ def identify(
         groups=count,
         recall=tuple(_recall(what, shares, settings.k) for what, shares in reached.items()),
         seconds=time.perf_counter() - start,
+        archive=lacks,
+    )
+
+
+def _reasons(rejects: pa.Table) -> dict[int, str]:
+    """Returns why each rejected query has no vector, by its number."""
+    return {
+        row["source_row"]: f"{row['reason']} ({row['detail'] or REASONS[row['reason']]})" for row in rejects.to_pylist()
+    }
+
+
+def _method(reference: config.ReferenceConfig, matcher: Matcher, voting: Voting, found: Calibration | None) -> Method:
+    settings, facts = matcher.settings, matcher.reference.facts
+    version, rows = matcher.reference.dataset.version, len(matcher.reference.chosen)
+    where = f" where {settings.filter}" if settings.filter else ""
+    return Method(
+        software=f"bioscan_jax {metadata.version('bioscan_jax')}",
+        model=f"{facts['model']} (weights {facts['weights_sha256'][:12]})",
+        reference=f"{reference.uri}, table {reference.table}, version {version}, {rows:,} sequences{where}",
+        how=f"vote of the {settings.k} nearest references, rerank {settings.rerank}, {voting}",
+        calibrated=found is not None,
     )
 
 

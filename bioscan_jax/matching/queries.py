@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from bioscan_jax import config
 from bioscan_jax.checkpoints.load import LoadedModel, load_weights, recorded_model
 from bioscan_jax.data.encode import EncodedBlock
-from bioscan_jax.data.parquet import ParquetBlocks, open_source
+from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError
@@ -114,6 +114,16 @@ def open_queries(query: config.QueryConfig, scratch: Path) -> ParquetBlocks:
     )
     with _as_query_flags():
         return open_source(data, scratch=scratch)
+
+
+def check_query_ids(source: ParquetBlocks) -> None:
+    """Checks that no two queries have the same id.
+
+    Raises:
+        InputError: Two have, or one has none.
+    """
+    with _as_query_flags():
+        check_unique_ids(source)
 
 
 def encode_queries(

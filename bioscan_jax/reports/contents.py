@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,13 @@ from jaxtyping import Float32, Float64, Int32, Int64
 
 from bioscan_jax.barcodes.aliases import find_column
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns, read_lineages
+from bioscan_jax.barcodes.metadata import METADATA_COLUMNS, find_metadata, split_coordinates
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.reading import open_existing, schema_metadata
 from bioscan_jax.table.storage import open_dataset, read_if_exists, sidecar_path, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance
-
-_NUMBERS = ("depth", "latitude", "longitude")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +155,9 @@ def _read_rows(
 ) -> Rows:
     available = dataset.schema.names
     lineages = lineage_columns(available)
-    called = {name: find_column(name, available) or name for name in _NUMBERS}
+    called = find_metadata(available)
     marker = find_column("marker", available)
-    others = [name for name in (*called.values(), *([] if marker is None else [marker])) if name in available]
+    others = [*called.values(), *([] if marker is None else [marker])]
     columns = list(dict.fromkeys(["sequence_id", "vector", *lineages, *others]))
     with storage_errors(dataset.uri):
         read = dataset.to_table(columns=columns) if chosen is None else dataset.take(chosen, columns=columns)
@@ -167,7 +166,7 @@ def _read_rows(
         for rank, (found, column) in enumerate(zip(taxa, read_lineages(read), strict=True)):
             index = {name: i for i, name in enumerate(found.names)}
             names[:, rank] = [-1 if name is None else index[name] for name in column.to_pylist()]
-    depth, latitude, longitude = (_numbers(read, name, called[name], notes) for name in _NUMBERS)
+    depth, latitude, longitude = (_numbers(read, name, called, notes) for name in METADATA_COLUMNS)
     placed = (np.abs(latitude) <= 90) & (np.abs(longitude) <= 180)
     if not placed.any():
         notes.setdefault("places", "no row has both a latitude and a longitude")
@@ -195,13 +194,18 @@ def _vectors(read: pa.Table, where: str) -> Float32[np.ndarray, "rows hidden"]:
     return vectors
 
 
-def _numbers(read: pa.Table, name: str, called: str, notes: dict[str, str]) -> Float64[np.ndarray, " rows"]:
+def _numbers(
+    read: pa.Table, name: str, places: Mapping[str, str], notes: dict[str, str]
+) -> Float64[np.ndarray, " rows"]:
     """Reads a column of numbers, NaN where one is missing; adds a note if there is no such column or it holds text."""
     part = "depth" if name == "depth" else "places"
     unknown = np.full(len(read), np.nan)
-    if called not in read.column_names:
+    called = places.get(name)
+    if called is None:
         notes.setdefault(part, f"the table has no column {name}")
         return unknown
+    if part == "places" and places.get("latitude") == places.get("longitude"):
+        return split_coordinates(read[called])[name == "longitude"]
     kind = read[called].type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         notes.setdefault(part, f"the column {called} has the type {kind}, not numbers")

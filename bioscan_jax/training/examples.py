@@ -18,7 +18,7 @@ from bioscan_jax.barcodes.aliases import find_column
 from bioscan_jax.barcodes.cleaning import clean, string_bytes
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.lineage import RANKS, LineageSurvey, lineage_columns, missing_lineages, read_lineages
-from bioscan_jax.barcodes.metadata import METADATA_COLUMNS, check_metadata
+from bioscan_jax.barcodes.metadata import check_metadata, find_metadata
 from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.errors import InputError, logger
@@ -99,10 +99,10 @@ def prepare_examples(
         )
     if wanted.split_column is None and (column := find_column("split", present)) is not None:
         logger.info(f"the column {column!r} is not used; pass --data.split_column {column} if it assigns the splits")
-    places = {name: find_column(name, present) or name for name in METADATA_COLUMNS}
+    places = find_metadata(present)
     extra = [wanted.split_column] if wanted.split_column else []
     extra += lineages if held_out else []
-    extra += [column for column in places.values() if column in present] if with_metadata else []
+    extra += places.values() if with_metadata else []
     path = scratch / "bases"
     sequences, lengths, tokens, taxa, from_column, metadata = [], [], [], [], [], []
     with path.open("wb") as file:

@@ -84,7 +84,7 @@ DARWIN_CORE = [
         (
             BCDM,
             {"sequence": "nuc", "id": "processid", "marker": "marker_code", "date": "collection_date_start"}
-            | {"depth": "depth"}
+            | {"depth": "depth", "coordinates": "coord"}
             | {rank: rank for rank in RANK_ROLES},
         ),
         (

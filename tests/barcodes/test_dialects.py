@@ -135,6 +135,24 @@ def tuna(**without: None) -> tuple[str | None, ...]:
             ),
             "PR2",
         ),
+        (
+            "Eukaryota;Alveolata;Dinoflagellata;Dinophyceae;Peridiniales;Kryptoperidiniaceae;Unruhdinium;Unruhdinium_kevei;",
+            (
+                "Eukaryota",
+                "Dinoflagellata",
+                "Dinophyceae",
+                "Peridiniales",
+                "Kryptoperidiniaceae",
+                "Unruhdinium",
+                "Unruhdinium kevei",
+            ),
+            "PR2",
+        ),
+        (
+            "Bacteria;PANNAM;Cyanobacteria;Cyanophyceae;Cyanophyceae_X;Cyanophyceae_XX;Synechococcus;Synechococcus_sp.",
+            ("Bacteria", "Cyanobacteria", "Cyanophyceae", None, None, "Synechococcus", None),
+            "PR2",
+        ),
         ("Unassigned", (None,) * 7, "unknown"),
         ("NA", (None,) * 7, "unknown"),
     ],
@@ -231,10 +249,10 @@ def test_taxids_come_off(names, numbers, root):
 
 
 @unhurried
-@given(names=lineages(blanks=False), group=word, division=word)
-def test_pr2_keeps_seven_of_nine(names, group, division):
-    fields = ["Eukaryota", group, division, *names[1:6], names[6].replace(" ", "_")]
-    assert read(";".join(fields)) == [("Eukaryota", *names[1:])]
+@given(names=lineages(blanks=False), group=word, division=st.none() | word)
+def test_pr2_keeps_seven_of_eight_and_of_nine(names, group, division):
+    above = ["Eukaryota", group] if division is None else ["Eukaryota", group, division]
+    assert read(";".join([*above, *names[1:6], names[6].replace(" ", "_")])) == [("Eukaryota", *names[1:])]
 
 
 @unhurried

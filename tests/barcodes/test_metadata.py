@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from support.taxa import random_labels, random_tree
 
-from bioscan_jax.barcodes.metadata import check_metadata
+from bioscan_jax.barcodes.metadata import check_metadata, find_metadata
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.metadata import MetadataEncoder, metadata_features
 from bioscan_jax.training.losses import rank_losses, total_loss
@@ -56,6 +56,35 @@ def test_bad_metadata_is_refused(columns, message):
     with pytest.raises(InputError, match=message) as caught:
         check_metadata(table(**columns), locate=lambda row: f"row {100 + row}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["[44.5, -80.25]", None, " "],
+        ["44.5,-80.25", "", None],
+        ["(44.5;-80.25)", None, None],
+        ["44.5 N 80.25 W", None, None],
+        ["[44.5, -80.25]", None, "[-3, 170.]"],
+    ],
+)
+def test_latitude_and_longitude_in_one_column_are_split(texts):
+    joined = pa.table({"coord": pa.array(texts, pa.string()), "depth": [1.0] * 3})
+    places = find_metadata(joined.column_names)
+    assert places == {"depth": "depth", "latitude": "coord", "longitude": "coord"}
+    last = [1, -3, 170] if "170" in (texts[2] or "") else [1, NAN, NAN]
+    np.testing.assert_array_equal(check_metadata(joined, columns=places), [[1, 44.5, -80.25], [1, NAN, NAN], last])
+
+
+@pytest.mark.parametrize("text", ["44.5", "44.5, -80.25, 3", "x, y", "44.5 S S 3", "NA"])
+def test_coordinates_that_cannot_be_read_name_their_row(text):
+    joined = pa.table({"lat_lon": ["[1, 2]", text], "depth": [1.0, 2.0]})
+    with pytest.raises(InputError, match=r"of row 101 cannot be read \(1 such"):
+        check_metadata(joined, locate=lambda row: f"row {100 + row}", columns=find_metadata(joined.column_names))
+
+
+def test_columns_of_their_own_go_before_a_joined_one():
+    assert find_metadata(["coord", "lat", "decimalLongitude"]) == {"latitude": "lat", "longitude": "decimalLongitude"}
 
 
 def test_features():

@@ -10,6 +10,7 @@ import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dwca.read import DwCAReader
 from support.commands import call
 from support.places import ROOT, SCRIPTS
 from support.reference_table import World, make_world
@@ -248,6 +249,37 @@ def test_sintax_and_tsv_hold_the_same_as_parquet(judged, tmp_path: Path):
         assert len(answered) == (7 if row["abstained_at"] is None else RANKS.index(row["abstained_at"]))
 
 
+def test_a_darwin_core_archive_holds_the_answers(judged, tmp_path: Path):
+    world, _ = judged
+    ask(world, world.fasta, tmp_path / "a.parquet")
+    rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    names = {row["species"] for row in rows}
+    (tmp_path / "ids.tsv").write_text("name\tAphiaID\n" + "".join(f"{name}\t{7}\n" for name in names))
+    flags = [f"--reference.uri={world.uri}", f"--query.path={world.fasta}", "--k=10", "--rerank=alignment"]
+    flags += [f"--taxon_ids={tmp_path / 'ids.tsv'}", "--title", "Fish", "--processes=1"]
+    done = call("identify", *flags, "--output", tmp_path / "names.dwca.zip")
+    assert done.returncode == 0, done.stderr
+    assert "eml.xml still needs --email" in done.stdout
+    with DwCAReader(str(tmp_path / "names.dwca.zip")) as reader:
+        found = [{term.rpartition("/")[2]: text for term, text in row.data.items()} for row in reader]
+    assert [one["occurrenceID"] for one in found] == [row["sequence_id"] for row in rows]
+    for one, row in zip(found, rows, strict=True):
+        stop = len(RANKS) if row["abstained_at"] is None else RANKS.index(row["abstained_at"])
+        assert one["scientificName"] == (row[RANKS[stop - 1]] if stop else "incertae sedis")
+        assert one["taxonRank"] == (RANKS[stop - 1] if stop else "")
+        assert bool(one["scientificNameID"]) == (stop in (0, len(RANKS)))
+        assert row["nearest_id"] in one["identificationRemarks"]
+    assert call("identify", *flags, "--output", tmp_path / "b.tsv").returncode == 2
+    assert not (tmp_path / "b.tsv").exists()
+
+
+def test_an_archive_refuses_ids_that_repeat(world: World, tmp_path: Path):
+    (tmp_path / "q.fasta").write_text(">a\nACGTAC\n>a\nACGTAA\n")
+    with pytest.raises(InputError, match=r"sequence_id 'a' is not unique: .* pass --query.id header"):
+        ask(world, str(tmp_path / "q.fasta"), tmp_path / "names.dwca.zip")
+    assert [path.name for path in tmp_path.iterdir()] == ["q.fasta"]
+
+
 def test_a_row_without_a_vector_has_only_its_id(world: World, tmp_path: Path):
     given = pq.read_table(world.queries).slice(0, 3).to_pylist()
     given[1]["dna_sequence"] = "NNNN"
@@ -291,7 +323,7 @@ def test_search_finds_a_row_by_its_dna(world: World):
     ("name", "flags", "words"),
     [
         ("identify", ["--output={tmp}/a.parquet", "--query.path={tmp}/none.fasta"], "none.fasta"),
-        ("identify", ["--output={tmp}/a.csv", "--query.path={fasta}"], "pass FILE.parquet, FILE.tsv or FILE.sintax"),
+        ("identify", ["--output={tmp}/a.csv", "--query.path={fasta}"], "pass FILE.parquet, FILE.tsv, FILE.sintax or FILE.dwca.zip"),
         ("identify", ["--output={tmp}/no/a.tsv", "--query.path={fasta}"], "there is no directory"),
         ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--k=0"], "--k 0 is too small"),
         ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--search=index"], "has no vector index"),
