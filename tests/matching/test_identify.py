@@ -323,7 +323,11 @@ def test_search_finds_a_row_by_its_dna(world: World):
     ("name", "flags", "words"),
     [
         ("identify", ["--output={tmp}/a.parquet", "--query.path={tmp}/none.fasta"], "none.fasta"),
-        ("identify", ["--output={tmp}/a.csv", "--query.path={fasta}"], "pass FILE.parquet, FILE.tsv, FILE.sintax or FILE.dwca.zip"),
+        (
+            "identify",
+            ["--output={tmp}/a.csv", "--query.path={fasta}"],
+            "pass FILE.parquet, FILE.tsv, FILE.sintax or FILE.dwca.zip",
+        ),
         ("identify", ["--output={tmp}/no/a.tsv", "--query.path={fasta}"], "there is no directory"),
         ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--k=0"], "--k 0 is too small"),
         ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--search=index"], "has no vector index"),
