@@ -480,6 +480,12 @@ class IdentifyConfig:
     absent; 0.01 without a calibration. With rerank alignment only."""
     aligned: int = 32
     """Aligned neighbours that vote: the best of the k by their score."""
+    min_overlap: int | None = None
+    """Fewest bases that must be compared with a reference for it to name a barcode. If absent, half of the shorter
+    sequence, at least 32 and at most 100."""
+    min_identity: float = 0.65
+    """Lowest identity at which a reference names a barcode: sequences without a common origin reach about 0.55 over 650
+    bases and 0.65 over 100."""
     filter: str | None = None
     """SQL condition on the reference's columns, such as "marker_gene = 'COI'"; only matching rows are used."""
     search: SearchKind = "auto"
@@ -502,6 +508,9 @@ class IdentifyConfig:
             raise InputError(f"--identity_weight {self.identity_weight} is no weight; pass 0 or more")
         if not 0 < (1 if self.temperature is None else self.temperature) < math.inf:
             raise InputError(f"--temperature {self.temperature} is no temperature; pass a number above 0")
+        _at_least("min_overlap", self.min_overlap, 1)
+        if not 0 <= self.min_identity <= 1:
+            raise InputError(f"--min_identity {self.min_identity} is outside 0 to 1")
         _at_least("nprobes", self.nprobes, 1)
         _at_least("refine_factor", self.refine_factor, 1)
         _at_least("processes", self.processes, 1)

@@ -16,12 +16,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import zip_longest
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 _QUERIES = 64
 """Queries per task of a worker process."""
@@ -31,10 +32,45 @@ once in 25,000 barcodes."""
 _LIKELY = 0.2
 """Edits per base that candidates rarely exceed: this bound, tried first, saves about a fifth of the time."""
 _STEP = re.compile(r"(\d+)([=XID])")
-LEAST_OVERLAP, ENOUGH_OVERLAP = 32, 100
-"""Bases of which at least half of the shorter sequence must be compared, and at most so many: at 100 bases, the standard
-error of an identity of 97 % is 1.7 points."""
+_LEAST_OVERLAP, _ENOUGH_OVERLAP = 32, 100
+"""Bounds of the half of the shorter sequence that must be compared: at 100 bases, the standard error of an identity of
+97 % is 1.7 points, about half the distance between species."""
 Counts = TypeVar("Counts", int, np.ndarray)
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What an alignment must have to be evidence for a name.
+
+    Example:
+        >>> Floors().holds(np.array([0, 3, 20]), np.array([40, 40, 40]), np.array([60, 100, 60])).tolist()
+        [True, False, False]
+    """
+
+    overlap: int | None = None
+    """Fewest compared bases; half of the shorter sequence if None, at least 32 and at most 100."""
+    identity: float = 0.65
+
+    def required(self, shorter: Int64[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
+        """Returns the fewest compared bases, given the length of the shorter sequence."""
+        if self.overlap is not None:
+            return np.full_like(shorter, self.overlap)
+        return np.clip(shorter // 2, _LEAST_OVERLAP, _ENOUGH_OVERLAP)
+
+    def holds(
+        self,
+        differences: Int64[np.ndarray, "*shape"],
+        compared: Int64[np.ndarray, "*shape"],
+        shorter: Int64[np.ndarray, "*shape"],
+    ) -> Bool[np.ndarray, "*shape"]:
+        """Tells which alignments are evidence.
+
+        Args:
+            differences: Differing bases and gaps.
+            compared: Compared bases.
+            shorter: Length of the shorter sequence, N included.
+        """
+        return (compared >= self.required(shorter)) & (differences <= (1 - self.identity) * compared)
 
 
 def align_pair(one: str, other: str) -> tuple[int, int]:
@@ -222,9 +258,10 @@ def edit_distances(
     distinct: Int64[np.ndarray, " distinct"],
     sequences: Sequence[str],
     pool: Pool,
+    floors: Floors,
     on_rows: Callable[[int], Any] = lambda rows: None,
 ) -> Float64[np.ndarray, "queries k"]:
-    """Returns the `distance` of each query to each of its candidates by `edit_counts`; inf where there is none.
+    """Returns the `distance` of each query to each of its candidates by `edit_counts`; inf where there is no evidence.
 
     Args:
         queries: Cleaned DNA.
@@ -232,30 +269,33 @@ def edit_distances(
         distinct: All rows that occur, ascending.
         sequences: Cleaned DNA of the distinct rows.
         pool: From `worker_pool`.
+        floors: What counts as evidence.
         on_rows: Called with the number of queries just finished.
     """
-    found = np.full(rows.shape, np.inf)
+    found, lengths = np.full(rows.shape, np.inf), np.array([len(text) for text in sequences], np.int64)
     for query, counts in enumerate(_in_parts(_count_some, queries, rows, distinct, sequences, pool, on_rows)):
         edits, known = np.array(counts, np.int64).reshape(-1, 2).T
-        found[query, rows[query] >= 0] = np.minimum(distance(known - edits, known), 1.0)
+        there = rows[query] >= 0
+        shorter = np.minimum(lengths[np.searchsorted(distinct, rows[query, there])], len(queries[query]))
+        near = np.minimum(distance(known - edits, known), 1.0)
+        found[query, there] = np.where(floors.holds(edits, known, shorter), near, np.inf)
     return found
 
 
-def identities(
+def compared(
     queries: Sequence[str],
     rows: Int64[np.ndarray, "queries k"],
     distinct: Int64[np.ndarray, " distinct"],
     sequences: Sequence[str],
     pool: Pool,
-) -> Float32[np.ndarray, "queries k"]:
-    """Aligns queries and candidates in full; returns matches / columns (VSEARCH's --iddef 2, without N).
+) -> Int64[np.ndarray, "queries k 2"]:
+    """Aligns queries and candidates in full; returns matches and compared columns by `align_pair`.
 
-    Arguments as those of `edit_distances`; NaN where there is no candidate.
+    Arguments as those of `edit_distances`; -1 where there is no candidate.
     """
-    found = np.full(rows.shape, np.nan, np.float32)
+    found = np.full((*rows.shape, 2), -1, np.int64)
     for query, counts in enumerate(_in_parts(_align_some, queries, rows, distinct, sequences, pool)):
-        matches, columns = np.array(counts, np.int64).reshape(-1, 2).T
-        found[query, rows[query] >= 0] = matches / np.maximum(columns, 1)
+        found[query, rows[query] >= 0] = np.array(counts, np.int64).reshape(-1, 2)
     return found
 
 
@@ -296,21 +336,25 @@ def _align_some(job: _Job) -> list[list[tuple[int, int]]]:
 
 
 def none_nearer(
-    queries: Sequence[str], distances: Sequence[float], sequences: Sequence[str], pool: Pool
+    queries: Sequence[str], distances: Sequence[float], sequences: Sequence[str], pool: Pool, floors: Floors
 ) -> Bool[np.ndarray, " queries"]:
-    """Tells of each query whether none of some sequences is nearer, by `edit_counts`, than a known distance."""
+    """Tells of each query whether none of some sequences with evidence is nearer, by `edit_counts`, than a distance."""
     parts = [slice(start, start + _QUERIES) for start in range(0, len(queries), _QUERIES)]
-    jobs = [(list(queries[part]), list(distances[part]), list(sequences)) for part in parts]
+    jobs = [(list(queries[part]), list(distances[part]), list(sequences), floors) for part in parts]
     found = map(_none_nearer, jobs) if pool is None else pool.map(_none_nearer, jobs)
     return np.array([one for some in found for one in some], bool)
 
 
-def _none_nearer(job: tuple[list[str], list[float], list[str]]) -> list[bool]:
-    queries, distances, texts = job
+def _none_nearer(job: tuple[list[str], list[float], list[str], Floors]) -> list[bool]:
+    queries, distances, texts, floors = job
+    lengths = np.array([len(text) for text in texts], np.int64)
 
     def is_nearest(query: str, least: float) -> bool:
         # Up to one edit per two bases, edits / known is at most the distance: the bound loses none that is nearer.
-        counts = (one for one in edit_counts(query, texts, min(least, 0.5)) if one is not None)
-        return all(_distance(one) >= least for one in counts)
+        counts = edit_counts(query, texts, min(least, 0.5))
+        there = np.array([place for place, one in enumerate(counts) if one is not None], np.int64)
+        edits, known = np.array([one for one in counts if one is not None], np.int64).reshape(-1, 2).T
+        evidence = floors.holds(edits, known, np.minimum(lengths[there], len(query)))
+        return bool((distance(known - edits, known)[evidence] >= least).all())
 
     return [is_nearest(query, least) for query, least in zip(queries, distances, strict=True)]

@@ -17,12 +17,19 @@ ANSWERS = pa.schema(
         pa.field("nearest_id", pa.string()),
         pa.field("similarity", pa.float32()),
         pa.field("identity", pa.float32()),
+        pa.field("overlap", pa.int32()),
+        pa.field("coverage", pa.float32()),
+        pa.field("unnamed", pa.string()),
         pa.field("novelty", pa.float64()),
         pa.field("novel", pa.bool_()),
         pa.field("abstained_at", pa.string()),
     ]
 )
-"""Columns of the answers, one row per query; of a query without a vector only the id is filled."""
+"""Columns of the answers, one row per query; of a query without a vector only the id is filled.
+
+`identity`, `overlap` and `coverage` are those of the nearest reference; see `candidates.Evidence`. `unnamed` tells why a
+query has no names: `overlap` or `identity` is below its floor.
+"""
 
 
 def output_format(output: str, wanted: config.AnswerFormat | None) -> config.AnswerFormat:

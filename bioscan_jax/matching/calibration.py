@@ -489,6 +489,8 @@ def settings_binding(settings: config.IdentifyConfig, search: str, heads: str | 
         "aligned": settings.aligned if settings.rerank == "alignment" else None,
         "identity_weight": settings.identity_weight if settings.rerank == "alignment" else None,
         "temperature": settings.temperature if settings.rerank == "alignment" else None,
+        "min_overlap": settings.min_overlap if settings.rerank == "alignment" else None,
+        "min_identity": settings.min_identity if settings.rerank == "alignment" else None,
         "filter": settings.filter,
         "search": search,
         "nprobes": settings.nprobes if search == "index" else None,

@@ -18,11 +18,11 @@ from bioscan_jax.data.encode import EncodedBlock
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError, logger
-from bioscan_jax.matching.alignment import Pool, edit_distances, identities, none_nearer
+from bioscan_jax.matching.alignment import Floors, Pool, compared, edit_distances, none_nearer
 from bioscan_jax.matching.neighbours import by_index, exact, nearest, search_kind
 from bioscan_jax.matching.queries import encode_queries, encoder_of_table
 from bioscan_jax.matching.reference import Reference, Taxa, open_reference
-from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, head_votes, open_heads, vote
+from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, head_votes, open_heads, vote, without_names
 
 _NEAREST_COSINE_DISTANCE = 1e-6
 """Smallest cosine distance that float32 resolves."""
@@ -61,7 +61,7 @@ class Candidates:
     """Positions in the table; -1 past the last."""
     similarity: Float32[np.ndarray, "queries candidates"]
     edit_distances: Float64[np.ndarray, "queries candidates"] | None
-    """1 - identity by `alignment.edit_distances`; None with `rerank` none."""
+    """1 - identity by `alignment.edit_distances`, inf without evidence; None with `rerank` none."""
     heads: HeadVotes | None
     truth: Int32[np.ndarray, "queries 7"] | None
     """Codes of the labels that the queries came with, if any; see `Taxa.truth`."""
@@ -110,7 +110,8 @@ def find_candidates(
         found = nearest(vectors, matcher.reference, matcher.settings)
         edits = None
         if matcher.settings.rerank == "alignment":
-            edits = edit_distances(texts, found.rows, *_sequences(matcher, found.rows), pool, on_rows)
+            floors = floors_of(matcher.settings)
+            edits = edit_distances(texts, found.rows, *_sequences(matcher, found.rows), pool, floors, on_rows)
         else:
             on_rows(len(texts))
         on_rows(encoded.block.table.num_rows - len(texts))
@@ -138,7 +139,7 @@ class Ranked:
     """Positions in the table; -1 past the last."""
     similarity: Float32[np.ndarray, "queries voters"]
     distances: Float64[np.ndarray, "queries voters"]
-    """By `rank_candidates`; inf past the last."""
+    """By `rank_candidates`; inf past the last, and without evidence."""
 
 
 def rank_candidates(candidates: Candidates, voting: Voting, most: int) -> Ranked:
@@ -169,7 +170,7 @@ def _best(rows: np.ndarray, similarity: np.ndarray, distances: np.ndarray, most:
     with np.errstate(invalid="ignore"):
         distances = np.where(rows >= 0, _cosine_distances(similarity) + distances, np.inf)
         order = np.argsort(distances, axis=1, kind="stable")
-        steps = np.diff(np.take_along_axis(distances, order, 1), axis=1, prepend=0.0) > _SAME_COSINE
+        steps = ~(np.diff(np.take_along_axis(distances, order, 1), axis=1, prepend=0.0) <= _SAME_COSINE)
     equal_first = np.lexsort((np.take_along_axis(rows, order, 1), steps.cumsum(axis=1)), axis=1)
     order = np.take_along_axis(order, equal_first, 1)[:, :most]
     return Ranked(*(np.take_along_axis(field, order, 1) for field in (rows, similarity, distances)))
@@ -180,19 +181,53 @@ def _cosine_distances(similarity: np.ndarray) -> np.ndarray:
 
 
 def count_votes(matcher: Matcher, ranked: Ranked, voting: Voting, heads: HeadVotes | None) -> Votes:
-    """Names each query by the vote of its candidates; see `vote.vote`."""
+    """Names each query by the vote of its candidates; see `vote.vote`. No candidate, no name, whatever a head says."""
     lineages = np.where(ranked.rows[:, :, None] >= 0, matcher.taxa.codes[ranked.rows], -1)
-    return vote(lineages, ranked.distances, voting, heads)
+    result = vote(lineages, ranked.distances, voting, heads)
+    return without_names(result, ~np.isfinite(ranked.distances).any(axis=1))
 
 
-def nearest_identity(
-    matcher: Matcher, texts: Sequence[str], ranked: Ranked, pool: Pool
-) -> Float32[np.ndarray, " queries"]:
-    """Aligns each query with its nearest reference in full; NaN where there is none, or the table has no DNA."""
-    if matcher.reference.sequence_column not in matcher.reference.dataset.schema.names or not len(texts):
-        return np.full(len(texts), np.nan, np.float32)
-    rows = ranked.rows[:, :1]
-    return identities(texts, rows, *_sequences(matcher, rows), pool)[:, 0]
+def floors_of(settings: config.IdentifyConfig) -> Floors:
+    """Returns what counts as evidence by the settings of a run."""
+    return Floors(settings.min_overlap, settings.min_identity)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """How queries compare with their nearest references."""
+
+    identity: Float32[np.ndarray, " queries"]
+    """Matches / compared columns; NaN where the table has no DNA."""
+    overlap: Int64[np.ndarray, " queries"]
+    """Compared columns; of a table without DNA, the query's known bases, the most that can be compared."""
+    coverage: Float64[np.ndarray, " queries"]
+    """Overlap / bases of the query, at most 1."""
+    lacks: list[str | None]
+    """`overlap` or `identity` where it is below its floor."""
+
+    @property
+    def missing(self) -> Bool[np.ndarray, " queries"]:
+        """Which queries have no evidence."""
+        return np.array([reason is not None for reason in self.lacks], bool)
+
+
+def nearest_evidence(matcher: Matcher, texts: Sequence[str], ranked: Ranked, pool: Pool) -> Evidence:
+    """Aligns each query with its nearest reference in full, and tells where that is no evidence for a name."""
+    floors, rows = floors_of(matcher.settings), ranked.rows[:, :1]
+    lengths = np.array([len(text) for text in texts], np.int64)
+    if matcher.reference.sequence_column in matcher.reference.dataset.schema.names and len(texts):
+        distinct, sequences = _sequences(matcher, rows)
+        matches, overlap = compared(texts, rows, distinct, sequences, pool)[:, 0].T
+        of_reference = np.array([len(text) for text in sequences], np.int64)[np.searchsorted(distinct, rows[:, 0])]
+        shorter = np.minimum(lengths, of_reference)
+        identity = matches / np.maximum(overlap, 1)
+    else:
+        overlap, shorter = np.array([len(text) - text.count("N") for text in texts], np.int64), lengths
+        identity = np.full(len(texts), np.nan)
+    few = overlap < floors.required(shorter)
+    unlike = (identity < floors.identity) | ~np.isfinite(ranked.distances).any(axis=1)
+    lacks = ["overlap" if one else "identity" if other else None for one, other in zip(few, unlike, strict=True)]
+    return Evidence(identity.astype(np.float32), overlap, np.minimum(overlap / np.maximum(lengths, 1), 1), lacks)
 
 
 def _sequences(matcher: Matcher, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -244,7 +279,7 @@ def alignment_recall(
     texts = [candidates.texts[i] for i in sample.tolist()]
     nearest = candidates.edit_distances[sample].min(axis=1, initial=np.inf).tolist()
     _, references = _sequences(matcher, matcher.reference.chosen)
-    return float(np.mean(none_nearer(texts, nearest, list(dict.fromkeys(references)), pool)))
+    return float(np.mean(none_nearer(texts, nearest, list(dict.fromkeys(references)), pool, floors_of(matcher.settings))))
 
 
 def index_recall(matcher: Matcher, candidates: Candidates, sample: Int64[np.ndarray, " sample"]) -> float:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32
 from tqdm import tqdm
 
 from bioscan_jax import config
@@ -30,19 +29,20 @@ from bioscan_jax.matching.calibration import (
 )
 from bioscan_jax.matching.candidates import (
     Candidates,
+    Evidence,
     Matcher,
     Ranked,
     alignment_recall,
     count_votes,
     find_candidates,
     index_recall,
-    nearest_identity,
+    nearest_evidence,
     open_matcher,
     rank_candidates,
 )
 from bioscan_jax.matching.novel_groups import group_novel
 from bioscan_jax.matching.queries import check_query_ids, open_queries
-from bioscan_jax.matching.vote import Votes, Voting, default_voting
+from bioscan_jax.matching.vote import Votes, Voting, default_voting, without_names
 from bioscan_jax.output import output_file
 from bioscan_jax.reports.darwin_core import Method, read_taxon_ids, write_archive
 
@@ -57,7 +57,7 @@ class IdentifySummary:
     """Counts and figures of one run of `identify`; prints as a few lines of text.
 
     Example:
-        >>> counts = {"output": "names.tsv", "queries": 20, "rejects": {"empty": 1}, "novel": 3, "groups": None}
+        >>> counts = {"output": "names.tsv", "queries": 20, "rejects": {"empty": 1}, "unnamed": {"overlap": 2}, "novel": 3, "groups": None}
         >>> notes = {"search": "exact", "vote": "power 32, weight of the heads 0", "calibration": "none", "by_rank": [], "recall": (), "seconds": 1.5}
         >>> print(bj.IdentifySummary(**counts, **notes))
              answers  names.tsv
@@ -65,6 +65,7 @@ class IdentifySummary:
               search  exact
                 vote  power 32, weight of the heads 0
          calibration  none
+             unnamed  2 overlap below the floor
                novel  3 queries are likely of species not in the reference
              seconds  1.5
     """
@@ -73,6 +74,8 @@ class IdentifySummary:
     queries: int
     rejects: dict[str, int]
     """Number of queries without a vector, by reason."""
+    unnamed: dict[str, int]
+    """Number of queries without names, by what their nearest reference lacks: `overlap` or `identity`."""
     search: str
     vote: str
     """The weights of the vote: fitted by the calibration, or the default."""
@@ -99,6 +102,9 @@ class IdentifySummary:
             f" calibration  {self.calibration}",
             *(f"              {line}" for line in self.by_rank),
         ]
+        if self.unnamed:
+            lacking = ", ".join(f"{count:,} {what}" for what, count in sorted(self.unnamed.items()))
+            lines.append(f"     unnamed  {lacking} below the floor")
         if self.novel is not None:
             lines.append(f"       novel  {self.novel:,} queries are likely of species not in the reference")
         if self.groups is not None:
@@ -131,7 +137,9 @@ def identify(
     this table and these settings the confidences are probabilities, `abstained_at` is the highest named rank whose confidence
     misses its threshold (this rank and all below are not answered; null if all seven are), and `novel` is true if the
     species is likely not in the reference. Without one, confidences are shares of the vote, `novelty` is 1 - identity
-    (1 - similarity where nothing is aligned), and `novel` and `abstained_at` are null.
+    (1 - similarity where nothing is aligned), and `novel` and `abstained_at` are null. A query has no names where its
+    nearest reference is no evidence: `overlap` or `identity` is below `min_overlap` or `min_identity`; with `rerank`
+    alignment, other such references do not vote either.
 
     Args:
         reference: The table of vectors.
@@ -199,8 +207,9 @@ def identify(
         for block in find_candidates(matcher, source, pool, bar.update):
             ranked = rank_candidates(block, voting, settings.aligned)
             result = count_votes(matcher, ranked, voting, block.heads)
-            identity = nearest_identity(matcher, block.texts, ranked, pool)
-            table, sure = answers(matcher, block, ranked, identity, result, found)
+            evidence = nearest_evidence(matcher, block.texts, ranked, pool)
+            result = without_names(result, evidence.missing)
+            table, sure = answers(matcher, block, ranked, evidence, result, found)
             tables.append(table)
             rejected.append(block.rejects)
             if block.truth is not None:
@@ -234,6 +243,7 @@ def identify(
         output=output,
         queries=rows.num_rows,
         rejects=dict(Counter(rejects["reason"].to_pylist())),
+        unnamed=dict(Counter(rows["unnamed"].drop_null().to_pylist())),
         search=f"{matcher.search}, {len(matcher.reference.chosen):,} references, k {settings.k}, rerank {settings.rerank}",
         vote=str(voting),
         calibration=note,
@@ -280,7 +290,7 @@ def answers(
     matcher: Matcher,
     block: Candidates,
     ranked: Ranked,
-    identity: Float32[np.ndarray, " queries"],
+    evidence: Evidence,
     result: Votes,
     found: Calibration | None,
 ) -> tuple[pa.Table, np.ndarray]:
@@ -288,7 +298,7 @@ def answers(
     entropy = None if block.heads is None else block.heads.entropy
     confidence, sure = result.share, np.ones(result.share.shape, bool)
     abstained, novel = pa.nulls(len(confidence), pa.string()), pa.nulls(len(confidence), pa.bool_())
-    similarity = ranked.similarity[:, 0]
+    similarity, identity = ranked.similarity[:, 0], evidence.identity
     novelty = np.where(np.isnan(identity), 1 - similarity, 1 - identity).astype(np.float64)
     if found is not None:
         confidence = confidences(found.ranks, result)
@@ -298,7 +308,7 @@ def answers(
         if found.novelty is not None:
             novelty = found.novelty(novelty_features(result, entropy))
             if found.novelty_threshold is not None:
-                novel = pa.array(novelty > found.novelty_threshold)
+                novel = pa.array(novelty > found.novelty_threshold, mask=evidence.missing)
     columns: list[pa.Array] = []
     for rank, names in enumerate(matcher.taxa.names):
         columns.append(names.take(pa.array(result.taxa[:, rank], mask=result.taxa[:, rank] < 0)))
@@ -307,7 +317,10 @@ def answers(
         matcher.reference.take(ranked.rows[:, 0], "sequence_id").cast(pa.string()),
         pa.array(similarity),
         pa.array(identity, mask=np.isnan(identity)),
-        pa.array(novelty),
+        pa.array(evidence.overlap, mask=np.isnan(identity)),
+        pa.array(evidence.coverage, mask=np.isnan(identity)),
+        pa.array(evidence.lacks, pa.string()),
+        pa.array(novelty, mask=evidence.missing),
         novel,
         abstained,
     ]

@@ -149,6 +149,13 @@ def vote(
     return Votes(taxa, share, near, other, nearest)
 
 
+def without_names(votes: Votes, rows: Bool[np.ndarray, " queries"]) -> Votes:
+    """Removes the names of some queries."""
+    return dataclasses.replace(
+        votes, taxa=np.where(rows[:, None], -1, votes.taxa), share=np.where(rows[:, None], 0.0, votes.share)
+    )
+
+
 def _descend(
     lineages: Int32[np.ndarray, "queries candidates 7"],
     weights: Float[np.ndarray, "queries candidates 7"],

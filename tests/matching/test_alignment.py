@@ -6,19 +6,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bioscan_jax.matching.alignment import (
+    Floors,
     _place,
     align_pair,
     align_within,
+    compared,
     distance,
     edit_counts,
     edit_distances,
-    identities,
     none_nearer,
     overlapping_parts,
     worker_pool,
 )
 
 DNA = st.text("ACGTN", min_size=1, max_size=14)
+ALL = Floors(overlap=0, identity=0.0)
+"""Every alignment is evidence."""
 KNOWN = st.text("ACGT", min_size=1, max_size=14)
 
 
@@ -139,20 +142,19 @@ def test_processes_give_the_same_in_the_order_of_the_queries(processes: int) -> 
     rows[3, 5:] = -1
     done = []
     with worker_pool(processes) as pool:
-        found = edit_distances(queries, rows, np.arange(30), texts, pool, done.append)
-        shares = identities(queries, rows, np.arange(30), texts, pool)
-        nearest = none_nearer(queries, found.min(axis=1).tolist(), texts, pool)
+        found = edit_distances(queries, rows, np.arange(30), texts, pool, ALL, done.append)
+        counts = compared(queries, rows, np.arange(30), texts, pool)
+        nearest = none_nearer(queries, found.min(axis=1).tolist(), texts, pool, ALL)
     assert sum(done) == 150
     for row, query in enumerate(queries):
         for place, one in enumerate(rows[row]):
             if one < 0:
                 assert found[row, place] == np.inf
-                assert np.isnan(shares[row, place])
+                assert counts[row, place].tolist() == [-1, -1]
                 continue
             [(edits, known)] = edit_counts(query, [texts[one]])  # pyright: ignore[reportGeneralTypeIssues]
             assert found[row, place] == min((edits + 0.5) / (known + 1), 1.0)
-            matches, columns = align_pair(query, texts[one])
-            assert shares[row, place] == np.float32(matches / max(columns, 1))
+            assert tuple(counts[row, place]) == align_pair(query, texts[one])
         assert nearest[row] == (row % 30 in rows[row][rows[row] >= 0])
 
 
@@ -160,7 +162,7 @@ def test_unknown_bases_make_no_reference_nearer() -> None:
     query = "ACGTTGCAGGCTTAACCGTA"
     relative, blurred = "ACGTTGCAGGCTTAACCGTT", "ACGTTGCNNNNNNAACGCTA"
     texts = [blurred, relative, "N" * 20]
-    near = edit_distances([query], np.array([[0, 1, 2]]), np.arange(3), texts, None)[0]
+    near = edit_distances([query], np.array([[0, 1, 2]]), np.arange(3), texts, None, ALL)[0]
     assert near.argsort().tolist() == [1, 0, 2]
 
 
@@ -168,3 +170,30 @@ def test_unknown_bases_count_only_where_they_face_the_other_sequence() -> None:
     query = "ACGTTGCAGGCTTAACCGTA"
     assert edit_counts(query, [query + "N" * 12, "N" * 12 + query[:10] + "A" + query[11:]]) == [(0, 20), (1, 20)]
     assert edit_counts(query, ["N" * 50]) in ([(20, 20)], [(0, 1)])  # nothing in common, or nothing compared
+
+
+def test_short_or_unlike_alignments_are_no_evidence() -> None:
+    random = np.random.default_rng(0)
+    gene, other = ("".join(random.choice(list("ACGT"), 600)) for _ in range(2))
+    gappy = other[:60] + "N" * 480 + other[-60:]
+    texts = [gene, gappy]
+
+    def distances(query: str, floors: Floors) -> list[float]:
+        return edit_distances([query], np.array([[0, 1]]), np.arange(2), texts, None, floors)[0].tolist()
+
+    for query in (other[200:320], gene[:5], gene[300:320] + "N" * 300):  # random, short, and blurred
+        assert distances(query, Floors()) == [np.inf, np.inf]
+    for query in (gene[100:140], gene[:120], gene[:40] + "N" * 30):
+        assert distances(query, Floors())[0] < 0.02
+    assert distances(gene[:120], Floors(overlap=121))[0] == np.inf
+    assert distances(gene[:5], Floors(overlap=5))[0] < 0.1
+    changed = gene[:60] + other[:60]
+    assert distances(changed, Floors(identity=0.9))[0] == np.inf
+    least = distances(gene[:120], ALL)
+    assert none_nearer([gene[:120], gappy[:60] + gappy[-60:]], [least[0], np.inf], texts, None, Floors()).all()
+
+
+@pytest.mark.parametrize("shorter, required", [(5, 32), (63, 32), (64, 32), (150, 75), (200, 100), (658, 100)])
+def test_half_of_the_shorter_sequence_must_be_compared(shorter: int, required: int) -> None:
+    assert Floors().required(np.array([shorter])).tolist() == [required]
+    assert Floors(overlap=7).required(np.array([shorter])).tolist() == [7]
