@@ -279,7 +279,9 @@ def alignment_recall(
     texts = [candidates.texts[i] for i in sample.tolist()]
     nearest = candidates.edit_distances[sample].min(axis=1, initial=np.inf).tolist()
     _, references = _sequences(matcher, matcher.reference.chosen)
-    return float(np.mean(none_nearer(texts, nearest, list(dict.fromkeys(references)), pool, floors_of(matcher.settings))))
+    return float(
+        np.mean(none_nearer(texts, nearest, list(dict.fromkeys(references)), pool, floors_of(matcher.settings)))
+    )
 
 
 def index_recall(matcher: Matcher, candidates: Candidates, sample: Int64[np.ndarray, " sample"]) -> float:
