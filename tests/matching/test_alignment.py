@@ -193,7 +193,7 @@ def test_short_or_unlike_alignments_are_no_evidence() -> None:
     assert none_nearer([gene[:120], gappy[:60] + gappy[-60:]], [least[0], np.inf], texts, None, Floors()).all()
 
 
-@pytest.mark.parametrize("shorter, required", [(5, 32), (63, 32), (64, 32), (150, 75), (200, 100), (658, 100)])
+@pytest.mark.parametrize(("shorter", "required"), [(5, 32), (63, 32), (64, 32), (150, 75), (200, 100), (658, 100)])
 def test_half_of_the_shorter_sequence_must_be_compared(shorter: int, required: int) -> None:
     assert Floors().required(np.array([shorter])).tolist() == [required]
     assert Floors(overlap=7).required(np.array([shorter])).tolist() == [7]
