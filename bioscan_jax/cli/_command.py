@@ -27,9 +27,14 @@ def own_process() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
     os.environ.setdefault("LANCE_LOG", "warn")  # at info it logs how long each index took
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("bioscan_jax").setLevel(logging.INFO)
+    logging.getLogger("bioscan_jax").setLevel(_log_level())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_at_once)
+
+
+def _log_level() -> int:
+    """Returns the level that BIOSCAN_LOG names; INFO if it names none."""
+    return logging.getLevelNamesMapping().get(os.environ.get("BIOSCAN_LOG", "").upper(), logging.INFO)
 
 
 def _exit_at_once(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""TPU specifications: the slices offered for rent, and the memory and peak speed of one JAX device of each."""
+"""Specifications of TPUs (slices offered for rent, memory and peak speed of one JAX device), and peak speeds of GPUs."""
 
 import math
 from dataclasses import dataclass
@@ -88,6 +88,24 @@ CHIPS = {
     ),
 }
 
+GPU_BF16_TFLOPS = {
+    "NVIDIA H200": 989.5,
+    "NVIDIA H100 80GB HBM3": 989.5,
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA L40S": 362.0,
+    "NVIDIA L4": 121.0,
+    "NVIDIA A10": 125.0,
+}
+"""Peak rate of bfloat16 products of dense matrices, by `jax.Device.device_kind`.
+
+From NVIDIA's data sheet of each product (nvidia.com/en-us/data-center); where it states the rate for sparse matrices
+(H100, H200, L4), half of that.
+"""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -148,9 +166,10 @@ def find_slice(name: str) -> Slice:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Returns the peak bfloat16 FLOP/s of one JAX device, or None if unknown (CPU and GPU).
+    """Returns the peak bfloat16 FLOP/s of one JAX device, or None if unknown, as for a CPU.
 
     Args:
         device_kind: `jax.Device.device_kind`.
     """
-    return next((chip.bf16_tflops * 1e12 for chip in CHIPS.values() if chip.device_kind == device_kind), None)
+    peaks = {chip.device_kind: chip.bf16_tflops for chip in CHIPS.values()} | GPU_BF16_TFLOPS
+    return peaks[device_kind] * 1e12 if device_kind in peaks else None

@@ -14,7 +14,9 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.schemas import TokenBatch
 from bioscan_jax.barcodes.views import Views
 from bioscan_jax.data.batching import BatchShape
+from bioscan_jax.devices.memory import needed_memory
 from bioscan_jax.devices.sharding import Layout
+from bioscan_jax.errors import logger
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.pooling import Pooling, pool
 from bioscan_jax.model.projection import Projection
@@ -100,7 +102,12 @@ class CompiledSteps:
             start = time.perf_counter()
             abstract = jax.ShapeDtypeStruct(ids.shape, jnp.int32, sharding=sharding)
             self.shapes[shape] = self._step.lower(self._state, abstract).compile()
-            self.seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.seconds += seconds
+            logger.debug(
+                f"compiled batches of {shape.rows} x {shape.tokens} tokens in {seconds:.1f} s: "
+                f"{needed_memory(self.shapes[shape]).total / 2**30:.2f} GiB on each device, weights included"
+            )
         return self.shapes[shape](self._state, jax.device_put(ids, sharding))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from bioscan_jax import config
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.chips import Slice
+from bioscan_jax.devices.memory import NeededMemory, needed_memory
 from bioscan_jax.devices.sharding import Layout, make_layout
 from bioscan_jax.errors import InputError
 from bioscan_jax.planning import hlo
@@ -52,24 +53,13 @@ class Traced:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """The compiler's report on a step; bytes are per device."""
+class Compiled(NeededMemory):
+    """The compiler's report on a step."""
 
-    arguments: int
-    outputs: int
-    aliased: int
-    """Outputs stored in the memory of donated arguments."""
-    temporaries: int
-    code: int
     collectives: tuple[hlo.Collective, ...]
     trip_counts: tuple[int | None, ...]
     seconds: float
     libtpu: str
-
-    @property
-    def hbm_bytes(self) -> int:
-        """Memory that the step needs at once."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,13 +186,9 @@ def compile_step(program: Program, layout: Layout, shape: BatchShape) -> Compile
             return TooLarge(temporaries=int(float(found.group(1)) * 2**30))
         raise
     seconds = time.perf_counter() - start
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    text = compiled.as_text()
     return Compiled(
-        arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        code=memory.generated_code_size_in_bytes,
+        **dataclasses.asdict(needed_memory(compiled)),
         collectives=tuple(hlo.collectives(text)),
         trip_counts=tuple(hlo.trip_counts(text)),
         seconds=seconds,

@@ -87,7 +87,7 @@ class Plan:
         """Memory needed per device; where the compiler gave up, arguments and temporaries only."""
         if isinstance(self.compiled, TooLarge):
             return (self.traced.argument_bytes + self.compiled.temporaries) / _GIB
-        return None if self.compiled is None else self.compiled.hbm_bytes / _GIB
+        return None if self.compiled is None else self.compiled.total / _GIB
 
     @property
     def fits(self) -> bool | None:
@@ -461,7 +461,7 @@ def _largest(plan: Plan, tpu: Slice, devices: int, hosts: int) -> tuple[int, int
         if isinstance(compiled, TooLarge):
             return traced[0].argument_bytes + compiled.temporaries
         assert compiled is not None
-        return compiled.hbm_bytes
+        return compiled.total
 
     rows, used = -(-plan.shape.rows // (devices * hosts)), round((plan.hbm_gib or 0.0) * _GIB)
     if isinstance(plan.program, FinetuneProgram):

@@ -54,5 +54,6 @@ def test_peaks_are_per_jax_device_and_unknown_elsewhere():
     assert peak_flops("TPU v3") == 123e12 / 2
     assert peak_flops("TPU v4") == 275e12
     assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops(jax.devices()[0].device_kind) is None
     assert len({chip.device_kind for chip in CHIPS.values()}) == len(CHIPS)
