@@ -9,9 +9,8 @@ shuffle and batch know neither batches of similar length nor sampling by probabi
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Float64, Int, Int32, Int64
@@ -23,6 +22,9 @@ from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 from bioscan_jax.barcodes.views import cut_views
 from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, choose_widths, make_batches, pad_rows
 from bioscan_jax.training.examples import Examples
+
+if TYPE_CHECKING:
+    import grain
 
 _SORTED_BATCHES = 64
 """Number of batches whose rows are sorted by length together: enough to fill widths, few enough to stay random."""
@@ -161,13 +163,15 @@ class TrainingBatches:
         return _with_labels(self._examples, used, ids)
 
 
-def iterate(batches: TrainingBatches, state: dict[str, Any] | None) -> grain.DatasetIterator:
+def iterate(batches: TrainingBatches, state: dict[str, Any] | None) -> "grain.DatasetIterator":
     """Returns an iterator over the batches, prepared in threads.
 
     Args:
         batches: All batches of the run.
         state: `get_state()` of an earlier iterator, to continue after its last batch; None to start at the first.
     """
+    import grain
+
     dataset = grain.MapDataset.source(batches)  # pyright: ignore[reportArgumentType]
     iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=_READERS, prefetch_buffer_size=2 * _READERS)))
     if state is not None:

@@ -4,33 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.projections import random_inputs, random_projection
+from support.projections import project_in_float64, random_inputs, random_projection
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.projection import ProjectionInputs
 
 NETWORKS = ((16, 8, None), (12, 10, 3.0))
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def expected(projection, vectors):
-    """The same in float64."""
-    z = (vectors.astype(np.float64) - projection.mean) @ projection.linear
-    parts = [projection.weights[0] * unit(z)] if projection.weights[0] else []
-    for network, weight in zip(projection.networks, projection.weights[1:], strict=True):
-        x = z if network.input_length is None else network.input_length * unit(z)
-        y = gelu(x @ network.w1.astype(np.float64) + network.b1) @ network.w2
-        y = y + (0 if network.b2 is None else network.b2) + (0 if network.skip is None else x @ network.skip)
-        if weight:
-            parts.append(weight * unit(y))
-    return unit(np.concatenate(parts, axis=1))
 
 
 VECTORS = np.random.default_rng(1).standard_normal((7, 64)).astype(np.float32)
@@ -50,7 +29,7 @@ def test_projects_as_in_float64(networks, weights, dimension):
     assert (projection.features, projection.dimension) == (64, dimension)
     got = jax.jit(lambda projection, x: projection(x))(projection, jnp.asarray(VECTORS))
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected(projection, VECTORS), atol=1e-6)
+    np.testing.assert_allclose(got, project_in_float64(projection, VECTORS), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
 
 

@@ -59,3 +59,24 @@ def write_projected_model(directory, *, preset="tiny-v2", layers=None, networks=
     projection = random_projection(config.hidden_size, mid, networks, seed=seed, **settings)
     write_merged(directory, model, vocabulary, provenance=base, base=None, projection=projection)
     return read_projection(directory)
+
+
+def _gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def _unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def project_in_float64(projection, vectors):
+    """What a projection must give, in float64."""
+    z = (vectors.astype(np.float64) - projection.mean) @ projection.linear
+    parts = [projection.weights[0] * _unit(z)] if projection.weights[0] else []
+    for network, weight in zip(projection.networks, projection.weights[1:], strict=True):
+        x = z if network.input_length is None else network.input_length * _unit(z)
+        y = _gelu(x @ network.w1.astype(np.float64) + network.b1) @ network.w2
+        y = y + (0 if network.b2 is None else network.b2) + (0 if network.skip is None else x @ network.skip)
+        if weight:
+            parts.append(weight * _unit(y))
+    return _unit(np.concatenate(parts, axis=1))
