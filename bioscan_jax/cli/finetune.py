@@ -17,6 +17,7 @@ def main(
     tracking: config.TrackingConfig = config.TrackingConfig(),  # noqa: B008
     mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008
     simulate: config.SimulateConfig | None = None,
+    profile: str | None = None,
 ) -> None:
     """Fine-tune a model on labelled DNA barcodes; the same command resumes a stopped run.
 
@@ -30,6 +31,7 @@ def main(
         tracking: Weights & Biases.
         mesh: Which devices.
         simulate: Simulated barcodes to train on.
+        profile: Directory for a profiler trace of 20 steps, taken once nothing is left to compile.
     """
     import jax
 
@@ -41,7 +43,7 @@ def main(
         print(f"{data.path}: your file instead of simulated barcodes; the run goes to {train.output_dir}")
     if model.checkpoint.startswith("random:"):
         print(f"{model.checkpoint}: RANDOM weights, not pretrained; adapters and heads learn on top of them")
-    summary = finetune(model, data, lora, loss, train, checkpoint, tracking, mesh)
+    summary = finetune(model, data, lora, loss, train, checkpoint, tracking, mesh, profile=profile)
     if jax.process_index() == 0:
         print(summary)
 

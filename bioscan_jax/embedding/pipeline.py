@@ -30,6 +30,7 @@ from bioscan_jax.data.encode import BlockCounts, EncodedBlock, encode_block
 from bioscan_jax.data.parquet import Block
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import StopRequest
+from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.embedding.job import Job
 from bioscan_jax.embedding.repeats import PreparedBlock, VectorCache, Window, digests, first_rows, window_blocks
 from bioscan_jax.embedding.step import CompiledSteps, CountingSteps
@@ -60,7 +61,13 @@ class Work:
 
 
 def run_rounds(
-    job: Job, table: VectorTable | None, first: int, stop: StopRequest, bar: tqdm, clock: StageClock
+    job: Job,
+    table: VectorTable | None,
+    first: int,
+    stop: StopRequest,
+    bar: tqdm,
+    clock: StageClock,
+    profiler: StepProfiler,
 ) -> Work:
     """Reads, embeds and writes the blocks from `first` on; every process runs the same number of rounds."""
     work, processes = Work(next_block=first), jax.process_count()
@@ -84,7 +91,7 @@ def run_rounds(
                 item = next(blocks, None)
             results = []
             for batch in job.blocks.batches(item.views, item.fresh) if item is not None else []:
-                results.append((batch, _start(steps, batch.ids, work.activity)))
+                results.append((batch, profiler.run(batch.ids.shape, _start, steps, batch.ids, work.activity)))
                 watcher.submit(_watch, results[-1][1], work.activity)
             indices = range(first + number * processes, min(first + (number + 1) * processes, len(job.source)))
             writing.append(writer.submit(write, job, work, table, cache, indices, item, results, stop, bar, clock))

@@ -18,6 +18,7 @@ from bioscan_jax.data.encode import BlockCounts
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import stop_on_signals
+from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.job import Job, prepare, scratch_directory
@@ -40,6 +41,7 @@ def embed(
     mesh: config.MeshConfig | None = None,
     *,
     progress: bool = True,
+    profile: str | None = None,
 ) -> RunSummary:
     r"""Embeds every sequence of the input into a Lance table, once, continuing where an earlier run stopped.
 
@@ -50,6 +52,7 @@ def embed(
         embed: Pooling and batching.
         mesh: Devices.
         progress: Show bars on the terminal.
+        profile: Directory for a trace of some batches, once the run is warm; none if absent.
 
     Raises:
         InputError: An input, setting or table is wrong; nothing is left half written.
@@ -69,7 +72,7 @@ def embed(
         with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not shown, leave=False) as bar:
             return Encoder(loaded=load_weights(model, layout, on_bytes=bar.update))
 
-    return embed_with(make_encoder, data, sink, embed, mesh, progress=progress)
+    return embed_with(make_encoder, data, sink, embed, mesh, progress=progress, profile=profile)
 
 
 @propagate_failure()
@@ -81,6 +84,7 @@ def embed_with(
     mesh: config.MeshConfig | None = None,
     *,
     progress: bool = True,
+    profile: str | None = None,
 ) -> RunSummary:
     """Does what `embed` does, with an encoder that the caller makes."""
     embed, mesh = embed or config.EmbedConfig(), mesh or config.MeshConfig()
@@ -88,6 +92,7 @@ def embed_with(
     start_devices(mesh)
     progress = progress and jax.process_index() == 0
     with ExitStack() as held:
+        profiler = held.enter_context(StepProfiler(profile, "embed"))
         if jax.process_index() == 0:
             held.enter_context(writer_lock(sink.uri, sink.table))
         scratch = held.enter_context(scratch_directory(sink, owned=jax.process_index() == 0))
@@ -109,7 +114,7 @@ def embed_with(
         bar = held.enter_context(
             tqdm(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress)
         )
-        work = run_rounds(job, table, first, stop, bar, clock)
+        work = run_rounds(job, table, first, stop, bar, clock, profiler)
         bar.close()
         if work.stopping and work.next_block < len(source):
             raise Interrupted(

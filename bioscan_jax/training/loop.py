@@ -22,6 +22,7 @@ from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.devices.chips import peak_flops
 from bioscan_jax.devices.hosts import any_process
 from bioscan_jax.devices.interrupt import StopRequest
+from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.embedding.summary import device_bytes_in_use, resident_bytes
 from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.classifier import Arrays
@@ -57,6 +58,7 @@ class TrainingSetup:
     log: Log
     evaluate: Evaluate | None
     """None if there are no validation rows."""
+    profiler: StepProfiler
 
     @property
     def train(self) -> config.TrainConfig:
@@ -114,8 +116,9 @@ def run(setup: TrainingSetup, state: TrainState, progress: Progress, stop: StopR
             placed = place(
                 batch, setup.model.layout, setup.train.batch_tokens, pad=setup.model.transformer.pad_token_id
             )
-            state.params, state.optimizer, metrics = train_step(
-                state.params, state.optimizer, setup.model.frozen, jnp.uint32(progress.step), placed
+            number = jnp.uint32(progress.step)
+            state.params, state.optimizer, metrics = setup.profiler.run(
+                placed.ids.shape, train_step, state.params, state.optimizer, setup.model.frozen, number, placed
             )
             progress = dataclasses.replace(progress, step=progress.step + 1)
             pending.append((progress.step, batch, metrics))

@@ -21,6 +21,7 @@ from bioscan_jax.data.batching import batch_shapes
 from bioscan_jax.data.parquet import ParquetBlocks, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
+from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.devices.sharding import Layout, compute_dtype, make_layout, start_devices
 from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
 from bioscan_jax.errors import InputError, logger
@@ -134,6 +135,7 @@ def finetune(
     mesh: config.MeshConfig | None = None,
     *,
     progress: bool = True,
+    profile: str | None = None,
 ) -> TrainingSummary:
     """Trains adapters and heads on a frozen model, or the whole model.
 
@@ -149,6 +151,7 @@ def finetune(
         tracking: Weights & Biases.
         mesh: Devices.
         progress: Whether to show progress bars.
+        profile: Directory for a trace of some steps, once the run is warm; none if absent.
 
     Raises:
         InputError: Input or settings that the user can fix; existing checkpoints are kept.
@@ -180,6 +183,7 @@ def finetune(
     start_devices(mesh)
     first, progress = jax.process_index() == 0, progress and jax.process_index() == 0
     with ExitStack() as held:
+        profiler = held.enter_context(StepProfiler(profile, "train"))
         if first:
             held.enter_context(writer_lock(output_dir, "training", kind="run", flag=_FLAG))
         scratch = held.enter_context(_scratch(directory))
@@ -214,6 +218,7 @@ def finetune(
                 checkpoints=checkpoints,
                 log=log,
                 evaluate=_evaluation(trainable, examples, batches, loaded),
+                profiler=profiler,
             )
             stop = held.enter_context(stop_on_signals("step"))
             bar = tqdm(total=len(batches), initial=at.step, unit="step", desc="train", disable=not progress)

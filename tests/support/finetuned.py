@@ -23,6 +23,7 @@ def train(
     loss: config.LossConfig | None = None,
     tracking: str = "disabled",
     save_minutes: float = 60.0,
+    profile: str | None = None,
     **settings,
 ) -> TrainingSummary:
     """Trains for three epochs of 14 steps with a line of metrics after each step; `settings` are of `TrainConfig`."""
@@ -38,6 +39,7 @@ def train(
         config.TrackingConfig(mode=tracking),
         mesh,
         progress=False,
+        profile=profile,
     )
 
 

@@ -14,10 +14,12 @@ import pytest
 from support.finetuned import check_same_run, metrics_of, train
 from support.killed import run_killed
 from support.places import SCRIPTS
+from support.traces import traced_steps
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.simulate import write_simulated
+from bioscan_jax.devices.profiling import TRACED_STEPS, WARM_UP
 from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.training.tracking import Tracker
 
@@ -36,9 +38,9 @@ def stopping_at(monkeypatch, step):
 
 @pytest.fixture(scope="module")
 def whole(barcodes, tmp_path_factory):
-    """An uninterrupted run."""
+    """An uninterrupted run, of which some steps are traced: the runs without a trace must give the same."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
-    return directory, train(barcodes, directory, tracking="offline")
+    return directory, train(barcodes, directory, tracking="offline", profile=str(directory.parent / "trace"))
 
 
 def test_a_whole_run(whole, barcodes):
@@ -70,6 +72,8 @@ def test_a_whole_run(whole, barcodes):
     assert [p.name for p in (directory / "best").iterdir()] == [str(summary.progress.best_step)]
     assert "all epochs done" in str(summary)
     assert "LoRA" not in str(summary)
+    first = 1 + WARM_UP + 1
+    assert traced_steps(directory.parent / "trace", "train") == list(range(first, first + TRACED_STEPS))
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole, barcodes):
