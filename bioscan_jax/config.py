@@ -421,6 +421,7 @@ class TrackingConfig:
 
 
 SearchKind = Literal["auto", "exact", "index"]
+QueryStrand = Literal["both", "plus"]
 AnswerFormat = Literal["parquet", "tsv", "sintax", "dwca"]
 
 
@@ -490,6 +491,9 @@ class IdentifyConfig:
     """SQL condition on the reference's columns, such as "marker_gene = 'COI'"; only matching rows are used."""
     search: SearchKind = "auto"
     """exact compares all vectors, index is faster; auto uses the table's index, if any, from 50,000 rows on."""
+    strand: QueryStrand = "both"
+    """plus compares queries as they are written; both also compares the reverse complement of those that resemble no
+    reference as they are written, and takes the strand that does so more."""
     nprobes: int | None = None
     """Partitions of the index to search, at least 50 if absent; more find more true neighbours and take longer."""
     refine_factor: int | None = None

@@ -13,6 +13,7 @@ def main(
     filter: str | None = None,
     columns: list[str] | None = None,
     search: config.SearchKind = "auto",
+    strand: config.QueryStrand = "both",
     model: config.ModelConfig | None = None,
     mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
 ) -> None:
@@ -25,6 +26,7 @@ def main(
         filter: SQL condition on the columns, such as "depth > 200".
         columns: Columns to print; sequence_id, marker and names if absent.
         search: auto takes the table's vector index, where it has one, from 50,000 rows on.
+        strand: plus compares the sequence as it is written; both also its reverse complement, if it resembles no row.
         model: Where the table's model is now, if not where the table records it.
         mesh: Which devices.
     """
@@ -32,7 +34,9 @@ def main(
     from bioscan_jax.table.query import format_table
 
     table = open_table(reference.uri, reference.table, model=model, mesh=mesh)
-    found = table.search(sequence, k, filter=filter, columns=columns or short_columns(table), search=search)
+    found = table.search(
+        sequence, k, filter=filter, columns=columns or short_columns(table), search=search, strand=strand
+    )
     print(format_table(found.drop_columns(["query"]).to_reader(), k))
 
 

@@ -409,6 +409,11 @@ def open_source(
         origins = [part.origin for part in parts]
     if not any(part.origin.rows for part in parts):
         raise InputError(f"{data.path} has no rows (files looked at: {len(parts)}); pass files with sequences")
+    if empty := [origin.name for origin in origins if not origin.rows]:
+        more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
+        logger.warning(
+            printable(f"{len(empty):,} of {len(origins):,} files have no sequences: {', '.join(empty[:3])}{more}")
+        )
     schema, folders = _with_folders(_common_schema(parts), origins)
     chosen = _find_columns(schema, data, parts[0].origin.url, extra | folders)
     chosen = replace(chosen, fasta=is_fasta)

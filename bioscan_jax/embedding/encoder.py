@@ -263,7 +263,7 @@ class Encoder:
         encoding = self.encoding(embed, _COLUMN, max_tokens=max_tokens, overlong=overlong)
         width = self.dimension if project else self.config.hidden_size
         vectors = np.full((len(column), width), np.nan, np.dtype(dtype))
-        source = _InMemory(column, block_rows)
+        source = SequencesInMemory(column, block_rows)
         with tqdm(total=len(column), unit="seq", desc="encode", disable=not progress) as bar:
             for encoded, found in self.encode_blocks(
                 source,
@@ -374,6 +374,7 @@ class Encoder:
         *,
         project: bool = True,
         check: Callable[[EncodedBlock], object] = lambda block: None,
+        blocks: BlockEncoder | None = None,
     ) -> Iterator[tuple[EncodedBlock, Float32[np.ndarray, "kept d"]]]:
         """Embeds blocks of rows in order; one is on the devices while the next one is tokenised.
 
@@ -383,6 +384,7 @@ class Encoder:
             embed: The same settings as it was made from.
             project: Apply the projection, if there is one; `embed` must be what it was fitted on.
             check: Called with each block before it is computed.
+            blocks: From `block_encoder`, of this or a similar input; made if absent.
 
         Yields:
             Each block, and one vector per row that was kept.
@@ -392,7 +394,7 @@ class Encoder:
         """
         if not len(source):
             return
-        blocks = self.block_encoder(source, encoding, embed, project=project)
+        blocks = blocks or self.block_encoder(source, encoding, embed, project=project)
         remembered = window_blocks(embed, source.block_rows)
         window, cache, started = Window(remembered), VectorCache(remembered), deque()
 
@@ -580,7 +582,7 @@ class Encoder:
         found: list[Any] = [None] * len(column)
         kept = 1 if layer is not None else self.config.num_hidden_layers + 1
         step, state = self._hidden_step
-        for block in _InMemory(column, DataConfig.block_rows):
+        for block in SequencesInMemory(column, DataConfig.block_rows):
             encoded = encode_block(block, encoding)
             _refuse_rejects(encoded)
             tokens = encoded.views.tokens
@@ -841,14 +843,17 @@ def _is_missing(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class _InMemory:
+class SequencesInMemory:
     """Sequences in memory, as blocks of rows."""
 
     column: pa.Array | pa.ChunkedArray
     block_rows: int
+    name: str = _COLUMN
+    """Of the column."""
 
     @property
     def rows(self) -> int:
+        """Number of sequences."""
         return len(self.column)
 
     def __len__(self) -> int:
@@ -860,9 +865,10 @@ class _InMemory:
             raise IndexError(index)
         column = self.column.slice(first, self.block_rows)
         ids = pa.array(range(first, first + len(column)), pa.int64()).cast(pa.string())
-        return Block(index, first, pa.table({"sequence_id": ids, _COLUMN: column}))
+        return Block(index, first, pa.table({"sequence_id": ids, self.name: column}))
 
     def locate(self, row: int) -> str:
+        """Names a sequence by its number."""
         return f"sequence {row}"
 
 

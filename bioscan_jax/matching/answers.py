@@ -19,6 +19,7 @@ ANSWERS = pa.schema(
         pa.field("identity", pa.float32()),
         pa.field("overlap", pa.int32()),
         pa.field("coverage", pa.float32()),
+        pa.field("strand", pa.string()),
         pa.field("unnamed", pa.string()),
         pa.field("novelty", pa.float64()),
         pa.field("novel", pa.bool_()),
@@ -27,8 +28,9 @@ ANSWERS = pa.schema(
 )
 """Columns of the answers, one row per query; of a query without a vector only the id is filled.
 
-`identity`, `overlap` and `coverage` are those of the nearest reference; see `candidates.Evidence`. `unnamed` tells why a
-query has no names: `overlap` or `identity` is below its floor.
+`identity`, `overlap` and `coverage` are those of the nearest reference; see `candidates.Evidence`. `strand` is + where
+the query was compared as written, - where its reverse complement was, null if unknown. `unnamed` tells why a query has no
+names: `overlap` or `identity` is below its floor. Queries with abundances have a column `size`, too.
 """
 
 
@@ -93,7 +95,7 @@ def _cell(value: object) -> str:
 def as_sintax(answers: pa.Table, *, calibrated: bool) -> str:
     """Returns lines of id, names with confidences, strand and answered names, like `vsearch --sintax --tabbedout`.
 
-    The rank letters are k, p, c, o, f, g, s. Spaces and separator characters in a name become underscores. The last
+    The rank letters are k, p, c, o, f, g, s. An unknown strand is ".". Spaces and separator characters in a name become underscores. The last
     field stops above `abstained_at`; without a calibration it is empty.
     """
     lines = []
@@ -103,7 +105,9 @@ def as_sintax(answers: pa.Table, *, calibrated: bool) -> str:
         stop = row["abstained_at"]
         sure = RANKS if stop is None else RANKS[: RANKS.index(stop)]
         kept = ",".join(f"{rank[0]}:{_plain(name)}" for rank, name in names if calibrated and rank in sure)
-        lines.append("\t".join([" ".join(row["sequence_id"].split()), scored, "+" if names else "", kept]))
+        lines.append(
+            "\t".join([" ".join(row["sequence_id"].split()), scored, (row["strand"] or ".") if names else "", kept])
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -15,13 +15,15 @@ from bioscan_jax.barcodes.lineage import lineage_columns, read_lineages
 from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads
 from bioscan_jax.checkpoints.readers import sha256_of
 from bioscan_jax.data.encode import EncodedBlock
+from bioscan_jax.data.fasta import SIZE_COLUMN
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.matching.alignment import Floors, Pool, compared, edit_distances, none_nearer
-from bioscan_jax.matching.neighbours import by_index, exact, nearest, search_kind
-from bioscan_jax.matching.queries import encode_queries, encoder_of_table
+from bioscan_jax.matching.neighbours import by_index, exact, search_kind
+from bioscan_jax.matching.queries import QueryEncoder, encoder_of_table
 from bioscan_jax.matching.reference import Reference, Taxa, open_reference
+from bioscan_jax.matching.strands import has_dna, is_strand_invariant, orient, reference_profile
 from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, head_votes, open_heads, vote, without_names
 
 _NEAREST_COSINE_DISTANCE = 1e-6
@@ -55,7 +57,7 @@ class Candidates:
     """Which rows have a vector; the fields below hold these rows only."""
     rejects: pa.Table
     texts: list[str]
-    """Cleaned DNA."""
+    """Cleaned DNA, on the strand that is compared; so are the vectors."""
     vectors: Float32[np.ndarray, "queries hidden"]
     rows: Int64[np.ndarray, "queries candidates"]
     """Positions in the table; -1 past the last."""
@@ -65,6 +67,10 @@ class Candidates:
     heads: HeadVotes | None
     truth: Int32[np.ndarray, "queries 7"] | None
     """Codes of the labels that the queries came with, if any; see `Taxa.truth`."""
+    reverse: Bool[np.ndarray, " queries"] | None = None
+    """Which queries are compared as reverse complements; None if the strand is unknown."""
+    size: pa.Array | None = None
+    """Abundance of all rows, such as 12 for the id `asv1;size=12;`; None if the input has no such column."""
 
 
 def open_matcher(
@@ -105,20 +111,26 @@ def find_candidates(
         InputError: A value of the input cannot be read.
     """
     noted: set[str] = set()
-    for encoded, vectors in encode_queries(matcher.encoder, source):
-        texts = _cleaned(encoded.block.table[source.sequence_column].take(pa.array(encoded.kept)))
-        found = nearest(vectors, matcher.reference, matcher.settings)
+    invariant = is_strand_invariant(matcher.encoder)
+    guess = matcher.settings.strand == "both" and not invariant and has_dna(matcher.reference)
+    queries = QueryEncoder(matcher.encoder, source, reference_profile(matcher.reference) if guess else None)
+    for encoded, vectors, reverse in queries:
+        table = encoded.block.table
+        texts = _cleaned(table[source.sequence_column].take(pa.array(encoded.kept)))
+        again = None if invariant else queries.encode
+        oriented = orient(matcher.reference, matcher.settings, texts, vectors, reverse, again, pool)
+        texts, vectors, found = oriented.texts, oriented.vectors, oriented.found
         edits = None
         if matcher.settings.rerank == "alignment":
             floors = floors_of(matcher.settings)
             edits = edit_distances(texts, found.rows, *_sequences(matcher, found.rows), pool, floors, on_rows)
         else:
             on_rows(len(texts))
-        on_rows(encoded.block.table.num_rows - len(texts))
-        kept = np.zeros(encoded.block.table.num_rows, bool)
+        on_rows(table.num_rows - len(texts))
+        kept = np.zeros(table.num_rows, bool)
         kept[encoded.kept] = True
         yield Candidates(
-            ids=encoded.block.table["sequence_id"].cast(pa.string()).combine_chunks(),
+            ids=table["sequence_id"].cast(pa.string()).combine_chunks(),
             kept=kept,
             rejects=encoded.rejects,
             texts=texts,
@@ -128,6 +140,8 @@ def find_candidates(
             edit_distances=edits,
             heads=None if matcher.heads is None else head_votes(matcher.heads, vectors, matcher.taxa),
             truth=_truth(matcher, encoded, source, noted),
+            reverse=oriented.reverse,
+            size=table[SIZE_COLUMN].combine_chunks() if SIZE_COLUMN in table.column_names else None,
         )
 
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import REASONS
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.errors import InputError
+from bioscan_jax.data.fasta import SIZE_COLUMN
+from bioscan_jax.errors import InputError, logger
 from bioscan_jax.matching.alignment import worker_pool
 from bioscan_jax.matching.answers import ANSWERS, output_format, write
 from bioscan_jax.matching.calibration import (
@@ -188,8 +189,12 @@ def identify(
     with ExitStack() as held:
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-")))
         source = open_queries(query, scratch)
-        if form == "dwca":
+        try:
             check_query_ids(source)
+        except InputError as error:
+            if form == "dwca":
+                raise
+            logger.warning(f"{error}; the answers are in the order of the queries")
         pool = held.enter_context(worker_pool(settings.processes if settings.rerank == "alignment" else 1))
         matcher = open_matcher(reference, settings, model, mesh)
         if check_recall and settings.rerank == "none" and matcher.search == "exact":
@@ -319,6 +324,7 @@ def answers(
         pa.array(identity, mask=np.isnan(identity)),
         pa.array(evidence.overlap, mask=np.isnan(identity)),
         pa.array(evidence.coverage, mask=np.isnan(identity)),
+        pa.nulls(len(identity), pa.string()) if block.reverse is None else pa.array(np.where(block.reverse, "-", "+")),
         pa.array(evidence.lacks, pa.string()),
         pa.array(novelty, mask=evidence.missing),
         novel,
@@ -326,7 +332,8 @@ def answers(
     ]
     place = pa.array(np.cumsum(block.kept) - 1, mask=~block.kept)
     rows = [block.ids, *(column.take(place) for column in columns)]
-    return pa.table([c.cast(f.type) for c, f in zip(rows, ANSWERS, strict=True)], schema=ANSWERS), sure
+    table = pa.table([c.cast(f.type) for c, f in zip(rows, ANSWERS, strict=True)], schema=ANSWERS)
+    return table if block.size is None else table.append_column(SIZE_COLUMN, block.size), sure
 
 
 def _by_rank(rows: pa.Table, judged: list[tuple[np.ndarray, ...]], found: Calibration | None) -> list[str]:

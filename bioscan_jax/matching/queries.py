@@ -3,18 +3,24 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Float32
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import clean, reverse_complement
+from bioscan_jax.barcodes.strands import StrandProfile
 from bioscan_jax.checkpoints.load import LoadedModel, load_weights, recorded_model
-from bioscan_jax.data.encode import EncodedBlock
-from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
+from bioscan_jax.data.encode import EncodedBlock, Encoding
+from bioscan_jax.data.parquet import Block, ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.sharding import make_layout, start_devices
-from bioscan_jax.embedding.encoder import Encoder
+from bioscan_jax.embedding.encoder import BlockEncoder, Encoder, SequencesInMemory
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.reference import Reference
 
@@ -126,18 +132,86 @@ def check_query_ids(source: ParquetBlocks) -> None:
         check_unique_ids(source)
 
 
-def encode_queries(
-    encoder: Encoder, source: ParquetBlocks
-) -> Iterator[tuple[EncodedBlock, Float32[np.ndarray, "kept hidden"]]]:
-    """Embeds the queries block by block.
+@dataclass(frozen=True, eq=False)
+class QueryEncoder:
+    """Embeds queries block by block, each on the strand that its words suggest."""
 
-    Args:
-        encoder: From `encoder_of_table`.
-        source: From `open_queries`.
+    encoder: Encoder
+    source: ParquetBlocks
+    profile: StrandProfile | None
+    """Of the references; None to embed the queries as they are written."""
 
-    Raises:
-        InputError: A value cannot be read.
-    """
-    with _as_query_flags():
-        encoding = encoder.encoding(encoder.settings, source.sequence_column)
-        yield from encoder.encode_blocks(source, encoding, encoder.settings)
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[EncodedBlock, Float32[np.ndarray, "kept hidden"], Bool[np.ndarray, " kept"]]]:
+        """Yields each block, the vectors of its usable rows, and which of these are of the reverse complement.
+
+        The DNA in a block is that of the strand that was embedded.
+
+        Raises:
+            InputError: A value cannot be read.
+        """
+        with _as_query_flags():
+            settings = self.encoder.settings
+            for encoded, vectors in self.encoder.encode_blocks(
+                self._turned, self._encoding, settings, blocks=self._blocks
+            ):
+                reverse = self._turned.reverse.pop(encoded.block.index, None)
+                kept = np.zeros(len(encoded.kept), bool) if reverse is None else reverse[encoded.kept]
+                yield encoded, vectors, kept
+
+    def encode(self, texts: list[str]) -> Float32[np.ndarray, "texts hidden"]:
+        """Embeds cleaned DNA with the executables of the blocks."""
+        given = SequencesInMemory(pa.array(texts, pa.large_string()), _BLOCK_ROWS, self._encoding.sequence_column)
+        found = self.encoder.encode_blocks(given, self._encoding, self.encoder.settings, blocks=self._blocks)
+        return np.concatenate([vectors for _, vectors in found])
+
+    @cached_property
+    def _turned(self) -> "_TurnedBlocks":
+        return _TurnedBlocks(self.source, self.profile)
+
+    @cached_property
+    def _encoding(self) -> Encoding:
+        return self.encoder.encoding(self.encoder.settings, self.source.sequence_column)
+
+    @cached_property
+    def _blocks(self) -> BlockEncoder:
+        return self.encoder.block_encoder(self._turned, self._encoding, self.encoder.settings)
+
+
+@dataclass(frozen=True, eq=False)
+class _TurnedBlocks:
+    """Blocks of queries in which DNA that reads like the other strand of the references is reverse complemented."""
+
+    source: ParquetBlocks
+    profile: StrandProfile | None
+    reverse: dict[int, np.ndarray] = field(default_factory=dict)
+    """Which rows of a block are, by the number of the block."""
+
+    @property
+    def rows(self) -> int:
+        return self.source.rows
+
+    @property
+    def block_rows(self) -> int:
+        return self.source.block_rows
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int, /) -> Block:
+        block, name = self.source[index], self.source.sequence_column
+        if self.profile is None:
+            return block
+        cleaned = clean(block.table[name]).sequences
+        reverse = self.profile.scores(cleaned) < 0
+        self.reverse[index] = reverse
+        if not reverse.any():
+            return block
+        given = block.table[name].cast(pa.large_string()).combine_chunks()
+        turned = pc.if_else(pa.array(reverse), reverse_complement(cleaned), given)
+        column = block.table.column_names.index(name)
+        return Block(block.index, block.first_row, block.table.set_column(column, name, turned))
+
+    def locate(self, row: int) -> str:
+        return self.source.locate(row)

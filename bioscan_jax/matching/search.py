@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError
-from bioscan_jax.matching.neighbours import nearest as nearest_rows
 from bioscan_jax.matching.queries import encoder_of_table
 from bioscan_jax.matching.reference import Reference, open_reference
+from bioscan_jax.matching.strands import is_strand_invariant, orient
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS
 from bioscan_jax.table.storage import table_path
 
@@ -59,6 +60,7 @@ class Table:
         filter: str | None = None,
         columns: Sequence[str] | None = None,
         search: config.SearchKind = "auto",
+        strand: config.QueryStrand = "both",
     ) -> pa.Table:
         """Finds the k rows nearest to a sequence, or to each of several.
 
@@ -68,29 +70,38 @@ class Table:
             filter: SQL condition on the columns, such as "depth > 200"; only rows that fulfil it are compared.
             columns: Columns to return; all but the vector if absent.
             search: `auto` uses the vector index, where there is one, from 50,000 rows on.
+            strand: `plus` compares sequences as they are written, `both` also the reverse complement of those that
+                resemble no row as they are written.
 
         Returns:
-            `query` (0 for the first sequence), the columns, and `similarity` (cosine), the nearest row first. A column
-            of the table that is called `query` or `similarity` is `query_in_table` or `similarity_in_table` here.
+            `query` (0 for the first sequence), the columns, `similarity` (cosine), and `strand` (+, - where the reverse
+            complement was compared, null if unknown), the nearest row first. A column of the table that is called like
+            one of ours has "_in_table" appended here, such as `query_in_table`.
 
         Raises:
             InputError: The sequence has no vector, the filter or a column is wrong, or the model is not the table's.
         """
-        settings = config.IdentifyConfig(k=k, filter=filter, search=search)
+        settings = config.IdentifyConfig(k=k, filter=filter, search=search, strand=strand)
         reference = self._reference if filter is None else open_reference(self.location, filter)
         names = reference.dataset.schema.names
         wanted = [name for name in names if name != "vector"] if columns is None else list(columns)
         if unknown := [name for name in wanted if name not in names]:
             raise InputError(f"{reference.dataset.uri} has no column {unknown[0]!r}; choose from: {', '.join(names)}")
-        vectors = self.encoder.encode([sequence] if isinstance(sequence, str) else sequence)
-        found = nearest_rows(vectors, reference, settings)
+        given = [sequence] if isinstance(sequence, str) else list(sequence)
+        vectors, texts = self.encoder.encode(given), clean(pa.array(given, pa.large_string())).sequences.to_pylist()
+        again = None if is_strand_invariant(self.encoder) else self.encoder.encode
+        oriented = orient(reference, settings, texts, vectors, np.zeros(len(texts), bool), again)
+        found, reverse = oriented.found, oriented.reverse
         query, place = np.nonzero(found.rows >= 0)
         rows = found.rows[query, place]
         distinct, back = np.unique(rows, return_inverse=True)
         taken = reference.dataset.take(distinct, columns=wanted).take(pa.array(back))
         taken = taken.rename_columns(_without_clashes(wanted))
-        return taken.add_column(0, "query", pa.array(query)).append_column(
-            "similarity", pa.array(found.similarity[query, place])
+        strands = pa.nulls(len(query), pa.string()) if reverse is None else pa.array(np.where(reverse[query], "-", "+"))
+        return (
+            taken.add_column(0, "query", pa.array(query))
+            .append_column("similarity", pa.array(found.similarity[query, place]))
+            .append_column("strand", strands)
         )
 
 

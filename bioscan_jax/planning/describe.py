@@ -18,12 +18,15 @@ from bioscan_jax.barcodes.cleaning import REASONS, CleaningCounts, clean, foreig
 from bioscan_jax.barcodes.dialects import NEEDS_DIALECT, read_dialect
 from bioscan_jax.barcodes.lineage import RANKS, LineageSurvey, lineage_columns
 from bioscan_jax.barcodes.schemas import case_clash
+from bioscan_jax.barcodes.strands import StrandSurvey, survey_strands
 from bioscan_jax.config import DataConfig
 from bioscan_jax.data.parquet import ParquetBlocks, hash_text, open_source
 from bioscan_jax.errors import InputError, printable
 from bioscan_jax.table.columns import check_values
 
 _HEADERS = 100
+_STRAND_ROWS = 4096
+"""Most distinct sequences whose strands are compared."""
 _ID = "sequence_id"
 
 
@@ -48,6 +51,8 @@ class Description:
     """Lines on lineages that cannot be read, and on ranks that are mostly unknown."""
     lengths: tuple[int, ...]
     """Least, lower quartile, median, upper quartile and greatest number of bases of the usable rows."""
+    strands: StrandSurvey
+    """Of a sample of the distinct sequences, spread over the input."""
     repeated_ids: int
     """Rows whose id an earlier row has; `embed` refuses them."""
     repeated_id: str | None
@@ -77,6 +82,7 @@ class Description:
             "lineages": self.lineage,
             "ranks": ", ".join(f"{rank} {count:,}" for rank, count in self.ranks.items()) or "none",
             "lengths": f"{least:,} to {most:,} bases, quartiles {low:,}, {median:,}, {high:,}",
+            "strands": _strand_line(self.strands),
             "same id": f"{self.repeated_ids:,} rows repeat an earlier id{again}",
             "same DNA": f"{self.repeated_sequences:,} rows repeat an earlier sequence",
             "cleaned": f"{changes.lower_case:,} lower-case, {changes.u_to_t:,} U to T, {changes.ambiguous_to_n:,} "
@@ -119,7 +125,7 @@ def _describe(source: ParquetBlocks) -> Description:
         warnings.append(f"the columns {clash[0]!r} and {clash[1]!r} differ only in case: embed refuses them")
     changes, characters, rejects, headers = CleaningCounts(), Counter(), Counter(), Counter()
     first_rejects: dict[str, str] = {}
-    lengths, sequences, ids = [], [], []
+    lengths, sequences, ids, sample = [], [], [], []
     for index in range(len(source)):
         block = source[index]
         locate = partial(_locate, source, block.first_row)
@@ -129,6 +135,8 @@ def _describe(source: ParquetBlocks) -> Description:
         changes += cleaned.changes
         usable = cleaned.reasons.is_null()
         kept = cleaned.sequences.filter(usable)
+        texts = kept.unique()
+        sample.append(texts.take(_spread(len(texts), -(-_STRAND_ROWS // len(source)))))
         lengths.append(pc.binary_length(kept).to_numpy())
         sequences.append(hash_text(pa.chunked_array([kept])))
         ids.append(hash_text(block.table[_ID]))
@@ -163,6 +171,7 @@ def _describe(source: ParquetBlocks) -> Description:
         ranks={} if survey is None else dict(zip(RANKS, survey.known, strict=True)),
         warnings=warnings + ([] if survey is None else survey.warnings()),
         lengths=tuple(int(length) for length in quartiles),
+        strands=survey_strands(pa.concat_arrays(sample)),
         repeated_ids=repeats,
         repeated_id=example,
         repeated_sequences=len(number) - distinct,
@@ -170,6 +179,24 @@ def _describe(source: ParquetBlocks) -> Description:
         characters=dict(characters.most_common()),
         rejects=dict(sorted(rejects.items())),
         first_rejects=first_rejects,
+    )
+
+
+def _spread(rows: int, most: int) -> pa.Array:
+    """Returns at most so many row numbers, evenly spread."""
+    return pa.array(np.unique(np.linspace(0, max(rows - 1, 0), min(rows, most)).astype(np.int64)))
+
+
+def _strand_line(found: StrandSurvey) -> str:
+    total = found.alike + found.reversed + found.unknown
+    if found.unknown * 2 >= total:
+        return (
+            f"not determined: {found.unknown:,} of {total:,} sequences compared share too few words of 8 bases with "
+            "the others to tell"
+        )
+    return (
+        f"{found.reversed:,} of {total:,} sequences compared look like the reverse complement of most others; "
+        f"{found.unknown:,} share too few words of 8 bases to tell"
     )
 
 

@@ -9,7 +9,7 @@ from bioscan_jax.barcodes.schemas import case_clash
 from bioscan_jax.errors import InputError
 
 _OWN_COLUMNS = ("vector", "source_row", "_distance")
-SEARCH_COLUMNS = ("query", "similarity")
+SEARCH_COLUMNS = ("query", "similarity", "strand")
 """Columns that a search of the table adds to its results."""
 CLASH_SUFFIX = "_in_table"
 """Appended in results to a column of the table that is called like one of them."""

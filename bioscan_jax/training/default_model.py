@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Float32
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.strands import reverse_words
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.load import load_weights
@@ -144,11 +145,6 @@ def _write(
 
 
 def _strand_pairs() -> np.ndarray:
-    """Returns the column of each 6-mer, by its number in `Vocabulary.sixmer_ids`; one for it and its reverse complement.
-
-    A 0, C 1, T 2 and G 3: the complement of a base is its number with the second bit flipped.
-    """
-    numbers = np.arange(4**6)
-    digits = numbers[:, None] // 4 ** np.arange(5, -1, -1) % 4
-    reverse = (digits[:, ::-1] ^ 2) @ 4 ** np.arange(5, -1, -1)
-    return np.unique(np.minimum(numbers, reverse), return_inverse=True)[1]
+    """Returns the column of each 6-mer, by its number in `Vocabulary.sixmer_ids`; one for it and its reverse complement."""
+    reverse = reverse_words(6)
+    return np.unique(np.minimum(np.arange(len(reverse)), reverse), return_inverse=True)[1]

@@ -101,7 +101,7 @@ def test_encodes_as_raw_vectors_projected(tmp_path, preset, inputs):
 @pytest.mark.parametrize("count", [1, 16, 17, 300])
 def test_counting_tokens_equals_pooling_them(model, count):
     sequences = dna(count, seed=count)
-    source = encoder_module._InMemory(pa.array(sequences), 8192)
+    source = encoder_module.SequencesInMemory(pa.array(sequences), 8192)
     blocks = model.block_encoder(source, model.encoding(model.settings, "dna_sequence"), model.settings)
     assert isinstance(blocks.steps, CountingSteps)
     slow = general(model)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from dwca.read import DwCAReader
 from support.commands import call
 from support.places import ROOT, SCRIPTS
-from support.reference_table import World, make_world
+from support.reference_table import World, embed_reference, make_world
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
@@ -33,8 +34,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def ask(world: World, path: str, output: Path, **more) -> IdentifySummary:
-    chosen = {"k": more.pop("k", 10), "filter": more.pop("filter", None)}
-    settings = config.IdentifyConfig(rerank="alignment", processes=1, **chosen)
+    chosen = {"k": 10, "rerank": "alignment", "processes": 1}
+    chosen |= {name: more.pop(name) for name in ("k", "filter", "rerank", "strand") if name in more}
+    settings = config.IdentifyConfig(**chosen)
     reference = config.ReferenceConfig(uri=more.pop("uri", world.uri))
     return identify(reference, config.QueryConfig(path=path), str(output), settings, progress=False, **more)
 
@@ -59,6 +61,48 @@ def test_fasta_is_answered_as_parquet(world: World, tmp_path: Path):
     ask(world, world.fasta, tmp_path / "b.parquet")
     whole, some = pq.read_table(tmp_path / "a.parquet"), pq.read_table(tmp_path / "b.parquet")
     assert some.select(["sequence_id", *RANKS]).equals(whole.slice(0, 20).select(["sequence_id", *RANKS]))
+
+
+def half_reversed(world: World, directory: Path) -> tuple[str, list[str]]:
+    """Queries of which every second one is reverse complemented and has an abundance, and their strands."""
+    rows = pq.read_table(world.queries).slice(0, 40).to_pylist()
+    for row in rows[::2]:
+        row["dna_sequence"] = row["dna_sequence"][::-1].translate(str.maketrans("ACGT", "TGCA"))
+    lines = [f">{row['sequence_id']};size={place};\n{row['dna_sequence']}\n" for place, row in enumerate(rows)]
+    (directory / "mixed.fasta").write_text("".join(lines))
+    return str(directory / "mixed.fasta"), ["-", "+"] * 20
+
+
+@pytest.mark.parametrize("table", ["as written", "both strands", "no DNA"])
+def test_queries_of_either_strand_get_the_same_names(world: World, tmp_path: Path, table: str):
+    uri, rerank = world.uri, "alignment"
+    if table == "both strands":
+        uri = str(tmp_path / "db")
+        embed_reference(Path(world.queries).with_name("reference.parquet"), uri, strand="both")
+    elif table == "no DNA":
+        uri, rerank = str(tmp_path / "db"), "none"
+        shutil.copytree(world.uri, uri)
+        lance.dataset(f"{uri}/sequences.lance").drop_columns(["dna_sequence"])
+    (tmp_path / "out").mkdir()
+    path, strands = half_reversed(world, tmp_path)
+    settings = {"k": 10, "rerank": rerank, "uri": uri}
+    ask(world, world.queries, tmp_path / "out/plain.parquet", **settings, strand="plus")
+    ask(world, path, tmp_path / "out/mixed.parquet", **settings)
+    plain, mixed = (pq.read_table(tmp_path / f"out/{name}.parquet") for name in ("plain", "mixed"))
+    columns = [*RANKS, "nearest_id", "strand"]
+    wanted = plain.slice(0, 40).drop_columns(["strand"]).append_column("strand", pa.array(strands))
+    pairs = zip(mixed.select(columns).to_pylist(), wanted.select(columns).to_pylist(), strict=True)
+    different = sum(one != other for one, other in pairs)
+    assert different <= (2 if table == "no DNA" else 0)  # cosines of a random model alone may err
+    assert set(plain["strand"].to_pylist()) == {"+"}
+    assert mixed["size"].to_pylist() == list(range(40))
+    ask(world, path, tmp_path / "out/mixed.sintax", **settings)
+    fields = [line.split("\t") for line in (tmp_path / "out/mixed.sintax").read_text().splitlines()]
+    assert [(one[0], one[2]) for one in fields] == list(
+        zip(mixed["sequence_id"].to_pylist(), mixed["strand"].to_pylist(), strict=True)
+    )
+    ask(world, path, tmp_path / "out/plus.parquet", **settings, strand="plus")
+    assert set(pq.read_table(tmp_path / "out/plus.parquet")["strand"].to_pylist()) == {"+"}
 
 
 @pytest.mark.parametrize("condition", ["depht > 3", "true; DROP TABLE sequences", "species = 'nobody'"])

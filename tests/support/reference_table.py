@@ -45,9 +45,14 @@ def make_world(
 
 
 def embed_reference(
-    path: Path, uri: str, *, index: Literal["none", "ivf_sq", "ivf_pq"] = "none", layer: int = 0
+    path: Path,
+    uri: str,
+    *,
+    index: Literal["none", "ivf_sq", "ivf_pq"] = "none",
+    layer: int = 0,
+    strand: Literal["forward", "both"] = "forward",
 ) -> None:
     """Embeds a Parquet file as the reference table of a database."""
     data, sink = config.DataConfig(path=str(path)), config.SinkConfig(uri=uri, index=index)
-    how = config.EmbedConfig(layer=layer, phases=6, max_shapes=1)
+    how = config.EmbedConfig(layer=layer, phases=6, strand=strand, max_shapes=1)
     embed(MODEL, data, sink, how, config.MeshConfig(compilation_cache=None), progress=False)
