@@ -118,7 +118,8 @@ def calibrate(
 
     The barcodes are split by a seeded hash of their sequence: a share is held out for the figures; of the rest, one
     half determines the weights of the vote and the confidences, the other the thresholds (see `calibration.fit_ranks`).
-    Calibrations of the same table for other settings stay in the file.
+    Calibrations of the same table for other settings stay in the file. Barcodes of either strand are compared as `settings`
+    say; the calibration is valid with the other choice of `strand`, too, since it knows the compared strand only.
 
     Args:
         reference: The table of vectors.
@@ -155,7 +156,7 @@ def calibrate(
         for block in find_candidates(matcher, source, pool, bar.update):
             if block.truth is None:
                 raise InputError(f"{query.path} has no labels; pass barcodes with taxonomy or the seven rank columns")
-            blocks.append(dataclasses.replace(block, vectors=block.vectors[:, :0]))
+            blocks.append(dataclasses.replace(block, vectors=block.vectors[:, :0], reverse=None, size=None))
     everything = _concatenated(blocks)
     parts = [_rows(everything, rows) for rows in split_labelled(everything.texts, fit)]
     voting = _best_voting(matcher, parts[1])

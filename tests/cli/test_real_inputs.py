@@ -118,7 +118,7 @@ def test_columns_called_like_results_are_kept_and_renamed_in_results_alone(tmp_p
     assert found["similarity_in_table"].to_pylist() == [9.0, 9.0]
     assert found["similarity"][0].as_py() == pytest.approx(1, abs=1e-3)
     few = opened.search(barcodes()[0], k=1, columns=["sequence_id", "query"])
-    assert few.column_names == ["query", "sequence_id", "query_in_table", "similarity"]
+    assert few.column_names == ["query", "sequence_id", "query_in_table", "similarity", "strand"]
 
 
 def test_lineages_with_a_wrong_number_of_ranks_are_warned_about_at_embed(tmp_path, caplog):

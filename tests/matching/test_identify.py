@@ -346,7 +346,9 @@ def test_another_model_is_refused(world: World, tmp_path: Path):
 def test_search_finds_a_row_by_its_dna(world: World):
     table = open_table(world.uri)
     rows = lance.dataset(f"{world.uri}/sequences.lance").to_table(columns=["sequence_id", "dna_sequence"]).slice(0, 2)
-    found = table.search(rows["dna_sequence"].to_pylist(), k=3)
+    one, two = rows["dna_sequence"].to_pylist()
+    found = table.search([one, two[::-1].translate(str.maketrans("ACGT", "TGCA"))], k=3)
+    assert found["strand"].to_pylist() == ["+"] * 3 + ["-"] * 3
     assert found.num_rows == 6
     assert found.column_names[0] == "query"
     assert "vector" not in found.column_names
@@ -354,8 +356,8 @@ def test_search_finds_a_row_by_its_dna(world: World):
     assert [row["sequence_id"] for row in first] == rows["sequence_id"].to_pylist()
     assert all(row["similarity"] > 0.9999 for row in first)
     family = first[0]["family"]
-    other = table.search(rows["dna_sequence"][0].as_py(), k=3, filter=f"family != '{family}'", columns=["family"])
-    assert other.column_names == ["query", "family", "similarity"]
+    other = table.search(one, k=3, filter=f"family != '{family}'", columns=["family"])
+    assert other.column_names == ["query", "family", "similarity", "strand"]
     assert family not in other["family"].to_pylist()
     with pytest.raises(InputError, match="has no column 'depht'; choose from: "):
         table.search("ACGT" * 20, columns=["depht"])
