@@ -417,6 +417,25 @@ class _Stream(io.RawIOBase):
         return size
 
 
+class _ArrowStream(io.BufferedReader):
+    """A file whose reads do not end in a carriage return.
+
+    At the start of a block Arrow skips a line feed if the block before ended in a carriage return, inside quotes too.
+    """
+
+    def __init__(self, chunks: Iterator[bytes]):
+        super().__init__(_Stream(chunks), _CHUNK_BYTES)
+        self._returns = b""
+
+    def read(self, size: int | None = -1) -> bytes:
+        more = super().read(size if size is None or size < 0 else max(size - len(self._returns), 1))
+        data = self._returns + more
+        kept = data.rstrip(b"\r") if more else data
+        kept = kept or data
+        self._returns = data[len(kept) :]
+        return kept
+
+
 def _records(text: _Text) -> Iterator[tuple[int, list[str]]]:
     """Yields the first line and the cells of each row that is not blank, the header's first; slow.
 
@@ -488,9 +507,8 @@ def _read_text(text: _Text) -> tuple[pa.Table, tuple[str, ...]]:
         column_names=numbers, skip_rows_after_names=1, block_size=_LONGEST_ROW_BYTES, use_threads=False
     )
     convert = arrow_csv.ConvertOptions(column_types=dict.fromkeys(numbers, pa.string()), strings_can_be_null=False)
-    stream = io.BufferedReader(_Stream(_chunks(text)), _CHUNK_BYTES)
     try:
-        table = arrow_csv.open_csv(stream, read, parse, convert).read_all()
+        table = arrow_csv.open_csv(_ArrowStream(_chunks(text)), read, parse, convert).read_all()
     except pa.ArrowInvalid:
         _check_rows(text)
         raise

@@ -66,8 +66,14 @@ def check_or_write_record(
     if found is not None:
         changed = differences(found, settings)
         if changed:
+            longer = (
+                "; to train further, bioscan export --format merged and pass that as --model.checkpoint of a new run"
+                if found["train"].get("epochs") != settings["train"]["epochs"]
+                else ""
+            )
             raise InputError(
-                f"{directory} is the run of another configuration: {changed}; pass these again, or another --train.output_dir"
+                f"{directory} is the run of another configuration: {changed}; pass these again, or another "
+                f"--train.output_dir{longer}"
             )
         return
     if space is not None:

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bioscan_jax import config
+from bioscan_jax.bundles.bundle import bundle
+from bioscan_jax.bundles.merge import import_bundle
 from bioscan_jax.embedding.run import embed
 from bioscan_jax.embedding.summary import RunSummary
 from bioscan_jax.errors import InputError
@@ -142,6 +144,11 @@ def test_hive_folders_and_abundances_reach_the_table(tmp_path):
     found = {row["sequence_id"]: (row["marker_gene"], row["size"]) for row in table(tmp_path).to_pylist()}
     assert found["COI0;size=1;"] == ("COI", 1)
     assert found["16S2;size=3;"] == ("16S", 3)
+    bundle(str(tmp_path / "db"), str(tmp_path / "stick"), beside=[str(tmp_path / "in")], progress=False)
+    import_bundle(str(tmp_path / "stick"), str(tmp_path / "copy"))
+    copied = lance.dataset(str(tmp_path / "copy/sequences.lance")).to_table()
+    assert {row["sequence_id"]: (row["marker_gene"], row["size"]) for row in copied.to_pylist()} == found
+    assert (tmp_path / "copy/in/marker_gene=COI/part.fasta").is_file()
 
 
 def test_a_final_star_is_trimmed_and_counted_and_rejects_say_which_character(tmp_path):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError
+from bioscan_jax.table import side_tables
 from bioscan_jax.table.side_tables import NULL_WORDS, read_side_table
 
 
@@ -102,6 +103,17 @@ def test_a_quoted_line_break_at_the_end_of_arrow_s_block(read, offset, ending):
     table = read(data).table
     assert table["sequence_id"].to_pylist() == [row[0] for row in rows]
     assert table["site"].to_pylist() == [row[1] for row in rows]
+
+
+@pytest.mark.parametrize("returns", [1, 2, 3])
+@pytest.mark.parametrize("offset", range(-2, 3))
+def test_a_carriage_return_in_quotes_at_the_end_of_a_block_keeps_its_line_feed(read, monkeypatch, offset, returns):
+    """Arrow skips a line feed at the start of a block after a carriage return."""
+    monkeypatch.setattr(side_tables, "_LONGEST_ROW_BYTES", 100)
+    start = len('sequence_id,site,depth\ns1,"')
+    cell = "x" * (100 - start - 1 - offset) + "\r" * returns + "\n made up"
+    table = read(f'sequence_id,site,depth\ns1,"{cell}",2\ns2,y,3\n', quoting="double").table
+    assert table.to_pydict() == {"sequence_id": ["s1", "s2"], "site": [cell, "y"], "depth": [2, 3]}
 
 
 def test_words_for_null_stay_text_in_text_and_are_counted_in_numbers(read):
@@ -376,3 +388,89 @@ def test_one_stray_quote_is_refused_at_its_line(cells, where, quoted, tmp_path_f
     line = 2 + row + quoted * row
     with pytest.raises(InputError, match=rf"t\.csv line {line}: "):
         read_side_table(SideTableConfig(path=str(path)), "--metadata")
+
+
+PLAIN, ODD = "abø Z-", 'ab"\r\n ø'
+"""Letters of texts in a file without quotes, and in one with them, which get the delimiter, too."""
+COLUMNS = {
+    "int64": st.integers(-999, 99_999).map(str),
+    "double": st.floats(-1e3, 1e3).map("{:.3f}".format),
+    "decimal commas": st.floats(-1e3, 1e3).map(lambda number: f"{number:.2f}".replace(".", ",")),
+    "leading zeros": st.integers(0, 999).map("{:05}".format),
+    "words": st.sampled_from(["NA", "NaN", "null", "BW", "none"]),
+}
+
+
+@st.composite
+def written_tables(draw):
+    """Draws a table, how it is written, and one damage or none; returns what is needed to write and to judge it."""
+    form = draw(st.sampled_from(["TSV", "CSV, all quoted", "CSV, quoted where needed", "CSV, unquoted"]))
+    damage = draw(st.sampled_from(["none", "none", "quote", "break", "cells"]))
+    delimiter = "\t" if form == "TSV" else draw(st.sampled_from(",;|"))
+    quoted = form.startswith("CSV, ") and form != "CSV, unquoted"
+    letters = ODD + delimiter if quoted and damage == "none" else PLAIN
+    kinds = draw(st.lists(st.sampled_from([*COLUMNS, "text"]), min_size=1, max_size=4))
+    kinds = [kind if kind != "decimal commas" or delimiter == ";" else "text" for kind in kinds]
+    rows = draw(st.integers(1, 12))
+
+    def cells(kind):
+        some = COLUMNS.get(kind, st.text(letters, max_size=9))
+        missing = ["", "NA", "NaN"] if kind in ("int64", "double", "decimal commas") else [""]
+        return draw(st.lists(some | some | st.sampled_from(missing), min_size=rows, max_size=rows))
+
+    columns = [[f"s{row}" for row in range(rows)], *map(cells, kinds)]
+    return form, damage, delimiter, quoted, kinds, [list(row) for row in zip(*columns, strict=True)]
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(
+    table=written_tables(),
+    ending=st.sampled_from(["\n", "\r\n"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    place=st.tuples(st.integers(0, 11), st.integers(0, 3)),
+    blocks=st.tuples(st.integers(0, 90), st.integers(0, 90)),
+)
+def test_tables_of_every_form_are_read_back_or_refused_at_the_right_line(
+    table, ending, encoding, place, blocks, tmp_path_factory
+):
+    form, damage, delimiter, quoted, kinds, rows = table
+    names = ["sequence_id", *(f"c{i}" for i in range(1, len(kinds) + 1))]
+    row, column = place[0] % len(rows), place[1] % len(kinds) + 1
+    written = [list(one) for one in rows]
+    line = row + 2
+    if damage == "quote":
+        damage = "quote" if form == "CSV, quoted where needed" else "none"
+        written[row][column] = '"' + written[row][column] if damage == "quote" else written[row][column]
+    elif damage == "break":
+        damage = "break" if form != "CSV, all quoted" else "none"
+        written[row][column] = f"x{ending}y" if damage == "break" else written[row][column]
+        line += column == len(kinds)
+    elif damage == "cells":
+        written[row].append("one more")
+
+    def shown(cell):
+        special = form == "CSV, quoted where needed" and damage == "none" and re.search(rf'["\r\n{delimiter}]', cell)
+        return '"' + cell.replace('"', '""') + '"' if special or form == "CSV, all quoted" else cell
+
+    lines = [delimiter.join(map(shown, one)) + ending for one in [names, *written]]
+    path = tmp_path_factory.mktemp("side") / ("t.tsv" if form == "TSV" else "t.csv")
+    path.write_bytes("".join(lines).encode(encoding))
+    how = "none" if form == "CSV, unquoted" else "double" if quoted and damage == "none" else "auto"
+    longest = max(len(one.encode()) for one in lines)
+    with pytest.MonkeyPatch.context() as patch:  # so that line breaks are at any place of a block
+        patch.setattr(side_tables, "_CHUNK_BYTES", len(lines[0].encode(encoding)) + 8 + blocks[0])
+        patch.setattr(side_tables, "_LONGEST_ROW_BYTES", len(lines[0]) + longest + 8 + blocks[1])
+        settings = SideTableConfig(path=str(path), quoting=how, delimiter=delimiter if len(kinds) == 1 else "auto")
+        if damage != "none":
+            with pytest.raises(InputError, match=rf"{path.name} line {line}: "):
+                read_side_table(settings, "--metadata")
+            return
+        side = read_side_table(settings, "--metadata")
+    assert side.table.column_names == names
+    check_equal(side.table, rows)
+    for kind, name, cells in zip(kinds, names[1:], list(zip(*rows, strict=True))[1:], strict=True):
+        if kind in ("int64", "double", "decimal commas") and set(cells) - {"", *NULL_WORDS}:
+            assert types(side)[name] == ("int64" if kind == "int64" else "double")
+        elif set(cells) != {""}:
+            assert types(side)[name] == "string" or kind == "text"

@@ -119,6 +119,8 @@ def test_another_configuration_is_refused(whole, barcodes, tmp_path):
         train(barcodes, directory, learning_rate=0.02)
     with pytest.raises(InputError, match="another configuration: .*data.validation 0.25 -> 0.5"):
         train(barcodes, directory, data={"validation": 0.5})
+    with pytest.raises(InputError, match="to train further, bioscan export --format merged and pass that"):
+        train(barcodes, directory, epochs=99)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(InputError, match=r"run.json cannot be read"):
         train(barcodes, tmp_path)
