@@ -9,6 +9,9 @@ from bioscan_jax.errors import InputError
 DEFAULT_METADATA_WEIGHT = 0.3
 """Share of the total loss that goes to the metadata prediction."""
 
+COSINE_SCALE = 16.0
+"""Cosines are multiplied by this before the softmax."""
+
 
 IdSource = Literal["column", "header", "file_row"]
 """Where unique ids come from."""
@@ -286,8 +289,16 @@ class LossConfig:
         0.3
     """
 
-    head: Literal["marginal", "independent"] = "marginal"
-    """marginal: one softmax over the finest taxa, summed up the tree. independent: one softmax per rank."""
+    head: Literal["marginal", "independent", "cosine"] = "marginal"
+    """marginal: one softmax over the finest taxa, summed up the tree. independent: one softmax per rank. cosine: one
+    softmax per rank, of cosines between the vector and a trained vector of each taxon."""
+    scale: float = COSINE_SCALE
+    """Cosines are multiplied by this before the softmax, for head cosine and for the contrastive loss."""
+    contrastive: float = 0.0
+    """Weight of a contrastive loss beside the heads': each barcode's softmax over its cosines with the others of the
+    batch should fall on those of its genus (of other species), family (other genera) and so on; 0 for none."""
+    contrastive_weights: tuple[float, float, float, float] = (0.1, 0.3, 1.0, 0.3)
+    """Weights of order, family, genus and species in the contrastive loss."""
     pooling: Literal["mean", "mean_no_cls", "cls", "max"] = "mean"
     """How token vectors become the one vector that the heads classify."""
     rank_weights: tuple[float, float, float, float, float, float, float] = (2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.6)
@@ -302,6 +313,13 @@ class LossConfig:
     def __post_init__(self) -> None:
         if not all(0 <= weight < float("inf") for weight in self.rank_weights) or not any(self.rank_weights):
             raise InputError(f"--loss.rank_weights {list(self.rank_weights)} must be at least 0, and not all 0")
+        weights = self.contrastive_weights
+        if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+            raise InputError(f"--loss.contrastive_weights {list(weights)} must be at least 0, and not all 0")
+        if not 0.0 <= self.contrastive < float("inf"):
+            raise InputError(f"--loss.contrastive {self.contrastive} must be at least 0")
+        if not 0.0 < self.scale < float("inf"):
+            raise InputError(f"--loss.scale {self.scale} must be more than 0")
         for flag, share in (("metadata_weight", self.metadata_weight), ("mask_rate", self.mask_rate)):
             if share is not None and not 0.0 < share < 1.0:
                 raise InputError(f"--loss.{flag} {share} is not between 0 and 1")
@@ -358,8 +376,19 @@ class TrainConfig:
     """Share of the barcodes cut to a random stretch, drawn anew each epoch; it may start and end at any base."""
     shortest: int = 150
     """Fewest bases of such a stretch."""
+    start_phase: float = 0.0
+    """Share of the barcodes that lose their first 0 to 5 bases, so that 6-mers start elsewhere; drawn anew each epoch."""
+    substitutions: float = 0.0
+    """Share of the bases replaced by another base, drawn anew each epoch."""
     balance: Literal["none", "kingdom", "phylum", "class", "order", "family", "genus", "species"] = "none"
     """Draw rows with replacement so that all taxa of this rank are seen equally often."""
+    sampler: Literal["rows", "genera"] = "rows"
+    """rows fills a batch with rows in random order, of similar length. genera fills it with several species of a genus
+    and several rows of a species, as --loss.contrastive needs; a species with fewer rows has some of them twice."""
+    species_per_genus: int = 4
+    """Species of a genus that come together, as far as it has them; for sampler genera."""
+    rows_per_species: int = 2
+    """Rows of a species that come together; for sampler genera."""
     patience: int | None = None
     """Stop after this many epochs without a lower validation loss; if absent, train all epochs."""
     log_every: int = 10
@@ -368,8 +397,18 @@ class TrainConfig:
     """Seed of new parameters, row order, augmentation, dropout and masking."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_shapes", "log_every", "patience", "shortest"):
+        positive = ("epochs", "batch_size", "max_shapes", "log_every", "patience", "shortest")
+        for name in (*positive, "species_per_genus", "rows_per_species"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.sampler == "genera":
+            together = self.species_per_genus * self.rows_per_species
+            if self.batch_size % together:
+                raise InputError(
+                    f"--train.batch_size {self.batch_size} is no multiple of {self.species_per_genus} species x "
+                    f"{self.rows_per_species} rows of a genus; pass a multiple of {together}"
+                )
+            if self.balance != "none":
+                raise InputError(f"--train.balance {self.balance} is for --train.sampler rows; leave one out")
         for name in ("warmup_steps", "seed"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if not 0.0 <= self.weight_decay < float("inf"):
@@ -378,7 +417,7 @@ class TrainConfig:
         for name in ("learning_rate", "clip_norm"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise InputError(f"--train.{name} {getattr(self, name)} must be more than 0")
-        for name in ("reverse_complement", "subsequence"):
+        for name in ("reverse_complement", "subsequence", "start_phase", "substitutions"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"--train.{name} {getattr(self, name)} is outside 0 to 1")
 
@@ -614,7 +653,7 @@ class MetricConfig:
     """Share of the whitened vector set to zero in training."""
     hidden_dropout: float = 0.2
     """Share of the hidden units set to zero in training."""
-    scale: float = 16.0
+    scale: float = COSINE_SCALE
     """Cosines are multiplied by this before the softmax."""
     rank_weights: tuple[float, float, float, float] = (0.1, 0.3, 1.0, 0.3)
     """Weights of order, family, genus and species in the loss."""

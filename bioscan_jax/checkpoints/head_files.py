@@ -47,6 +47,11 @@ class Heads:
         return _hidden_sizes(_shapes(nnx.state(_modules(self.head, None))))[0]
 
     @property
+    def scale(self) -> float | None:
+        """Factor of the cosines; None for heads of another kind."""
+        return self.head.scale if isinstance(self.head, IndependentHead) else None
+
+    @property
     def facts(self) -> dict[str, str]:
         """Entries for `bioscan_jax_export.json`."""
         return {"head": self.kind, "pooling": self.pooling, "labels_sha256": self.space.sha256}
@@ -68,7 +73,7 @@ def write_heads(directory: Path, heads: Heads) -> None:
     state = nnx.state(_modules(heads.head, heads.encoder))
     arrays = {name: np.asarray(array) for name, array in named_arrays(state).items()}
     hidden_sizes = _hidden_sizes({name: array.shape for name, array in arrays.items()})
-    expected = _shapes(nnx.state(_abstract(heads.kind, heads.space, *hidden_sizes)))
+    expected = _shapes(nnx.state(_abstract(heads.kind, heads.scale or 1.0, heads.space, *hidden_sizes)))
     if {name: array.shape for name, array in arrays.items()} != expected:
         raise ValueError("the heads do not match their kind or label space")
     metadata = {
@@ -77,6 +82,8 @@ def write_heads(directory: Path, heads: Heads) -> None:
         "pooling": heads.pooling,
         "label_space_sha256": heads.space.sha256,
     }
+    if heads.scale is not None:
+        metadata["scale"] = repr(heads.scale)
     tensors = [PendingTensor.from_array(name, arrays[name]) for name in sorted(arrays)]
     write_safetensors(directory / HEADS_FILE, tensors, metadata)
     heads.space.save(directory / LABELS_FILE)
@@ -101,7 +108,7 @@ def read_heads(directory: Path, layout: Layout) -> Heads:
         )
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     try:
-        modules = _abstract(metadata["kind"], space, *_hidden_sizes(shapes))
+        modules = _abstract(metadata["kind"], _scale(metadata.get("scale", "1")), space, *_hidden_sizes(shapes))
     except ValueError as error:
         raise InputError(f"{path}: {error}; export again") from None
     graph, state = nnx.split(modules)
@@ -129,23 +136,40 @@ def _read_metadata(path: Path) -> dict:
     with safe_open(path, framework="numpy") as opened:
         metadata = opened.metadata() or {}
     known = metadata.get("kind") in get_args(HeadKind) and metadata.get("pooling") in get_args(Pooling)
+    known &= (metadata.get("kind") == "cosine") == ("scale" in metadata)
     if metadata.get("content") != FORMAT or not known or "label_space_sha256" not in metadata:
         raise InputError(f"{path}: made by another version of bioscan_jax, or by another program; export again")
     return metadata
+
+
+def _scale(text: str) -> float:
+    """Returns the factor of the cosines that a file states.
+
+    Raises:
+        ValueError: It is no number above 0.
+    """
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 0.0 < scale < float("inf"):
+        raise ValueError(f"the scale {shown(text)} is no number above 0")
+    return scale
 
 
 def _modules(head: IndependentHead | MarginalHead, encoder: MetadataEncoder | None) -> nnx.Dict:
     return nnx.Dict({"head": head} if encoder is None else {"head": head, "encoder": encoder})
 
 
-def _abstract(kind: HeadKind, space: LabelSpace, hidden_size: int, encoder_size: int | None) -> nnx.Dict:
+def _abstract(kind: HeadKind, scale: float, space: LabelSpace, hidden_size: int, encoder_size: int | None) -> nnx.Dict:
     """Builds the modules with shapes in place of arrays."""
     tree = taxon_tree(space)
 
     def build() -> nnx.Dict:
-        rngs = nnx.Rngs(0)
-        head = make_head(kind, hidden_size, tree, rngs=rngs)
-        encoder = None if encoder_size is None else MetadataEncoder(kind, tree, rngs=rngs, hidden_size=encoder_size)
+        rngs, encoder = nnx.Rngs(0), None
+        head = make_head(kind, hidden_size, tree, rngs=rngs, scale=scale)
+        if encoder_size is not None:
+            encoder = MetadataEncoder(kind, tree, rngs=rngs, hidden_size=encoder_size, scale=scale)
         return _modules(head, encoder)
 
     return nnx.eval_shape(build)

@@ -139,6 +139,6 @@ def _build(
     if lora is not None:
         add_adapters(trunk, lora, rngs)
     if tree is not None:
-        head = make_head(loss.head, transformer.hidden_size, tree, rngs=rngs)
-        encoder = MetadataEncoder(loss.head, tree, rngs=rngs) if loss.with_metadata else None
+        head = make_head(loss.head, transformer.hidden_size, tree, rngs=rngs, scale=loss.scale)
+        encoder = MetadataEncoder(loss.head, tree, rngs=rngs, scale=loss.scale) if loss.with_metadata else None
     return Classifier(trunk, pooling=loss.pooling, head=head, encoder=encoder)

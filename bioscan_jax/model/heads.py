@@ -18,14 +18,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.devices.sharding import Axes, Layout
 
-HeadKind = Literal["independent", "marginal"]
+HeadKind = Literal["independent", "marginal", "cosine"]
 CLASS_MULTIPLE = 128
 """Class axes are padded to a multiple of this."""
 SHARD_MIN_CLASSES = 32_768
 """From this many classes the class axis is split; the kernel, its gradient and two moments at 2,560 features take 1.3 GB."""
+_SMALLEST_SQUARE = 1e-24
+"""Added to squared norms, so that the cosine with a zero vector has a value and a gradient."""
 _SHARDED: Axes = (None, "taxa")
 _REPLICATED: Axes = (None, None)
 
@@ -144,15 +147,39 @@ class Dense(nnx.Module):
         return product + self.bias[...][None, :]
 
 
-class SoftmaxLayer(nnx.Module):
-    """A linear layer and log-softmax over `classes` classes; the class axis is padded."""
+class Cosine(nnx.Module):
+    """`scale` times the cosine between vectors and one trained vector per class (NormFace, arXiv:1704.06369)."""
 
-    def __init__(self, inputs: int, classes: int, *, multiple: int, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, scale: float, axes: Axes, init: Callable, rngs: nnx.Rngs):
+        self.scale = scale
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32), logical_axes=axes)
+
+    def __call__(self, x: Float[Array, "b d"]) -> Float32[Array, "b out"]:
+        """Applies the layer; the cosine with a zero vector is 0."""
+        kernel, x = self.kernel[...], x.astype(jnp.float32)
+        product = jnp.dot(x, kernel, precision="highest", preferred_element_type=jnp.float32)
+        # The product is divided, not the kernel, of which there would be a second copy.
+        return self.scale * product * inverse_norms(x, axis=1) * inverse_norms(kernel, axis=0)
+
+
+def inverse_norms(x: Float32[Array, "n m"], axis: int) -> Float32[Array, "_ _"]:
+    """Returns 1 over the Euclidean norms along an axis, which is kept; finite, also its gradient, for zero vectors."""
+    return jax.lax.rsqrt(jnp.sum(x * x, axis=axis, keepdims=True) + _SMALLEST_SQUARE)
+
+
+class SoftmaxLayer(nnx.Module):
+    """A layer (linear, or cosine with a scale) and log-softmax over `classes` classes; the class axis is padded."""
+
+    def __init__(self, inputs: int, classes: int, *, multiple: int, rngs: nnx.Rngs, scale: float | None = None):
         init = jax.nn.initializers.normal(0.02)
         self.classes = classes
-        self.sharded = padded_size(classes, multiple) >= SHARD_MIN_CLASSES
+        width = padded_size(classes, multiple)
+        self.sharded = width >= SHARD_MIN_CLASSES
         axes = _SHARDED if self.sharded else _REPLICATED
-        self.linear = Dense(inputs, padded_size(classes, multiple), axes=axes, init=init, rngs=rngs)
+        if scale is None:
+            self.linear = Dense(inputs, width, axes=axes, init=init, rngs=rngs)
+        else:
+            self.linear = Cosine(inputs, width, scale=scale, axes=axes, init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d"], layout: Layout | None) -> Float32[Array, "b padded"]:
         """Returns log-probabilities; -inf in the padding."""
@@ -166,12 +193,21 @@ class SoftmaxLayer(nnx.Module):
 
 
 class IndependentHead(nnx.Module):
-    """One softmax per rank, each over that rank's taxa."""
+    """One softmax per rank, each over that rank's taxa; of linear functions, or of cosines times `scale`."""
 
-    def __init__(self, hidden_size: int, tree: TaxonTree, *, rngs: nnx.Rngs, multiple: int = CLASS_MULTIPLE):
+    def __init__(
+        self,
+        hidden_size: int,
+        tree: TaxonTree,
+        *,
+        rngs: nnx.Rngs,
+        multiple: int = CLASS_MULTIPLE,
+        scale: float | None = None,
+    ):
+        self.scale = scale
         self.ranks = nnx.Dict(
             {
-                rank: SoftmaxLayer(hidden_size, size, multiple=multiple, rngs=rngs)
+                rank: SoftmaxLayer(hidden_size, size, multiple=multiple, rngs=rngs, scale=scale)
                 for rank, size in zip(RANKS, tree.sizes, strict=True)
             }
         )
@@ -208,7 +244,13 @@ class MarginalHead(nnx.Module):
 
 
 def make_head(
-    kind: HeadKind, hidden_size: int, tree: TaxonTree, *, rngs: nnx.Rngs, multiple: int = CLASS_MULTIPLE
+    kind: HeadKind,
+    hidden_size: int,
+    tree: TaxonTree,
+    *,
+    rngs: nnx.Rngs,
+    multiple: int = CLASS_MULTIPLE,
+    scale: float = config.COSINE_SCALE,
 ) -> IndependentHead | MarginalHead:
     """Makes a head with random parameters.
 
@@ -218,9 +260,11 @@ def make_head(
         tree: The taxa; their order is the order of the classes.
         rngs: Random keys for the kernels.
         multiple: Class axes are padded to a multiple of this; the number of devices must divide it.
+        scale: Factor of the cosines, for kind `cosine`.
     """
-    head = {"independent": IndependentHead, "marginal": MarginalHead}[kind]
-    return head(hidden_size, tree, rngs=rngs, multiple=multiple)
+    if kind == "marginal":
+        return MarginalHead(hidden_size, tree, rngs=rngs, multiple=multiple)
+    return IndependentHead(hidden_size, tree, rngs=rngs, multiple=multiple, scale=scale if kind == "cosine" else None)
 
 
 def _constrain(x: Float[Array, "b padded"], layout: Layout | None, sharded: bool) -> Float[Array, "b padded"]:
@@ -250,7 +294,7 @@ def _segment_logsumexp(
 def predict(ranks: RankLogProbs, tree: TaxonTree, kind: HeadKind) -> tuple[Int32[Array, "b 7"], Float32[Array, "b 7"]]:
     """Chooses a taxon at each rank, with its probability.
 
-    `independent` takes the most probable taxon of each rank. `marginal` descends the tree: at each rank it takes the
+    `independent` and `cosine` take the most probable taxon of each rank. `marginal` descends the tree: at each rank it takes the
     most probable taxon whose nearest known ancestor is the taxon chosen last, so that the choice is always the path to
     a leaf.
 

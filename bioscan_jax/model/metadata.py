@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32
 
+from bioscan_jax import config
 from bioscan_jax.barcodes.metadata import METADATA_BOUNDS
 from bioscan_jax.devices.sharding import Layout
 from bioscan_jax.model.heads import CLASS_MULTIPLE, Dense, HeadKind, RankLogProbs, TaxonTree, make_head
@@ -47,11 +48,12 @@ class MetadataEncoder(nnx.Module):
         rngs: nnx.Rngs,
         hidden_size: int = 128,
         multiple: int = CLASS_MULTIPLE,
+        scale: float = config.COSINE_SCALE,
     ):
         init = jax.nn.initializers.lecun_normal()
         self.first = Dense(6, hidden_size, axes=(None, None), init=init, rngs=rngs)
         self.second = Dense(hidden_size, hidden_size, axes=(None, None), init=init, rngs=rngs)
-        self.head = make_head(kind, hidden_size, tree, rngs=rngs, multiple=multiple)
+        self.head = make_head(kind, hidden_size, tree, rngs=rngs, multiple=multiple, scale=scale)
 
     def __call__(self, metadata: Float32[Array, "b 3"], layout: Layout | None = None) -> RankLogProbs:
         """Returns log-probabilities of the taxa from metres, degrees, degrees; NaN if missing."""

@@ -32,6 +32,10 @@ _EVALUATED_ROWS = 4096
 """Validation rows that are tokenized together."""
 _ORDER, _AUGMENT = 0, 1
 """Part of a random generator's seed that tells its purpose."""
+_KMER = 6
+_BASES = np.frombuffer(b"ACGT", np.uint8)
+_CODES = np.full(256, len(_BASES), np.uint8)
+_CODES[_BASES] = np.arange(len(_BASES))
 _READERS = 2
 """Threads that prepare batches."""
 
@@ -80,6 +84,56 @@ def epoch_order(
     return batches[random.permutation(steps)]
 
 
+def genus_order(
+    rows: Int64[np.ndarray, " rows"],
+    labels: Int32[np.ndarray, "rows 7"],
+    *,
+    batch_size: int,
+    species: int,
+    individuals: int,
+    seed: int,
+    epoch: int,
+) -> Int64[np.ndarray, "steps batch"]:
+    """Returns the rows of each batch of an epoch such that those of a genus and of a species come together.
+
+    The rows of a species are cut into groups of `individuals`, in random order; the last group is filled with rows of
+    the species that were already taken. `species` groups of one genus, of different species as far as it has them, are
+    neighbours, in random order of the genera; two batches may share such neighbours. Each row occurs at least once, and
+    the number of steps is the same in every epoch. Rows without a species or genus count as one species or genus for
+    each finest known taxon.
+
+    Args:
+        rows: Row numbers; -1 fills the last batch.
+        labels: Taxa of the rows; -1 is unknown.
+        batch_size: Rows per batch, a multiple of `individuals`.
+        species: Species of a genus that come together.
+        individuals: Rows of a species that come together.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
+    """
+    random = np.random.default_rng((seed, _ORDER, epoch))
+    paths, species_of = np.unique(labels, axis=0, return_inverse=True)
+    species_of = species_of.reshape(-1)
+    genus_of = np.unique(paths[:, :-1], axis=0, return_inverse=True)[1].reshape(-1)
+    shuffled = np.lexsort((random.random(len(rows)), species_of))
+    counts = np.bincount(species_of)
+    slots = -(-counts // individuals) * individuals
+    owner = np.repeat(np.arange(len(paths)), slots)
+    position = np.arange(len(owner)) - np.repeat(np.cumsum(slots) - slots, slots)
+    groups = shuffled[np.repeat(np.cumsum(counts) - counts, slots) + position % counts[owner]].reshape(-1, individuals)
+    owner, turn = owner[::individuals], position[::individuals]
+    # In each genus one group of each species in random order, then the second of each, and so on.
+    order = np.lexsort((random.random(len(paths))[owner], turn, genus_of[owner]))
+    genus = genus_of[owner[order]]
+    place = np.arange(len(genus)) - np.searchsorted(genus, genus)
+    neighbours = np.cumsum(place % species == 0) - 1
+    order = order[np.argsort(random.permutation(neighbours[-1] + 1)[neighbours], kind="stable")]
+    drawn = groups[order].reshape(-1)
+    batches = np.full((-(-len(drawn) // batch_size), batch_size), -1, np.int64)
+    batches.reshape(-1)[: len(drawn)] = rows[drawn]
+    return batches
+
+
 def balanced_probabilities(labels: Int32[np.ndarray, "rows 7"], rank: str) -> Float64[np.ndarray, " rows"]:
     """Returns sampling probabilities of the rows such that each taxon of a rank is drawn equally often.
 
@@ -91,19 +145,28 @@ def balanced_probabilities(labels: Int32[np.ndarray, "rows 7"], rank: str) -> Fl
 
 
 def augment(
-    sequences: list[bytes], random: np.random.Generator, *, reverse: float, cut: float, shortest: int
+    sequences: list[bytes],
+    random: np.random.Generator,
+    *,
+    reverse: float,
+    cut: float,
+    shortest: int,
+    shift: float = 0.0,
+    substitutions: float = 0.0,
 ) -> list[bytes]:
-    """Reverse-complements some sequences and cuts some to a random subsequence.
+    """Cuts some sequences to a random subsequence, reverse-complements some, and changes their start and some bases.
 
-    The length of a subsequence is uniform from `shortest` to the whole, and so is its position. A sequence is not cut
-    if the subsequence would have no A, C, G or T.
+    The length of a subsequence is uniform from `shortest` to the whole, and so is its position. Nothing is cut off if
+    no A, C, G or T would be left.
 
     Args:
         sequences: Cleaned bases.
-        random: Generator; four numbers are drawn per sequence in any case.
+        random: Generator; four numbers are drawn per sequence in any case, more for the last two changes.
         reverse: Probability of the reverse complement.
         cut: Probability of a cut.
         shortest: Least number of bases of a subsequence.
+        shift: Probability that the first 0 to 5 bases, equally likely, are left out.
+        substitutions: Probability of each A, C, G or T to become one of the other three.
     """
     draws = random.random((len(sequences), 4))
     changed = []
@@ -115,7 +178,22 @@ def augment(
             bases = part if part.strip(b"N") else bases
         changed.append((strand < reverse, bases))
     reversed_ = iter(reverse_complement(_strings([bases for turn, bases in changed if turn])).to_pylist())
-    return [next(reversed_).encode() if turn else bases for turn, bases in changed]
+    found = [next(reversed_).encode() if turn else bases for turn, bases in changed]
+    if shift:
+        starts = np.where(random.random(len(found)) < shift, random.integers(0, _KMER, len(found)), 0)
+        found = [
+            bases[start:] if bases[start:].strip(b"N") else bases
+            for bases, start in zip(found, starts.tolist(), strict=True)
+        ]
+    return [_substituted(bases, random, substitutions) for bases in found] if substitutions else found
+
+
+def _substituted(bases: bytes, random: np.random.Generator, rate: float) -> bytes:
+    """Replaces each of A, C, G and T by one of the other three with a probability."""
+    codes = _CODES[np.frombuffer(bases, np.uint8)]
+    hit = (random.random(len(codes)) < rate) & (codes < len(_BASES))
+    other = (codes + random.integers(1, len(_BASES), len(codes), np.uint8)) % len(_BASES)
+    return np.where(hit, _BASES[other], np.frombuffer(bases, np.uint8)).tobytes()
 
 
 class TrainingBatches:
@@ -127,13 +205,18 @@ class TrainingBatches:
         self._tokens = np.minimum(examples.tokens[self.rows], max_tokens)
         longest = min(max_tokens, -(-int(self._tokens.max()) // WIDTH_STEP) * WIDTH_STEP)
         self.widths = choose_widths(self._tokens, longest, train.max_shapes)
-        self.steps_per_epoch = -(-len(self.rows) // train.batch_size)
-        probability = None
-        if train.balance != "none" and examples.labels is not None:
-            probability = balanced_probabilities(examples.labels[self.rows], train.balance)
-        order = partial(epoch_order, self.rows, self._tokens, batch_size=train.batch_size, seed=train.seed)
+        same = {"batch_size": train.batch_size, "seed": train.seed}
+        if train.sampler == "genera" and examples.labels is not None:
+            together = {"species": train.species_per_genus, "individuals": train.rows_per_species}
+            order = partial(genus_order, self.rows, examples.labels[self.rows], **same, **together)
+        else:
+            probability = None
+            if train.balance != "none" and examples.labels is not None:
+                probability = balanced_probabilities(examples.labels[self.rows], train.balance)
+            order = partial(epoch_order, self.rows, self._tokens, **same, probability=probability)
         # Where an epoch ends, batches of two epochs are prepared at the same time.
-        self._order_of = lru_cache(maxsize=2)(lambda epoch: order(epoch=epoch, probability=probability))
+        self._order_of = lru_cache(maxsize=2)(lambda epoch: order(epoch=epoch))
+        self.steps_per_epoch = len(self._order_of(0))
 
     def __repr__(self) -> str:
         return f"TrainingBatches(rows={len(self.rows)}, batch_size={self._train.batch_size})"
@@ -154,6 +237,8 @@ class TrainingBatches:
             reverse=self._train.reverse_complement,
             cut=self._train.subsequence,
             shortest=self._train.shortest,
+            shift=self._train.start_phase,
+            substitutions=self._train.substitutions,
         )
         tokens = encode(_strings(sequences), self._vocabulary)
         # A subsequence with Ns can need more tokens than the whole sequence; it is then cut at the last width.

@@ -181,6 +181,8 @@ class _MetricsWindow:
         for rank, value, known in zip(RANKS, metrics.rank_losses.tolist(), metrics.known_rows.tolist(), strict=True):
             if known and self._setup.model.train.objective == "taxonomy":
                 found |= {f"loss/{rank}": value, f"steps/{rank}": 1.0}
+        if self._setup.model.loss.contrastive:
+            found |= {"loss/contrastive": float(metrics.contrastive), "steps/contrastive": 1.0}
         spread = dashboard_metrics(moments=EmbeddingMoments(*map(np.float64, metrics.moments)))
         for name, value in (found | spread).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -211,9 +213,9 @@ class _MetricsWindow:
             "train/epoch": step / setup.batches.steps_per_epoch,
             "train/gradient_norm": sums["gradient_norm"] / steps,
         }
-        for rank in RANKS:
-            if f"loss/{rank}" in sums:
-                metrics[f"train/loss/{rank}"] = sums[f"loss/{rank}"] / sums[f"steps/{rank}"]
+        for part in (*RANKS, "contrastive"):
+            if f"loss/{part}" in sums:
+                metrics[f"train/loss/{part}"] = sums[f"loss/{part}"] / sums[f"steps/{part}"]
         metrics |= {name: sums[name] / steps for name in sums if name.startswith("metrics/")}
         devices = setup.model.layout.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind)

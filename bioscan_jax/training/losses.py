@@ -1,4 +1,4 @@
-"""Loss functions, all in float32: cross-entropy over the seven ranks, and masked language modelling."""
+"""Loss functions, all in float32: cross-entropy over the seven ranks, neighbours, and masked language modelling."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.model.heads import RankLogProbs
+from bioscan_jax.model.heads import RankLogProbs, inverse_norms
 
 DEFAULT_RANK_WEIGHTS = (2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.6)
 """Weights from kingdom to species."""
@@ -57,6 +57,74 @@ def combine(
 ) -> Float[Array, ""]:
     """Returns (1 - metadata_weight) x sequence_loss + metadata_weight x metadata_loss."""
     return (1.0 - metadata_weight) * sequence_loss + metadata_weight * metadata_loss
+
+
+def nca_loss(
+    similarity: Float[Array, "n n"], positive: Bool[Array, "n n"], candidate: Bool[Array, "n n"]
+) -> Float[Array, ""]:
+    """Returns the mean of -log of the softmax share that falls on positives, over rows with any; 0 if there are none.
+
+    This is neighbourhood components analysis (Goldberger, Roweis, Hinton, Salakhutdinov 2004).
+
+    Args:
+        similarity: Scaled cosines.
+        positive: The right neighbours; those that are no candidates do not count.
+        candidate: The rows that the softmax is taken over.
+    """
+    positive = positive & candidate
+    some = positive.any(axis=1)
+    whole = jax.nn.logsumexp(jnp.where(candidate, similarity, -1e9), axis=1)
+    right = jax.nn.logsumexp(jnp.where(positive, similarity, -1e9), axis=1)
+    return jnp.where(some, whole - right, 0.0).sum() / jnp.maximum(some.sum(), 1)
+
+
+def neighbour_loss(
+    similarity: Float[Array, "n n"],
+    taxa: Int32[Array, "n 7"],
+    weights: tuple[float, float, float, float],
+    *,
+    own: Bool[Array, "n n"] | None = None,
+) -> Float[Array, ""]:
+    """Returns the weighted sum of `nca_loss` at order, family, genus and species.
+
+    At genus the candidates are the rows of other species, at family those of other genera, at order those of other
+    families, so that a genus is learned between its species; rows whose taxon at the rank is unknown are left out.
+
+    Args:
+        similarity: Scaled cosines between two rows of each taxon, or of rows among each other.
+        taxa: Taxa of the rows; -1 is unknown.
+        weights: Of order, family, genus and species.
+        own: True where both are the same row, which is no neighbour of itself.
+    """
+    total = jnp.zeros(())
+    for rank, weight in zip(range(len(RANKS) - len(weights), len(RANKS)), weights, strict=True):
+        names = taxa[:, rank]
+        known = names >= 0
+        same = (names[:, None] == names[None]) & known[:, None]
+        candidate = jnp.broadcast_to(known[None], same.shape)
+        if rank + 1 < len(RANKS):
+            below = taxa[:, rank + 1]
+            candidate = candidate & ~((below[:, None] == below[None]) & (below >= 0)[:, None])
+        if own is not None:
+            candidate = candidate & ~own
+        total = total + weight * nca_loss(similarity, same, candidate)
+    return total
+
+
+def contrastive_loss(
+    vectors: Float32[Array, "n d"], taxa: Int32[Array, "n 7"], scale: float, weights: tuple[float, float, float, float]
+) -> Float32[Array, ""]:
+    """Returns `neighbour_loss` of the rows of a batch among each other, by scaled cosines.
+
+    Args:
+        vectors: Vectors of any length; a zero vector has cosine 0 with all.
+        taxa: Taxa of the rows; -1 is unknown.
+        scale: Factor of the cosines.
+        weights: Of order, family, genus and species.
+    """
+    of_unit = vectors * inverse_norms(vectors, axis=1)
+    cosines = jnp.dot(of_unit, of_unit.T, precision="highest")
+    return neighbour_loss(scale * cosines, taxa, weights, own=jnp.eye(len(vectors), dtype=bool))
 
 
 def mask_tokens(

@@ -1,7 +1,6 @@
 """A residual network on whitened vectors, trained so that the nearest neighbour shares the taxon.
 
-The loss is that of neighbourhood components analysis (Goldberger, Roweis, Hinton, Salakhutdinov 2004) on cosines, once
-per rank: positives at a rank never share the next finer one, so that a genus is learned between its species.
+The loss is `losses.neighbour_loss`, between one row of each species and another.
 """
 
 import functools
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 from tqdm import tqdm
 
 from bioscan_jax import config
@@ -25,7 +24,8 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.model.projection import ResidualNetwork, unit
 from bioscan_jax.output import whole_file
 from bioscan_jax.table.plan import differences
-from bioscan_jax.training.metric_moments import FAMILY, GENUS, ORDER, SPECIES
+from bioscan_jax.training.losses import neighbour_loss
+from bioscan_jax.training.metric_moments import GENUS
 
 Params = dict[str, Float[Array, "..."]]
 _WARMUP_STEPS = 20
@@ -81,51 +81,6 @@ class Rows:
         return self.vectors[first], self.vectors[second], self.taxa[chosen]
 
 
-def nca_loss(
-    similarity: Float[Array, "n n"], positive: Bool[Array, "n n"], candidate: Bool[Array, "n n"]
-) -> Float[Array, ""]:
-    """Returns the mean of -log of the softmax share that falls on positives, over rows with any; 0 if there are none.
-
-    Args:
-        similarity: Scaled cosines.
-        positive: The right neighbours; those that are no candidates do not count.
-        candidate: The rows that the softmax is taken over.
-    """
-    positive = positive & candidate
-    some = positive.any(axis=1)
-    whole = jax.nn.logsumexp(jnp.where(candidate, similarity, -1e9), axis=1)
-    right = jax.nn.logsumexp(jnp.where(positive, similarity, -1e9), axis=1)
-    return jnp.where(some, whole - right, 0.0).sum() / jnp.maximum(some.sum(), 1)
-
-
-def ranks_loss(
-    similarity: Float[Array, "n n"], taxa: Int32[Array, "n 7"], weights: tuple[float, float, float, float]
-) -> Float[Array, ""]:
-    """Returns the weighted sum of `nca_loss` at order, family, genus and species.
-
-    At genus the candidates are the rows of other species, at family those of other genera, at order those of other
-    families; rows whose taxon at the rank is unknown are left out.
-
-    Args:
-        similarity: Scaled cosines between one row of each species and another.
-        taxa: Taxa of the rows; -1 is unknown.
-        weights: Of order, family, genus and species.
-    """
-    total = jnp.zeros(())
-    for rank, finer, weight in zip(
-        (ORDER, FAMILY, GENUS, SPECIES), (FAMILY, GENUS, SPECIES, None), weights, strict=True
-    ):
-        own = taxa[:, rank]
-        known = own >= 0
-        same = (own[:, None] == own[None]) & known[:, None]
-        candidate = jnp.broadcast_to(known[None], same.shape)
-        if finer is not None:
-            below = taxa[:, finer]
-            candidate = candidate & ~((below[:, None] == below[None]) & (below >= 0)[:, None])
-        total = total + weight * nca_loss(similarity, same, candidate)
-    return total
-
-
 def initial_params(mid: int, settings: config.MetricConfig) -> Params:
     """Returns the network before training: the skip connection copies the leading coordinates."""
     first, second = jax.random.split(jax.random.key(settings.seed))
@@ -178,7 +133,7 @@ def _step(
     def loss(params: Params) -> Float[Array, ""]:
         one, other = jax.random.split(key)
         cosines = _outputs(params, first, one, settings) @ _outputs(params, second, other, settings).T
-        return ranks_loss(settings.scale * cosines, taxa, settings.rank_weights)
+        return neighbour_loss(settings.scale * cosines, taxa, settings.rank_weights)
 
     value, gradients = jax.value_and_grad(loss)(params)
     updates, state = _optimizer(settings).update(gradients, state, params)

@@ -108,7 +108,9 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 def configs_of(settings: dict[str, Any]) -> tuple[config.LossConfig, config.LoRAConfig | None, config.TrainConfig]:
     """Returns the configs of heads, adapters (None without) and training, from `run_settings`."""
-    loss = config.LossConfig(**settings["loss"] | {"rank_weights": tuple(settings["loss"]["rank_weights"])})
+    given = settings["loss"]
+    tuples = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    loss = config.LossConfig(**given | tuples)
     lora = settings["lora"]
     if lora is not None:
         lora = config.LoRAConfig(**lora | {"targets": tuple(lora["targets"])})

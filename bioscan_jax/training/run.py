@@ -238,7 +238,13 @@ def _check(
     if train.mode == "lora":
         resolve_targets(lora.targets)
     if train.objective == "mlm":
-        for flag, used in (("--loss.metadata", loss.with_metadata), ("--train.balance", train.balance != "none")):
+        labelled = {
+            "--loss.metadata": loss.with_metadata,
+            "--loss.contrastive": loss.contrastive > 0,
+            "--train.balance": train.balance != "none",
+            "--train.sampler genera": train.sampler == "genera",
+        }
+        for flag, used in labelled.items():
             if used:
                 raise InputError(f"{flag} needs labels; leave it out, or pass --train.objective taxonomy")
 

@@ -26,7 +26,15 @@ from bioscan_jax.model.classifier import Arrays, Classifier, is_new, named_array
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.heads import TaxonTree, predict
 from bioscan_jax.training.batches import ExampleBatch
-from bioscan_jax.training.losses import combine, known_rows, mask_tokens, masked_lm_loss, rank_losses, total_loss
+from bioscan_jax.training.losses import (
+    combine,
+    contrastive_loss,
+    known_rows,
+    mask_tokens,
+    masked_lm_loss,
+    rank_losses,
+    total_loss,
+)
 from bioscan_jax.training.metrics import (
     EmbeddingMoments,
     add_predictions,
@@ -55,6 +63,8 @@ class StepMetrics(NamedTuple):
     """Mean loss of the sequences at each rank; 0 where no row is known, and for mlm."""
     known_rows: Float32[Array, "7"]
     """Rows known at each rank."""
+    contrastive: Float32[Array, ""]
+    """The contrastive loss before its weight; 0 without one."""
     gradient_norm: Float32[Array, ""]
     learning_rate: Float32[Array, ""]
     finite: Bool[Array, ""]
@@ -209,7 +219,9 @@ def make_train_step(
     """Returns the jitted step, a function of params, optimizer state, frozen parameters, step number and batch.
 
     The first two arguments are donated. The loss does not depend on how a batch is divided: denominators are those of
-    the whole batch, and a row's randomness depends on the seed, the step and the row's position in the batch.
+    the whole batch, and a row's randomness depends on the seed, the step and the row's position in the batch. The
+    contrastive loss needs all vectors of the batch: if that is divided, they are computed twice, first without the
+    gradient (Gao, Zhang, Han, Callan 2021, arXiv:2101.06983).
 
     Args:
         model: Its arrays may be abstract; then the step can only be lowered.
@@ -221,20 +233,30 @@ def make_train_step(
     def part_loss(
         params: Arrays,
         frozen: nnx.State,
+        counts: Array,
         part: MicroBatches,
         inputs: Array,
         selected: Array,
         keys: Array,
-        counts: Array,
-    ) -> tuple[Float[Array, ""], tuple[Float[Array, "7"], Float[Array, "b d"]]]:
+    ) -> tuple[tuple[Float[Array, ""], Float[Array, "b d"]], Float[Array, "7"]]:
         classifier = model.merge(params, frozen)
         remat = model.train.remat == "layer"
         pooled, hidden = classifier.vectors(inputs, layout, keys=keys, remat=remat)
         if model.train.objective == "mlm":
             total = masked_lm_loss(classifier.trunk.logits(hidden), part.ids, selected, counts[0])
-            return total, (jnp.zeros(len(RANKS), jnp.float32), pooled)
+            return (total, pooled), jnp.zeros(len(RANKS), jnp.float32)
         ranks, total = _taxonomic(classifier, pooled, part, counts, loss, layout)
-        return total, (ranks[0], pooled)
+        return (total, pooled), ranks[0]
+
+    def contrast(pooled: Float[Array, "*parts d"], labels: Int32[Array, "*parts 7"]) -> tuple[Array, Array]:
+        """Returns the contrastive loss of a whole batch and the weighted gradient by its vectors."""
+        if not loss.contrastive:
+            return jnp.float32(0.0), jnp.zeros_like(pooled)
+        rows, taxa = (
+            jax.lax.with_sharding_constraint(x.reshape(-1, x.shape[-1]), layout.replicated()) for x in (pooled, labels)
+        )
+        value, pull = jax.value_and_grad(contrastive_loss)(rows, taxa, loss.scale, loss.contrastive_weights)
+        return value, loss.contrastive * pull.reshape(pooled.shape)
 
     def train_step(
         params: Arrays, state: optax.OptState, frozen: nnx.State, step: Array, batch: MicroBatches
@@ -246,18 +268,34 @@ def make_train_step(
             counts = jnp.zeros(len(RANKS)).at[0].set(jnp.sum(selected, dtype=jnp.float32))
         else:
             counts = known_rows(batch.labels.reshape(-1, len(RANKS)))
-        gradient_of = jax.value_and_grad(part_loss, has_aux=True)
 
-        def accumulate(total: tuple, part: tuple) -> tuple[tuple, Array]:
-            (value, (ranks, pooled)), gradient = gradient_of(params, frozen, *part, counts)
-            return jax.tree.map(jnp.add, total, (value, ranks, gradient)), pooled
+        def gradient_of(part: tuple, pull: Array | None) -> tuple[tuple, Array]:
+            """Returns sums over a part, and its vectors; without `pull` it is the whole batch."""
+            (value, pooled), back, ranks = jax.vjp(
+                lambda params: part_loss(params, frozen, counts, *part), params, has_aux=True
+            )
+            apart = jnp.float32(0.0)
+            if pull is None:
+                apart, pull = contrast(pooled, part[0].labels)
+            return (value, ranks, back((jnp.ones_like(value), pull))[0], apart), pooled
 
-        zero = (jnp.float32(0.0), jnp.zeros(len(RANKS), jnp.float32), jax.tree.map(jnp.zeros_like, params))
         parts = batch, inputs, selected, keys
         if batch.ids.shape[0] == 1:
-            (value, ranks, gradient), pooled = accumulate(zero, jax.tree.map(lambda x: x[0], parts))
+            (value, ranks, gradient, apart), pooled = gradient_of(jax.tree.map(lambda x: x[0], parts), None)
         else:
-            (value, ranks, gradient), pooled = jax.lax.scan(accumulate, zero, parts)
+            pulls = jnp.zeros((*batch.ids.shape[:2], model.transformer.hidden_size), jnp.float32)
+            apart = jnp.float32(0.0)
+            if loss.contrastive:
+                vectors_of = lambda part: part_loss(params, frozen, counts, *part)[0][1]  # noqa: E731
+                apart, pulls = contrast(jax.lax.map(vectors_of, parts), batch.labels)
+
+            def accumulate(total: tuple, part: tuple) -> tuple[tuple, Array]:
+                found, pooled = gradient_of(*part)
+                return jax.tree.map(jnp.add, total, found), pooled
+
+            zero = (jnp.float32(0.0), jnp.zeros(len(RANKS), jnp.float32), jax.tree.map(jnp.zeros_like, params), apart)
+            (value, ranks, gradient, apart), pooled = jax.lax.scan(accumulate, zero, (parts, pulls))
+        value = value + loss.contrastive * apart
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, new_state = optimizer.update(gradient, state, params)
@@ -265,7 +303,7 @@ def make_train_step(
         params, state = jax.tree.map(partial(jnp.where, finite), changed, (params, state))
         used = jnp.sum(batch.ids != model.transformer.pad_token_id, axis=2).reshape(-1) > 1
         moments = embedding_moments(pooled.reshape(-1, pooled.shape[-1]), used)
-        return params, state, StepMetrics(value, ranks, counts, norm, jnp.float32(rate(step)), finite, moments)
+        return params, state, StepMetrics(value, ranks, counts, apart, norm, jnp.float32(rate(step)), finite, moments)
 
     return jax.jit(train_step, donate_argnums=(0, 1))
 

@@ -383,7 +383,7 @@ def test_adapters_that_are_not_those_of_the_settings(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("kind", "encoder"), [("independent", True), ("marginal", True), ("marginal", False)])
+@pytest.mark.parametrize(("kind", "encoder"), [("cosine", True), ("marginal", True), ("marginal", False)])
 def test_heads_come_back_bit_for_bit(kind, encoder, tmp_path):
     given = random_heads(kind, encoder=encoder)
     write_adapter(tmp_path / "out", adapt(golden_model("v2")), EVERY, provenance=BASE, heads=given)
@@ -392,6 +392,7 @@ def test_heads_come_back_bit_for_bit(kind, encoder, tmp_path):
         again = read_heads(tmp_path / "out", layout)
         assert (again.kind, again.pooling, again.space.sha256) == (kind, "mean", given.space.sha256)
         assert (again.encoder is not None) == encoder
+        assert again.scale == given.scale == (7.5 if kind == "cosine" else None)
         for one, two in ((given.head, again.head), (given.encoder, again.encoder)):
             if one is not None:
                 pairs = zip(nnx.to_flat_state(nnx.state(one)), nnx.to_flat_state(nnx.state(two)), strict=True)
@@ -428,6 +429,10 @@ def test_heads_that_do_not_fit_are_refused(tmp_path):
     ):
         save_file(tensors | change, tmp_path / HEADS_FILE, facts)
         with pytest.raises(InputError, match=words):
+            read_heads(tmp_path, layout)
+    for scale in ("nan", "0", "large"):
+        save_file(tensors, tmp_path / HEADS_FILE, facts | {"kind": "cosine", "scale": scale})
+        with pytest.raises(InputError, match="the scale"):
             read_heads(tmp_path, layout)
     save_file({"x": np.ones(1, np.float32)}, tmp_path / HEADS_FILE, facts)
     with pytest.raises(InputError, match="no kernel of a head"):

@@ -93,6 +93,6 @@ def random_heads(kind, *, encoder=True):
         kind=kind,
         pooling="mean",
         space=space,
-        head=make_head(kind, 16, tree, rngs=rngs),
-        encoder=MetadataEncoder(kind, tree, rngs=rngs) if encoder else None,
+        head=make_head(kind, 16, tree, rngs=rngs, scale=7.5),
+        encoder=MetadataEncoder(kind, tree, rngs=rngs, scale=7.5) if encoder else None,
     )

@@ -14,6 +14,7 @@ from bioscan_jax.training.batches import (
     balanced_probabilities,
     epoch_order,
     evaluation_batches,
+    genus_order,
 )
 
 PLAIN = config.TrainConfig(batch_size=8, epochs=3, reverse_complement=0.0, subsequence=0.0)
@@ -52,6 +53,48 @@ def test_balanced_sampling_draws_taxa_equally():
     assert 20 < (labels[drawn[drawn >= 0], 1] == 1).sum() < 50
 
 
+@given(st.integers(1, 200), st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 3)]), st.integers(0, 2))
+@settings(deadline=None)
+def test_rows_of_a_species_and_species_of_a_genus_come_together(rows, together, epoch):
+    species, individuals = together
+    size = 2 * species * individuals
+    rng = np.random.default_rng(rows)
+    labels = np.zeros((rows, 7), np.int32)
+    labels[:, 6] = rng.integers(0, 1 + rows // 3, rows)
+    labels[:, 5] = labels[:, 6] // 5
+    labels[rng.random(rows) < 0.1, 6] = -1
+    ids, shape = np.arange(rows) * 7, {"batch_size": size, "species": species, "individuals": individuals}
+    order = genus_order(ids, labels, **shape, seed=1, epoch=epoch)
+    assert np.array_equal(order, genus_order(ids, labels, **shape, seed=1, epoch=epoch))
+    assert len(order) == len(genus_order(ids, labels, **shape, seed=1, epoch=epoch + 1))
+    drawn = order[order >= 0] // 7
+    assert np.array_equal(np.unique(drawn), np.arange(rows))
+    assert (order[:-1] >= 0).all()
+    groups = labels[drawn].reshape(-1, individuals, 7)
+    assert (groups == groups[:, :1]).all()  # of one species
+    distinct = drawn.reshape(-1, individuals)
+    counts = {tuple(path): (labels == path).all(axis=1).sum() for path in groups[:, 0]}
+    for group, path in zip(distinct, groups[:, 0], strict=True):
+        assert len(set(group.tolist())) == min(individuals, counts[tuple(path)])
+    of_genus = groups[:, 0, 5]
+    runs = 1 + (np.diff(of_genus) != 0).sum()
+    needed = sum(-(-(of_genus == genus).sum() // species) for genus in np.unique(of_genus))
+    assert runs <= needed
+    if rows == 200:
+        assert not np.array_equal(order, genus_order(ids, labels, **shape, seed=1, epoch=epoch + 1))
+
+
+def test_neighbours_are_of_different_species():
+    labels = np.zeros((24, 7), np.int32)
+    labels[:, 5] = np.repeat(np.arange(2), 12)
+    labels[:, 6] = np.repeat(np.arange(8), 3)
+    order = genus_order(np.arange(24), labels, batch_size=8, species=4, individuals=2, seed=0, epoch=0)
+    assert order.shape == (4, 8)  # three rows of a species make two groups
+    for batch in order:
+        assert len(set(labels[batch, 5].tolist())) == 1
+        assert len(set(labels[batch, 6].tolist())) == 4
+
+
 COMPLEMENT = bytes.maketrans(b"ACGTN", b"TGCAN")
 
 
@@ -79,6 +122,28 @@ def test_augmentation_at_probabilities_0_and_1():
         starts.add(sequences[0].find(cut))
     assert lengths == set(range(5, 13))
     assert starts >= set(range(7))
+
+
+def test_a_shifted_start_and_substitutions():
+    sequences = [b"ACGTACGTTTGCNNACGT" * 20, b"ACG", b"ANNNNNN"]
+    plain = {"reverse": 0.0, "cut": 0.0, "shortest": 5}
+    starts = set()
+    for seed in range(60):
+        changed = augment(sequences, np.random.default_rng(seed), **plain, shift=1.0)
+        assert changed[2] == sequences[2]  # nothing would be left
+        assert all(before.endswith(after) and after for before, after in zip(sequences, changed, strict=True))
+        starts.add(len(sequences[0]) - len(changed[0]))
+    assert starts == set(range(6))
+    assert augment(sequences, np.random.default_rng(0), **plain, shift=0.0, substitutions=0.0) == sequences
+    long = [b"ACGTN" * 20_000]
+    [changed] = augment(long, np.random.default_rng(0), **plain, substitutions=0.1)
+    assert [changed] == augment(long, np.random.default_rng(0), **plain, substitutions=0.1)
+    before, after = np.frombuffer(long[0], np.uint8), np.frombuffer(changed, np.uint8)
+    assert (after[4::5] == ord("N")).all()
+    assert set(changed) == set(b"ACGTN")
+    assert (before != after).mean() == pytest.approx(0.08, abs=0.004)
+    became = [(after[before == ord("A")] == ord(base)).mean() for base in "CGT"]
+    assert became == pytest.approx([0.1 / 3] * 3, abs=0.005)
 
 
 @pytest.fixture

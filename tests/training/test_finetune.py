@@ -139,6 +139,24 @@ def test_a_loss_that_is_not_finite_stops(barcodes, tmp_path):
     assert all(np.isfinite(line["train/loss"]) for line in found)
 
 
+def test_cosine_and_contrastive_losses_fall_and_a_killed_run_repeats_them(barcodes, tmp_path):
+    """With genera together, shifted starts and substitutions; killed while a checkpoint is being written."""
+    settings = {"loss": {"head": "cosine", "scale": 8.0, "contrastive": 0.5}, "batch_size": 8, "sampler": "genera"}
+    settings |= {"species_per_genus": 2, "start_phase": 0.5, "substitutions": 0.02, "epochs": 4}
+    calls = []
+    for name, extra in (("whole", {}), ("killed", {"save_minutes": 0.0})):
+        arguments = {"barcodes": str(barcodes), "directory": str(tmp_path / name)} | settings
+        calls.append({"call": "support.finetuned:train", "args": arguments | extra})
+    whole, killed = calls
+    moment = {"at": "bioscan_jax.training.state:Checkpoints.save", "nth": 6, "after": True}
+    assert run_killed([whole, killed | moment, killed], tmp_path) == [0, signal.SIGKILL, 0]
+    check_same_run(tmp_path / "killed", tmp_path / "whole")
+    training = [line for line in metrics_of(tmp_path / "whole") if "train/loss" in line]
+    for name in ("train/loss", "train/loss/contrastive", "train/loss/genus"):
+        values = [line[name] for line in training]
+        assert np.mean(values[-5:]) < np.mean(values[:5])
+
+
 def test_bad_input(barcodes, tmp_path):
     with pytest.raises(InputError, match="--train.output_dir 'gs://x' is a URL; pass a directory"):
         train(barcodes, "gs://x")
@@ -151,6 +169,8 @@ def test_bad_input(barcodes, tmp_path):
         train(barcodes, tmp_path / "b", objective="mlm", loss=config.LossConfig(metadata=True))
     with pytest.raises(InputError, match="--train.balance needs labels"):
         train(barcodes, tmp_path / "b", objective="mlm", balance="species")
+    with pytest.raises(InputError, match="--loss.contrastive needs labels"):
+        train(barcodes, tmp_path / "b", objective="mlm", loss=config.LossConfig(contrastive=1.0))
     table = pq.read_table(barcodes)
     pq.write_table(table.drop_columns(["depth"]), tmp_path / "surface.parquet")
     with pytest.raises(InputError, match="there is no column depth, which metadata needs"):
@@ -187,6 +207,10 @@ def test_a_metadata_weight_implies_metadata():
             {"rank_weights": (float("nan"), *(1.0,) * 6)},
             "--loss.rank_weights .nan, 1.0.* at least 0",
         ),
+        (config.LossConfig, {"scale": 0.0}, "--loss.scale 0.0 must be more than 0"),
+        (config.LossConfig, {"contrastive": -1.0}, "--loss.contrastive -1.0 must be at least 0"),
+        (config.TrainConfig, {"sampler": "genera", "batch_size": 12}, "--train.batch_size 12 .* a multiple of 8"),
+        (config.TrainConfig, {"sampler": "genera", "balance": "order"}, "--train.balance order .* leave one out"),
         (config.LoRAConfig, {"alpha": float("inf")}, "--lora.alpha inf must be more than 0"),
         (config.TrainConfig, {"seed": -1}, "--train.seed -1 is too small; pass at least 0"),
         (config.TrainConfig, {"weight_decay": -0.1}, "--train.weight_decay -0.1 must be at least 0"),

@@ -15,9 +15,11 @@ from bioscan_jax.model.heads import RankLogProbs, make_head
 from bioscan_jax.training.losses import (
     DEFAULT_RANK_WEIGHTS,
     combine,
+    contrastive_loss,
     known_rows,
     mask_tokens,
     masked_lm_loss,
+    neighbour_loss,
     rank_losses,
     total_loss,
 )
@@ -71,7 +73,7 @@ def test_cross_entropy_is_that_of_pytorch():
         np.testing.assert_allclose(mine, other.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["independent", "marginal"])
+@pytest.mark.parametrize("kind", ["independent", "marginal", "cosine"])
 def test_masked_ranks_have_exactly_no_gradient(kind):
     """Without labels no gradient is nonzero; with one known rank only the gradient of its head is."""
     tree = random_tree(3)
@@ -93,10 +95,8 @@ def test_masked_ranks_have_exactly_no_gradient(kind):
     assert np.flatnonzero(losses).tolist() == [3]
     assert np.flatnonzero(np.any(np.asarray(by_x) != 0, axis=1)).tolist() == [2]
     moved = {path for path, g in nnx.to_flat_state(by_state) if np.any(np.asarray(g.get_value()) != 0)}
-    if kind == "independent":
-        assert moved == {("ranks", "order", "linear", name) for name in ("kernel", "bias")}
-    else:
-        assert moved == {("leaves", "linear", name) for name in ("kernel", "bias")}
+    layer = ("leaves", "linear") if kind == "marginal" else ("ranks", "order", "linear")
+    assert moved == {(*layer, name) for name in (["kernel"] if kind == "cosine" else ["kernel", "bias"])}
 
 
 @settings(max_examples=15, deadline=None)
@@ -138,6 +138,63 @@ def test_total_and_combined_loss():
     assert combine(jnp.array(2.0), jnp.array(10.0), 1.0) == 10
     with pytest.raises(ValueError, match=r"2 rank weights \(1.0, 2.0\).*seven"):
         total_loss(losses, [1.0, 2.0])
+
+
+def test_positives_of_a_rank_are_of_other_taxa_of_the_finer_one():
+    taxa = np.full((4, 7), -1, np.int32)
+    taxa[:, 3:] = [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 2], [0, -1, -1, -1]]
+    taxa = jnp.asarray(taxa)
+    similarity = jax.random.normal(jax.random.key(0), (4, 4))
+    s = np.exp(np.asarray(similarity, float))
+    genus = -np.log([s[0, 1] / s[0, [1, 2]].sum(), s[1, 0] / s[1, [0, 2]].sum()]).mean()
+    found = neighbour_loss(similarity, taxa, (0.0, 0.0, 1.0, 0.0))
+    assert float(found) == pytest.approx(genus, abs=1e-5)
+    family = [1.0, 1.0, 1.0]  # the only other genus of known family is the positive
+    found = neighbour_loss(similarity, taxa, (0.0, 1.0, 0.0, 0.0))
+    assert float(found) == pytest.approx(float(-np.log(family).mean()), abs=1e-5)
+    species = -np.log([s[i, i] / s[i, :3].sum() for i in range(3)]).mean()
+    found = neighbour_loss(similarity, taxa, (0.0, 0.0, 0.0, 1.0))
+    assert float(found) == pytest.approx(species, abs=1e-5)
+
+
+def reference_contrastive(vectors, taxa, scale, weights):
+    """The formula, pair by pair in float64."""
+    rows = np.asarray(vectors, np.float64)
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    total = 0.0
+    for rank, weight in zip((3, 4, 5, 6), weights, strict=True):
+        found = []
+        for i, mine in enumerate(taxa):
+            shares = {True: 0.0, False: 0.0}
+            for j, other in enumerate(taxa):
+                unknown = i == j or mine[rank] < 0 or other[rank] < 0
+                if unknown or (rank < 6 and mine[rank + 1] == other[rank + 1] >= 0):
+                    continue
+                shares[bool(mine[rank] == other[rank])] += np.exp(scale * rows[i] @ rows[j])
+            if shares[True]:
+                found.append(-np.log(shares[True] / sum(shares.values())))
+        total += weight * np.mean(found)
+    return total
+
+
+def test_the_contrastive_loss_is_that_of_the_formula():
+    rng = np.random.default_rng(0)
+    species = rng.integers(0, 12, 24)
+    taxa = np.stack([species * 0, species * 0, species * 0, *(species // n for n in (6, 4, 2, 1))], axis=1)
+    taxa[rng.random(taxa.shape) < 0.1] = -1
+    taxa[-2:] = -1
+    taxa = taxa.astype(np.int32)
+    vectors = rng.standard_normal((24, 8)).astype(np.float32) * 3
+    vectors[-1] = 0.0  # a filler row
+    weights = (0.1, 0.3, 1.0, 0.3)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: contrastive_loss(x, jnp.asarray(taxa), 16.0, weights)))(
+        vectors
+    )
+    expected = reference_contrastive(vectors[:-1], taxa[:-1].tolist(), 16.0, weights)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert np.all(np.isfinite(gradient))
+    assert not np.any(gradient[-2:])
+    assert np.all(np.any(np.asarray(gradient[:-2]) != 0, axis=1))
 
 
 def rows_of(lengths, tokens=12, seed=0):

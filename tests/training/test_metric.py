@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -251,23 +250,6 @@ def test_the_projection_of_a_network_gives_the_trained_outputs(uri, tmp_path):
     plain = whitened / np.linalg.norm(whitened, axis=1, keepdims=True)
     wanted = np.concatenate([0.5 * plain, network], axis=1) / np.sqrt(1.25)
     np.testing.assert_allclose(np.asarray(projection(jnp.asarray(vectors))), wanted, atol=2e-5)
-
-
-def test_positives_of_a_rank_are_of_other_taxa_of_the_finer_one():
-    taxa = np.full((4, 7), -1, np.int32)
-    taxa[:, 3:] = [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 2], [0, -1, -1, -1]]
-    taxa = jnp.asarray(taxa)
-    similarity = jax.random.normal(jax.random.key(0), (4, 4))
-    s = np.exp(np.asarray(similarity, float))
-    genus = -np.log([s[0, 1] / s[0, [1, 2]].sum(), s[1, 0] / s[1, [0, 2]].sum()]).mean()
-    found = metric_network.ranks_loss(similarity, taxa, (0.0, 0.0, 1.0, 0.0))
-    assert float(found) == pytest.approx(genus, abs=1e-5)
-    family = [1.0, 1.0, 1.0]  # the only other genus of known family is the positive
-    found = metric_network.ranks_loss(similarity, taxa, (0.0, 1.0, 0.0, 0.0))
-    assert float(found) == pytest.approx(float(-np.log(family).mean()), abs=1e-5)
-    species = -np.log([s[i, i] / s[i, :3].sum() for i in range(3)]).mean()
-    found = metric_network.ranks_loss(similarity, taxa, (0.0, 0.0, 0.0, 1.0))
-    assert float(found) == pytest.approx(species, abs=1e-5)
 
 
 def test_a_draw_takes_whole_genera_and_two_rows_of_each_species(data):
