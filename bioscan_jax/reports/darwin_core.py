@@ -105,7 +105,8 @@ scientificName, which each row has."""
 _UNNAMED, _UNNAMED_ID = "incertae sedis", "urn:lsid:marinespecies.org:taxname:12"
 """How OBIS wants sequences without a name (its manual, "Unknown sequences"): WoRMS' Biota incertae sedis."""
 _READS = "DNA sequence reads"
-_BREAKS = r"[\x00-\x1f\x7f\x{85}\x{2028}\x{2029}]+"
+_EVIDENCE = ("identity", "overlap", "coverage", "similarity")
+_BREAKS = r"[\x00-\x1f\x{85}\x{2028}\x{2029}]+"
 _NAMED = 3
 
 _NAME_COLUMNS = ("scientificName", "verbatimScientificName", "scientific_name", "canonicalName", "name", "taxon")
@@ -397,16 +398,16 @@ def _remarks(row: dict[str, Any], accepted: np.ndarray, lowest: int, why: str | 
         return f"no name: the sequence was not compared with the reference: {why}"
     kind = "a calibrated probability" if method.calibrated else "a share of the vote, not calibrated"
     said = ["no name: none of the ranks is accepted"]
+    if row.get("unnamed") is not None:
+        said = [f"no name: the {row['unnamed']} with the nearest reference is below its floor"]
     if lowest >= 0:
         said = [f"{method.software} confidence (at {RANKS[lowest]}): {_number(row, lowest)}, {kind}"]
     said.append(f"against reference database: {method.reference}")
     if row["nearest_id"] is not None:
-        near = [f"nearest reference {row['nearest_id']}"]
-        near += [
-            f"{name} {row[name]:.4g}" for name in ("identity", "overlap", "similarity") if row.get(name) is not None
-        ]
+        known = {name: row[name] for name in _EVIDENCE if row.get(name) is not None}
+        near = [f"{name} {value if isinstance(value, int) else f'{value:.4f}'}" for name, value in known.items()]
         near += ["on the reverse strand"] if row.get("strand") == "-" else []
-        said.append(", ".join(near))
+        said.append(", ".join([f"nearest reference {row['nearest_id']}", *near]))
     below = [index for index in range(lowest + 1, len(RANKS)) if row[RANKS[index]] is not None and not accepted[index]]
     if below:
         guesses = [f"{RANKS[index]} {row[RANKS[index]]} ({_number(row, index)})" for index in below]

@@ -26,7 +26,8 @@ DWC, DNA = "http://rs.tdwg.org/dwc/terms/", "https://w3id.org/mixs/"
 def answer(name: str, names=TUNA, **more) -> dict:
     row = dict.fromkeys(ANSWERS.names) | {"sequence_id": name, **dict(zip(RANKS, names, strict=True))}
     row |= {f"{rank}_confidence": 1 - i / 10 for i, rank in enumerate(RANKS)}
-    return row | {"nearest_id": "ref 1", "similarity": 0.9, "identity": 0.95, "novelty": 0.1, "novel": False} | more
+    row |= {"nearest_id": "ref 1", "identity": 0.95, "overlap": 12345, "similarity": 0.9, "strand": "+"}
+    return row | {"novelty": 0.1, "novel": False} | more
 
 
 def archive(directory: Path, columns: dict, answers: list[dict] | None = None, ids=None, rejects=None, **described):
@@ -61,11 +62,12 @@ def test_names_stop_at_the_lowest_accepted_rank_and_nothing_is_lost(tmp_path):
         answer("q2", (*TUNA[:4], None, None, None), abstained_at="species"),
         answer("q3", abstained_at="kingdom"),
         dict.fromkeys(ANSWERS.names) | {"sequence_id": "q4"},
-        answer("q5", novel=True, novelty=0.75),
+        answer("q5", novel=True, novelty=0.75, strand="-"),
+        answer("q6", [None] * 7, unnamed="overlap", **{f"{rank}_confidence": None for rank in RANKS}),
     ]
-    sequences = ["ACGT", "AC", "GG", "TT", "AC?T", "CC"]
+    sequences = ["ACGT", "AC", "GG", "TT", "AC?T", "CC", "AA"]
     core, dna, notes, _ = archive(tmp_path, {"dna_sequence": sequences}, answers, rejects={4: "not_dna ('?' at 3)"})
-    assert list(core) == [f"q{i}" for i in range(6)]
+    assert list(core) == [f"q{i}" for i in range(7)]
     assert [(row["scientificName"], row["taxonRank"]) for row in core.values()] == [
         ("Sarda sarda", "species"),
         ("Scombridae", "family"),
@@ -73,6 +75,7 @@ def test_names_stop_at_the_lowest_accepted_rank_and_nothing_is_lost(tmp_path):
         ("incertae sedis", ""),
         ("incertae sedis", ""),
         ("Sarda sarda", "species"),
+        ("incertae sedis", ""),
     ]
     assert [core["q0"][rank] for rank in RANKS[:-1]] == list(TUNA[:-1])
     assert core["q0"]["specificEpithet"] == "sarda"
@@ -81,17 +84,23 @@ def test_names_stop_at_the_lowest_accepted_rank_and_nothing_is_lost(tmp_path):
     assert all(row["occurrenceID"] and row["scientificName"] for row in core.values())
     remarks = {name: row["identificationRemarks"] for name, row in core.items()}
     assert "bioscan_jax 9 confidence (at species): 0.4000, a calibrated probability" in remarks["q0"]
-    assert "against reference database: db, 5 sequences; nearest reference ref 1, identity 0.95" in remarks["q0"]
+    assert (
+        "against reference database: db, 5 sequences; nearest reference ref 1, identity 0.9500, overlap 12345, "
+        in remarks["q0"]
+    )
     assert "not accepted: genus Sarda (0.5000), species Sarda sarda (0.4000)" in remarks["q1"]
     assert remarks["q3"].startswith("no name: none of the ranks is accepted")
     assert "not accepted: kingdom Animalia (1.0000), " in remarks["q3"]
     assert remarks["q4"] == "no name: the sequence was not compared with the reference: not_dna ('?' at 3)"
+    assert remarks["q6"].startswith("no name: the overlap with the nearest reference is below its floor; against")
+    assert "similarity 0.9000, on the reverse strand;" in remarks["q5"]
+    assert "reverse" not in remarks["q0"]
     assert "probably a species that the reference lacks (novelty 0.7500)" in remarks["q5"]
     assert core["q3"]["scientificNameID"] == "urn:lsid:marinespecies.org:taxname:12"
     assert [row["http://rs.gbif.org/terms/dna_sequence"] for row in dna.values()] == sequences
     assert dna["q0"][DNA + "0000087"] == "db, 5 sequences"
-    assert "2 of 6 occurrences have no name" in notes[0]
-    assert "6 of 6 occurrences have no eventDate, which GBIF requires" in notes[1]
+    assert "3 of 7 occurrences have no name" in notes[0]
+    assert "7 of 7 occurrences have no eventDate, which GBIF requires" in notes[1]
 
 
 def test_columns_of_the_queries_become_terms_and_the_others_stay_too(tmp_path):

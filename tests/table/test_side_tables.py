@@ -423,6 +423,7 @@ def written_tables(draw):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @settings(max_examples=2000, deadline=None)
 @given(
     table=written_tables(),
