@@ -17,6 +17,7 @@ _ROOT = re.compile(r"^\s*[Rr]oot(_1)?\s*;")
 _ORGANELLE = re.compile(r":[a-z]+$")
 _FILLED_RANK = re.compile(r"^(kingdom|phylum|class|order|family|genus|species)_", re.IGNORECASE)
 
+_SPECIES_HYPOTHESIS = re.compile(r"SH[0-9]+\.[0-9]+FU")
 _MARKED = re.compile(r"(^|;|,)\s*['\"]?[A-Za-z]{0,2}(__|:)")
 _WORDS = re.compile(
     r"unassigned|unclassified|unknown|unidentified|no (blast )?hit|na|n/a|nan|none|null|root|-|\?", re.IGNORECASE
@@ -76,7 +77,7 @@ def _read_prefixed(lineage: str, separator: str) -> Names | None:
     domain = None
     for field in lineage.split(separator):
         name = field.strip().strip("'\"").strip()
-        if not name.strip("_"):
+        if not name.strip("_") or _SPECIES_HYPOTHESIS.fullmatch(name):
             continue
         mark = _PREFIX.match(name)
         if mark is None:
@@ -108,6 +109,11 @@ def _read_marked(lineage: str) -> Names | None:
         return None
     text = _ROOT.sub("", lineage, count=1)
     return _read_prefixed(text, ";" if ";" in text or "," not in text else ",")
+
+
+def _read_barred(lineage: str) -> Names | None:
+    marked = "|" in lineage and all(re.match(r"\s*[A-Za-z]{1,2}__", part) for part in lineage.split("|"))
+    return _read_prefixed(lineage, "|") if marked else None
 
 
 def _read_unite(lineage: str) -> Names | None:
@@ -158,6 +164,12 @@ def _read_unknown(lineage: str) -> Names | None:
 
 DIALECTS = (
     Dialect("unknown", "Unassigned", "one word that names no taxon: all ranks are unknown", _read_unknown),
+    Dialect(
+        "MetaPhlAn",
+        "k__Animalia|p__Chordata|c__Actinopterygii|o__Perciformes|f__Scombridae|g__Sarda|s__Sarda_sarda",
+        "marked ranks between bars; t__ is read past",
+        _read_barred,
+    ),
     Dialect(
         "UNITE",
         "Fungi_sp|AB1|SH1.08FU|refs|k__Fungi;p__Ascomycota;...;s__Epichloe_typhina",

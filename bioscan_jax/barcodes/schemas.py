@@ -22,6 +22,17 @@ def case_clash(names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
+def case_clash_between(there: Iterable[str], new: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the first of some new names that differs only in case from one that is there, after that one.
+
+    Example:
+        >>> case_clash_between(["genus", "depth"], ["depth", "Genus"])
+        ('genus', 'Genus')
+    """
+    known = {name.casefold(): name for name in there}
+    return next(((known[key], name) for name in new if known.get(key := name.casefold(), name) != name), None)
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """Rows of token ids of different lengths, stored one after another."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bioscan_jax.barcodes.schemas import case_clash_between
 from bioscan_jax.bundles.location import Directory, Location, locate
 from bioscan_jax.bundles.manifest import Entry, Manifest, find_faults, open_bundle, sha256_of
 from bioscan_jax.bundles.parts import read_codes
@@ -221,6 +222,9 @@ def _check_origin(path: str, found: "lance.LanceDataset", manifest: Manifest) ->
         if f.name in found.schema.names and f.name != "vector" and found.schema.field(f.name).type != f.type:
             types = f"{f.type} in the bundle, {found.schema.field(f.name).type} in the table"
             raise InputError(f"{path}: column {f.name!r} is {types}; pass another --table")
+    if clash := case_clash_between(found.schema.names, schema.names):
+        names = f"{clash[1]!r} in the bundle, {clash[0]!r} in the table"
+        raise InputError(f"{path}: the columns {names} differ only in case; pass another --table")
     if needed := [f.name for f in found.schema if not f.nullable and f.name not in schema.names]:
         raise InputError(
             f"{path}: column {needed[0]!r} must not be null, and the bundle has none; pass another --table"

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bioscan_jax.barcodes.aliases import find_column
+from bioscan_jax.barcodes.schemas import case_clash_between
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError, cause_of, shown
 from bioscan_jax.table.columns import check_values, vector_schema
@@ -188,8 +190,10 @@ def _check_columns(path: str, side: SideTable, dataset: "lance.LanceDataset") ->
     given = side.table
     names = given.column_names
     if ID not in names:
+        alias = find_column("id", names)
         raise InputError(
-            f"{path} has no column {ID!r} (columns: {shown(', '.join(names[:20]), 160)[1:-1]}); rename the one with the ids"
+            f"{path} has no column {ID!r} (columns: {shown(', '.join(names[:20]), 160)[1:-1]}); pass "
+            f"--metadata.id_column {'NAME' if alias is None else shown(alias)[1:-1]} if that is the one with the ids"
         )
     if len(names) != len(set(names)):
         raise InputError(
@@ -198,6 +202,11 @@ def _check_columns(path: str, side: SideTable, dataset: "lance.LanceDataset") ->
     if blank := [name for name in names if name != name.strip() or not name]:
         raise InputError(
             f"{path}: column {shown(blank[0])} has a name that is empty or starts or ends blank; rename it"
+        )
+    if clash := case_clash_between(dataset.schema.names, names):
+        raise InputError(
+            f"{path} has a column {shown(clash[1])} and the table one {shown(clash[0])}: they differ only in case, and SQL "
+            "cannot tell them apart; rename it in the file"
         )
     if names == [ID]:
         raise InputError(f"{path} has no column but {ID}; there is nothing to join")

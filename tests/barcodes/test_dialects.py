@@ -109,6 +109,13 @@ def tuna(**without: None) -> tuple[str | None, ...]:
             "UNITE",
         ),
         ("k__Fungi;p__Ascomycota;sh__SH1.08FU", ("Fungi", "Ascomycota", *[None] * 5), "marked ranks"),
+        ("k__Fungi;p__Ascomycota;SH1234567.08FU", ("Fungi", "Ascomycota", *[None] * 5), "marked ranks"),
+        (
+            "k__Animalia|p__Chordata|c__Actinopterygii|o__Perciformes|f__Scombridae|g__Sarda|s__Sarda_sarda|t__SGB1",
+            TUNA,
+            "MetaPhlAn",
+        ),
+        ("k__Animalia|p__Chordata", ("Animalia", "Chordata", *[None] * 5), "MetaPhlAn"),
         (
             "Eukaryota;TSAR;Alveolata;Dinoflagellata;Dinophyceae;Peridiniales;Kryptoperidiniaceae;Unruhdinium;Unruhdinium_kevei",
             (

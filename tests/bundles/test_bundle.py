@@ -611,6 +611,11 @@ def test_columns_missing_on_one_side_are_null(made, whole, tmp_path):
     refused(
         "column 'station' is int32 in the bundle, string in the table", import_bundle, str(whole), str(tmp_path / "db")
     )
+    dataset.drop_columns(["station"])
+    dataset.add_columns({"Station": "'north'"})
+    refused(
+        "'station' in the bundle, 'Station' in the table differ only", import_bundle, str(whole), str(tmp_path / "db")
+    )
 
 
 def test_half_floats_are_kept_and_merge_with_floats(tmp_path):

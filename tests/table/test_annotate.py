@@ -127,6 +127,11 @@ def test_text_files_take_the_types_of_the_table(uri, tmp_path, name):
     ("columns", "expected"),
     [
         ({"id": ["s1"], "x": [1]}, "no column 'sequence_id' (columns: id, x)"),
+        ({"processid": ["s1"], "x": [1]}, "pass --metadata.id_column processid if that is the one with the ids"),
+        (
+            {"sequence_id": ["s1"], "Genus": ["g"]},
+            "has a column 'Genus' and the table one 'genus': they differ only in case",
+        ),
         ({"sequence_id": ["s1"]}, "no column but sequence_id"),
         (
             {"sequence_id": ["s1", "s2", "s1"], "x": [1, 2, 3]},
