@@ -359,6 +359,7 @@ def open_source(
     *,
     scratch: Path | None,
     columns: Sequence[str] | None = None,
+    for_table: bool = True,
     on_rows: Callable[[int], None] | None = None,
 ) -> ParquetBlocks:
     """Opens the input as blocks of rows and checks the footers of all files.
@@ -373,6 +374,7 @@ def open_source(
         data: The path and the column names; for FASTA the column names are fixed.
         scratch: Directory for the converted FASTA; not used for Parquet.
         columns: Columns to read beside sequence_id; all if absent.
+        for_table: Whether the rows become a vector table: columns that it adds itself are refused then, else left out.
         on_rows: Called with the number of FASTA records just converted, for a progress bar.
 
     Raises:
@@ -421,11 +423,14 @@ def open_source(
         chosen = _project(chosen, columns, parts[0].origin.url)
     elif not is_fasta and (told := describe_roles(find_roles(schema.names))):
         logger.info(printable(f"{origins[0].url}: columns understood as {told}"))
-    for name in _RESERVED:
-        if name in chosen.schema.names:
-            raise InputError(
-                f"{parts[0].origin.url} has a column {name!r}, which the vector table adds itself; rename it"
-            )
+    reserved = [name for name in chosen.schema.names if name in _RESERVED]
+    if reserved and for_table:
+        raise InputError(
+            f"{parts[0].origin.url} has a column {reserved[0]!r}, which the vector table adds itself; rename it"
+        )
+    if reserved:
+        logger.info(f"{parts[0].origin.url}: the columns {', '.join(reserved)} of a vector table are not read")
+        chosen = _project(chosen, [name for name in chosen.schema.names if name not in reserved], parts[0].origin.url)
     return ParquetBlocks(found, parts, origins, chosen, data.block_rows)
 
 

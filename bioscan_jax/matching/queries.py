@@ -119,7 +119,7 @@ def open_queries(query: config.QueryConfig, scratch: Path) -> ParquetBlocks:
         block_rows=_BLOCK_ROWS,
     )
     with _as_query_flags():
-        return open_source(data, scratch=scratch)
+        return open_source(data, scratch=scratch, for_table=False)
 
 
 def check_query_ids(source: ParquetBlocks) -> None:

@@ -187,7 +187,7 @@ def finetune(
         if first:
             held.enter_context(writer_lock(output_dir, "training", kind="run", flag=_FLAG))
         scratch = held.enter_context(_scratch(directory))
-        source = open_source(_as_data(data), scratch=scratch)
+        source = open_source(_as_data(data), scratch=scratch, for_table=False)
         layout = make_layout(mesh)
         loaded = _load(model, train, layout, progress)
         examples = _prepare(source, data, loss, train, loaded, scratch, progress)

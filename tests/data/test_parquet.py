@@ -543,6 +543,8 @@ def test_reserved_columns(tmp_path, name):
     path = write(tmp_path / "a.parquet", barcodes(2).append_column(name, pa.array([1, 2])))
     assert_words(error_of(path), f"{path} has a column {name!r}", "rename it")
     assert opened(path, ["depth"]).rows == 2
+    queries = open_source(DataConfig(path=str(path)), scratch=None, for_table=False)
+    assert sorted(queries.schema.names) == sorted(barcodes(2).column_names)
 
 
 def test_fasta_becomes_blocks(tmp_path):

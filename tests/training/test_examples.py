@@ -168,9 +168,20 @@ def test_coordinates_under_other_names(tmp_path):
     path = bioscan_5m(tmp_path / "m.parquet", minimumDepthInMeters=[float(i) for i in range(40)])
     found = prepare(path, tmp_path, with_metadata=True)
     assert found.metadata[3].tolist() == [3.0, 48.0, -80.0]
+    path = write(tmp_path / "c.parquet", coord=["[48.5, -80]"] * 39 + [None], depth=[3.0] * 40)
+    assert prepare(path, tmp_path, with_metadata=True).metadata[3].tolist() == [3.0, 48.5, -80.0]
     path = bioscan_5m(tmp_path / "m.parquet", depth=[-9999.0] * 40)
     with pytest.raises(InputError, match="the depth -9999 of"):
         prepare(path, tmp_path, with_metadata=True)
+
+
+def test_folders_are_columns(tmp_path):
+    for side, first in (("train", 0), ("test", 40)):
+        (tmp_path / f"in/split={side}").mkdir(parents=True)
+        some = {"dna_sequence": barcodes(40, seed=first), "sequence_id": [f"s{first + i}" for i in range(40)]}
+        write(tmp_path / f"in/split={side}/part.parquet", **some)
+    found = prepare(tmp_path / "in", tmp_path, split_column="split")
+    assert found.splits.tolist() == [2] * 40 + [0] * 40
 
 
 @pytest.mark.parametrize("split", ["random", "held_out_species"])
