@@ -36,6 +36,7 @@ from bioscan_jax.barcodes.metadata import find_metadata, split_coordinates
 from bioscan_jax.config import ArchiveConfig, SideTableConfig
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.errors import InputError, printable, shown
+from bioscan_jax.table.columns import check_values
 from bioscan_jax.table.side_tables import NULL_WORDS, read_side_table
 
 _CORE, _CORE_ROWS = "occurrence.txt", "http://rs.tdwg.org/dwc/terms/Occurrence"
@@ -118,6 +119,13 @@ _ID_COLUMNS = {
     **dict.fromkeys(["usageKey", "taxonKey", "gbif_id", "gbifID", "gbif", "key"], ("taxonID", _GBIF)),
 }
 """Columns with ids in a table of taxon ids: the term, and what a bare number gets in front."""
+_NAMING_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_null,
+)
 
 _LICENSES = {
     "CC0-1.0": ("publicdomain/zero/1.0", "Public Domain (CC0 1.0)"),
@@ -162,6 +170,7 @@ def read_taxon_ids(given: SideTableConfig | str) -> TaxonIds:
     """
     given = SideTableConfig(path=given) if isinstance(given, str) else given
     side = read_side_table(given, "--taxon_ids")
+    check_values(side.table, side.locate)
     there = {name.casefold(): name for name in reversed(side.table.column_names)}
     named = next((there[name.casefold()] for name in _NAME_COLUMNS if name.casefold() in there), None)
     coded: dict[str, tuple[str, str]] = {}
@@ -172,6 +181,14 @@ def read_taxon_ids(given: SideTableConfig | str) -> TaxonIds:
         what = f"names ({', '.join(_NAME_COLUMNS)})" if named is None else f"ids ({', '.join(_ID_COLUMNS)})"
         listed = ", ".join(map(shown, side.table.column_names[:10]))
         raise InputError(f"--taxon_ids {given.path} has no column of {what}; the columns are {listed}")
+    for column in (named, *(name for name, _ in coded.values())):
+        if side.table.column_names.count(column) > 1:
+            raise InputError(f"--taxon_ids {given.path} has the column {shown(column)} twice; rename one")
+        if not any(is_kind(side.table[column].type) for is_kind in _NAMING_TYPES):
+            kind = side.table[column].type
+            raise InputError(
+                f"--taxon_ids {given.path}: column {shown(column)} is {kind}; make it text or whole numbers"
+            )
     found: dict[str, dict[str, str]] = {"taxonID": {}, "scientificNameID": {}}
     names = _as_text(side.table[named], len(side.table)).to_pylist()
     for term, (column, prefix) in coded.items():

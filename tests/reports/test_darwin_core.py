@@ -197,12 +197,22 @@ def test_taxon_ids_come_from_a_table(tmp_path, text, expected):
         ),
         ("genus,AphiaID\nSarda,1\n", "ids.csv has no column of names .* the columns are 'genus', 'AphiaID'"),
         ("name,depth\nSarda,1\n", "ids.csv has no column of ids"),
+        ("name,AphiaID,AphiaID\nSarda,1,2\n", "ids.csv has the column 'AphiaID' twice"),
     ],
 )
 def test_a_table_of_taxon_ids_that_does_not_fit_is_one_line(tmp_path, text, words):
     (tmp_path / "ids.csv").write_text(text)
     with pytest.raises(InputError, match=words):
         read_taxon_ids(str(tmp_path / "ids.csv"))
+
+
+def test_taxon_ids_of_parquet_are_text_or_numbers(tmp_path):
+    path = tmp_path / "ids.parquet"
+    pq.write_table(pa.table({"name": ["Sarda", None, "Thunnus"], "AphiaID": [5.0, 6.0, None]}), path)
+    assert read_taxon_ids(str(path))["scientificNameID"] == {"Sarda": "urn:lsid:marinespecies.org:taxname:5"}
+    pq.write_table(pa.table({"name": [b"\xff"], "AphiaID": [5]}), path)
+    with pytest.raises(InputError, match="column 'name' is binary; make it text"):
+        read_taxon_ids(str(path))
 
 
 def test_the_metadata_says_what_it_was_told_and_asks_for_the_rest(tmp_path):
