@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+
+# pyarrow.compute defines most of its functions on import, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float32, Float64, Int64, UInt16
 

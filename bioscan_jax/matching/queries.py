@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+# pyarrow.compute defines most of its functions on import, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float32
 

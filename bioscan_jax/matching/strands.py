@@ -18,7 +18,11 @@ from bioscan_jax.matching.neighbours import Neighbours, nearest
 from bioscan_jax.matching.reference import Reference
 
 POOR = 0.2
-"""Edits per base to the nearest reference from which on a query is compared on its other strand, too."""
+"""Edits per base to the nearest reference above which a query is compared on its other strand, too.
+
+The wrong strand is far from it: 1,000 random pairs of a COI barcode and the reverse complement of another differ by 0.43
+edits per base or more, those of 18S by 0.48.
+"""
 _PROFILED = 2048
 """References whose words tell on which strand a query is compared first."""
 _PAIRS = 256
@@ -81,7 +85,7 @@ def orient(
     better = there.similarity[:, 0] > found.similarity[poor, 0]
     if aligned:
         better = np.isfinite(_edits(reference, others, there.rows[:, 0], pool, POOR))
-        both = np.flatnonzero(~better)
+        both = np.flatnonzero(~better).tolist()
         one = _edits(reference, [texts[i] for i in poor[both]], here[poor[both]], pool)
         better[both] = _edits(reference, [others[i] for i in both], there.rows[both, 0], pool) < one
     turned = poor[better]
