@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import BinaryIO, Literal, cast
 from urllib.parse import unquote
 
@@ -83,11 +84,15 @@ class Files:
     filesystem: AbstractFileSystem | None = None
     """Where the files are; None for the local disk."""
 
+    @cached_property
+    def _parent(self) -> str:
+        """The closest common directory."""
+        return os.path.commonpath([posixpath.dirname(path) for path in self.paths])
+
     @property
     def names(self) -> tuple[str, ...]:
         """Paths relative to the closest common directory, so that they do not change when it is moved."""
-        parent = os.path.commonpath([posixpath.dirname(path) for path in self.paths])
-        return tuple(path[len(parent) :].lstrip("/") for path in self.paths)
+        return tuple(path[len(self._parent) :].lstrip("/") for path in self.paths)
 
     def url(self, path: str) -> str:
         """Returns the path as a user would write it, for messages."""
@@ -115,21 +120,29 @@ class Files:
                 yield reader
 
     def folders(self, path: str) -> dict[str, str | None]:
-        """Returns names and values of the `key=value` folders directly above a file, outermost first (Hive layout).
-
-        Values are text as written, with %-escapes decoded; `__HIVE_DEFAULT_PARTITION__` is None.
-        """
-        found: list[tuple[str, str | None]] = []
-        for part in reversed(path.split("/")[:-1]):
-            name, equals, value = part.partition("=")
-            if not (name and equals):
-                break
-            found.append((unquote(name), None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)))
-        return dict(reversed(found))
+        """Returns names and values of a file's `key=value` folders; see `key_value_folders`."""
+        return key_value_folders(path, self._parent)
 
     def arrow_source(self, path: str, size: int) -> str | pa.PythonFile:
         """Returns what Arrow reads a file of `size` bytes from: the path if local, else a Python file."""
         return path if self.filesystem is None else pa.PythonFile(_Ranges(self.filesystem, path, size), mode="r")
+
+
+def key_value_folders(path: str, parent: str) -> dict[str, str | None]:
+    """Returns names and values of the `key=value` folders of a file, outermost first (Hive layout).
+
+    They are those below `parent`, and those in which it lies directly. Values are text as written, with %-escapes
+    decoded; `__HIVE_DEFAULT_PARTITION__` is None.
+
+    Example:
+        >>> key_value_folders("/data/v=1/in/year=2021/marker=16S%20rRNA/x/a.parquet", "/data/v=1/in/year=2021")
+        {'year': '2021', 'marker': '16S rRNA'}
+    """
+    above = [part.partition("=") for part in parent.split("/")]
+    outside = next((i for i, (name, _, value) in enumerate(reversed(above)) if not (name and value)), len(above))
+    below = [part.partition("=") for part in path[len(parent) :].split("/")[:-1]]
+    pairs = [(name, value) for name, _, value in above[len(above) - outside :] + below if name and value]
+    return {unquote(name): None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value) for name, value in pairs}
 
 
 class _Ranges(io.RawIOBase):

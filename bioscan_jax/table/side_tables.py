@@ -12,7 +12,7 @@ The rules, which a run's summary repeats:
   like are null too, and counted. All other columns are text as the file has it: a leading zero, an exponent without a
   sign (1E5), more than 17 digits, dates and true/false make text. In a file delimited by semicolons, numbers may have
   decimal commas.
-- A directory `name=value` in the path of a file below a directory is a column.
+- A directory `name=value` in the path of a file is a column, as in `data.files.key_value_folders`.
 
 Arrow reads the cells. It accepts unbalanced quotes and names rows in place of lines, so quotes are checked here first,
 and Python's csv module finds the line of a mistake.
@@ -33,7 +33,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
-from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +41,7 @@ import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 
 from bioscan_jax.config import SideTableConfig
+from bioscan_jax.data.files import key_value_folders
 from bioscan_jax.errors import InputError, cause_of, shown
 
 ID = "sequence_id"
@@ -65,7 +65,6 @@ _OTHER_FORMATS = {
     b"%PDF": "a PDF; pass the table as CSV",
     b"SQLite format 3": "an SQLite database; export the table as CSV",
 }
-_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _CHUNK_BYTES = 1 << 20
 _LONGEST_ROW_BYTES = 16 << 20
 _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
@@ -104,10 +103,12 @@ def read_side_table(given: SideTableConfig, flag: str, types: Mapping[str, pa.Da
         InputError: It cannot be read, a quote is unbalanced, a row has more or fewer cells than the header, or a value
             is not of its column's type. The message names the file and line.
     """
-    path = Path(given.path).expanduser()
+    path = Path(given.path).expanduser().absolute()
     where = f"{flag} {given.path}"
     if path.is_dir():
         return _read_directory(path, given, flag, types or {})
+    if path.is_file() and key_value_folders(str(path), str(path.parent)):
+        return _read_files([path], path.parent, [], given, flag, types or {})
     if not path.is_file():
         raise InputError(f"{where}: there is no such file; pass a Parquet, CSV or TSV file, or a directory of them")
     with _readable(where):
@@ -134,6 +135,19 @@ def _read_directory(root: Path, given: SideTableConfig, flag: str, types: Mappin
             (files if names.endswith(_SUFFIXES) else left_out).append(path)
     if not files:
         raise InputError(f"{where}: no file below it ends in {', '.join(_SUFFIXES)}; pass a directory of such files")
+    return _read_files(files, root, left_out, given, flag, types)
+
+
+def _read_files(
+    files: Sequence[Path],
+    root: Path,
+    left_out: Sequence[Path],
+    given: SideTableConfig,
+    flag: str,
+    types: Mapping[str, pa.DataType],
+) -> SideTable:
+    """Reads files as one table, with a column for each of their `key=value` folders."""
+    where = f"{flag} {given.path}"
     parts, notes, locators, hows, all_semicolon = [], [], [], set(), True
     parquet: bool | None = None
     keys: list[str] | None = None
@@ -151,7 +165,7 @@ def _read_directory(root: Path, given: SideTableConfig, flag: str, types: Mappin
                 locate, all_semicolon = text.locate, all_semicolon and text.delimiter == ";"
                 hows.add(text.how)
                 notes += more
-        columns = _hive_columns(path.relative_to(root))
+        columns = key_value_folders(str(path), str(root))
         if keys not in (None, list(columns)):
             raise InputError(
                 f"{here}: its folders name the columns {shown(list(columns))}, others {shown(keys)}; give all the same"
@@ -197,11 +211,6 @@ def _with_id(names: Sequence[str], given: SideTableConfig, where: str) -> list[s
     if given.id_column != ID and given.id_column in names and ID in names:
         raise InputError(f"{where} has a column {shown(given.id_column)} and one {ID!r}; rename one of them")
     return [ID if name == given.id_column else name for name in names]
-
-
-def _hive_columns(path: Path) -> dict[str, str | None]:
-    pairs = (part.partition("=") for part in path.parts[:-1] if "=" in part)
-    return {unquote(name): None if value == _HIVE_NULL else unquote(value) for name, _, value in pairs}
 
 
 def _with_columns(table: pa.Table, columns: Mapping[str, str | None], where: str) -> pa.Table:

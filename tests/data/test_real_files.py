@@ -205,6 +205,9 @@ def test_hive_folders_are_columns(tmp_path):
     found = {row["sequence_id"]: (row["marker_gene"], row["year"]) for row in rows(tmp_path / "in", block_rows=3)}
     assert found == {"a": ("COI", 2021), "b": ("COI", 2021), "c": ("16S rRNA", 2022), "d": (None, 2022)}
     assert rows(tmp_path / "in/marker_gene=COI")[0]["marker_gene"] == "COI"
+    hive(tmp_path / "deep", "marker_gene=COI/raw", ["a"])
+    hive(tmp_path / "deep", "marker_gene=16S/raw", ["b"])
+    assert {row["marker_gene"] for row in rows(tmp_path / "deep")} == {"COI", "16S"}
     assert [row["year"] for row in source.select(["year"], 2)[1].table.to_pylist()] == [2021, 2022]
 
 

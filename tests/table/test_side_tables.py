@@ -265,6 +265,9 @@ def test_folders_are_columns_of_text_unless_numbers(tmp_path):
         {"sequence_id": "b", "depth": 1.5, "marker_gene": "16S", "plate": "0010", "year": 2020},
     ]
     assert side.notes == ("not read: notes.md",)
+    for path in ("marker_gene=COI", "marker_gene=COI/plate=0002/year=2020/part-0.parquet"):
+        (row,) = read_side_table(SideTableConfig(path=str(tmp_path / path)), "--metadata").table.to_pylist()
+        assert row == {"sequence_id": "a", "depth": 1.5, "marker_gene": "COI", "plate": "0002", "year": 2020}
 
 
 def test_folders_of_text_files_are_read_as_one_table(tmp_path):
