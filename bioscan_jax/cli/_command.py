@@ -108,7 +108,9 @@ def parse(
         if isinstance(action.default, bool):  # `--explain` alone means true
             action.nargs, action.const = "?", True
     try:
-        given = parser.instantiate(parser.parse_args(_with_config_paths(_with_brackets(words, _lists(function)))))
+        given = parser.instantiate(
+            parser.parse_args(_with_config_paths(_with_brackets(words, _lists(function, unprefixed))))
+        )
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, InputError):
@@ -155,14 +157,14 @@ def _with_config_paths(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _lists(function: Callable[..., object]) -> set[str]:
+def _lists(function: Callable[..., object], unprefixed: Sequence[str]) -> set[str]:
     """Flags that take several values."""
     several = (tuple, list)
     hints = typing.get_type_hints(function)
     flags = {f"--{name}" for name, kind in hints.items() if _is_any(kind, several)}
     groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     return flags | {
-        f"--{name}.{field}"
+        f"--{field}" if name in unprefixed else f"--{name}.{field}"
         for name, group in groups.items()
         for field, kind in typing.get_type_hints(group).items()
         if _is_any(kind, several)

@@ -24,7 +24,7 @@ from support.embed_runs import Table, environment, files, lines, run, start, unn
 from support.places import GOLDEN, ROOT, SCRIPTS
 
 from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, embed
-from bioscan_jax.cli import finetune
+from bioscan_jax.cli import finetune, fit_metric
 from bioscan_jax.cli._command import parse
 from bioscan_jax.embedding import encoder
 from bioscan_jax.table.lock import writer_lock
@@ -547,6 +547,12 @@ def test_a_list_needs_no_brackets(given, joined):
     assert found["lora"].targets == ("query", "value")
     assert found["loss"].rank_weights == (0, 0, 0, 0, 1, 1, 2.5)
     assert found["train"].epochs == 3
+
+
+def test_a_list_without_a_prefix_needs_no_brackets_either():
+    flags = ["--reference.uri=vectors", "--output=made", "--rank_weights", "0,0,1,.5"]
+    found = parse(fit_metric.main, flags, "fit-metric", ["settings"])
+    assert found["settings"].rank_weights == (0, 0, 1, 0.5)
 
 
 def test_from_another_directory(tmp_path, monkeypatch):
