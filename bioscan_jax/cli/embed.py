@@ -31,6 +31,8 @@ def main(
     """
     import jax
 
+    from bioscan_jax.checkpoints.hub import DEFAULT, DEFAULT_DIRECTORY
+    from bioscan_jax.checkpoints.projection_files import read_projection
     from bioscan_jax.embedding.run import embed as run_embed
     from bioscan_jax.matching.search import describe_neighbours
 
@@ -43,6 +45,8 @@ def main(
     summary = run_embed(model, data, sink, embed, mesh, profile=profile)
     if jax.process_index() == 0:
         print(summary)
+        if model.checkpoint == DEFAULT:
+            print(f"default model: {read_projection(DEFAULT_DIRECTORY).description}")
         if neighbours:
             print(describe_neighbours(sink.uri, sink.table, neighbours))
 

@@ -29,6 +29,25 @@ from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.training.metric import MetricSummary, fit_metric
 
+_CARD = """\
+---
+license: apache-2.0
+tags:
+- dna
+- barcoding
+- biology
+---
+
+# 6-mers of both strands, whitened, with a network beside
+
+A Nucleotide Transformer without layers: token embeddings averaged over six start phases, and a projection. A barcode
+and its reverse complement have the same vector.
+
+    import bioscan_jax as bj
+    vectors = bj.load("DIRECTORY_OF_THIS_FILE").encode(["ACGT..."])
+
+{description}.
+"""
 COUNTED_AT = config.EmbedConfig(layer=0, phases=6, pooling="mean")
 """How the raw vectors are made."""
 
@@ -73,7 +92,9 @@ def train_default_model(
     )
     summary = fit_metric(config.ReferenceConfig(uri=str(table)), str(fitted), metric, mesh=mesh, progress=progress)
     loaded = load_weights(config.ModelConfig(checkpoint=str(base)), make_layout(mesh))
-    write_folded(Path(output).expanduser(), loaded.model, loaded.vocabulary, read_projection(fitted))
+    made, projection = Path(output).expanduser(), read_projection(fitted)
+    write_folded(made, loaded.model, loaded.vocabulary, projection)
+    (made / "README.md").write_text(_CARD.format(description=projection.description))
     return summary
 
 
