@@ -41,7 +41,9 @@ def test_a_barcode_is_near_those_of_its_genus(vectors, barcodes):
     assert (species[cosines.argmax(1)] == species)[again].mean() > 0.95
     cosines[species[:, None] == species] = -1
     for names, least in ((genus, 0.8), (family, 0.7)):
-        others = np.array([np.any((names == name) & (species != own)) for name, own in zip(names, species, strict=True)])
+        others = np.array(
+            [np.any((names == name) & (species != own)) for name, own in zip(names, species, strict=True)]
+        )
         assert others.sum() > 100
         assert (names[cosines.argmax(1)] == names)[others].mean() > least
 
