@@ -508,7 +508,7 @@ class IdentifyConfig:
     """
 
     k: int = 50
-    """Nearest neighbours per barcode."""
+    """Nearest neighbours per barcode; references with the same sequence count as one, whose vote their names share."""
     rerank: Literal["none", "alignment"] = "none"
     """alignment scores each of the k neighbours by cosine + identity_weight * identity, the share of its aligned bases
     that agree; none by the cosine alone."""

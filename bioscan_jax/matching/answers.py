@@ -20,6 +20,7 @@ ANSWERS = pa.schema(
         pa.field("overlap", pa.int32()),
         pa.field("coverage", pa.float32()),
         pa.field("strand", pa.string()),
+        pa.field("support", pa.int32()),
         pa.field("unnamed", pa.string()),
         pa.field("novelty", pa.float64()),
         pa.field("novel", pa.bool_()),
@@ -28,7 +29,8 @@ ANSWERS = pa.schema(
 )
 """Columns of the answers, one row per query; of a query without a vector only the id is filled.
 
-`identity`, `overlap` and `coverage` are those of the nearest reference; see `candidates.Evidence`. `strand` is + where
+`support` counts the distinct sequences with the lowest name among those that voted. `identity`, `overlap` and `coverage`
+are those of the nearest reference; see `candidates.Evidence`. `strand` is + where
 the query was compared as written, - where its reverse complement was, null if unknown. `unnamed` tells why a query has no
 names: `overlap` or `identity` is below its floor. Queries with abundances have a column `size`, too.
 """

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
-from bioscan_jax.barcodes.lineage import lineage_columns, read_lineages
+from bioscan_jax.barcodes.lineage import RANKS, lineage_columns, read_lineages
 from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads
 from bioscan_jax.checkpoints.readers import sha256_of
 from bioscan_jax.data.encode import EncodedBlock
@@ -24,7 +24,7 @@ from bioscan_jax.matching.neighbours import by_index, exact, search_kind
 from bioscan_jax.matching.queries import QueryEncoder, encoder_of_table
 from bioscan_jax.matching.reference import Reference, Taxa, open_reference
 from bioscan_jax.matching.strands import has_dna, is_strand_invariant, orient, reference_profile
-from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, head_votes, open_heads, vote, without_names
+from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, head_votes, open_heads, same_taxon, vote, without_names
 
 _NEAREST_COSINE_DISTANCE = 1e-6
 """Smallest cosine distance that float32 resolves."""
@@ -49,7 +49,7 @@ class Matcher:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Queries with their candidates, nearest by vector first."""
+    """Queries with their candidates, distinct sequences of the reference, nearest by vector first."""
 
     ids: pa.Array
     """Ids of all rows, including rejected ones."""
@@ -118,7 +118,7 @@ def find_candidates(
         table = encoded.block.table
         texts = _cleaned(table[source.sequence_column].take(pa.array(encoded.kept)))
         again = None if invariant else queries.encode
-        oriented = orient(matcher.reference, matcher.settings, texts, vectors, reverse, again, pool)
+        oriented = orient(matcher.reference, matcher.settings, texts, vectors, reverse, again, pool, copies=False)
         texts, vectors, found = oriented.texts, oriented.vectors, oriented.found
         edits = None
         if matcher.settings.rerank == "alignment":
@@ -196,9 +196,29 @@ def _cosine_distances(similarity: np.ndarray) -> np.ndarray:
 
 def count_votes(matcher: Matcher, ranked: Ranked, voting: Voting, heads: HeadVotes | None) -> Votes:
     """Names each query by the vote of its candidates; see `vote.vote`. No candidate, no name, whatever a head says."""
-    lineages = np.where(ranked.rows[:, :, None] >= 0, matcher.taxa.codes[ranked.rows], -1)
-    result = vote(lineages, ranked.distances, voting, heads)
+    _, lineages, distances, shares = _voters(matcher, ranked)
+    result = vote(lineages, distances, voting, heads, shares)
     return without_names(result, ~np.isfinite(ranked.distances).any(axis=1))
+
+
+def count_support(matcher: Matcher, ranked: Ranked, votes: Votes) -> Int64[np.ndarray, " queries"]:
+    """Counts the distinct sequences among the voters that have the lowest name of each answer; 0 without a name."""
+    places, lineages, distances, _ = _voters(matcher, ranked)
+    lowest = len(RANKS) - 1 - (votes.taxa[:, ::-1] >= 0).argmax(axis=1)
+    same = same_taxon(lineages, votes.taxa)[np.arange(len(lowest)), :, lowest] & np.isfinite(distances)
+    query, voter = np.nonzero(same)
+    holds = np.zeros(ranked.rows.shape, bool)
+    holds[query, places[query, voter]] = True
+    return holds.sum(axis=1)
+
+
+def _voters(matcher: Matcher, ranked: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the lineages of the candidates, with each one's candidate, distance and shares of its vote."""
+    places, found = matcher.taxa.voters(ranked.rows)
+    there = found[:, :, None] >= 0
+    lineages = np.where(there, matcher.taxa.lineages[found], -1)
+    distances = np.where(found >= 0, np.take_along_axis(ranked.distances, places, 1), np.inf)
+    return places, lineages, distances, np.where(there, matcher.taxa.shares[found], 0.0)
 
 
 def floors_of(settings: config.IdentifyConfig) -> Floors:
@@ -310,6 +330,6 @@ def index_recall(matcher: Matcher, candidates: Candidates, sample: Int64[np.ndar
         sample: Indices of the sampled queries.
     """
     vectors = candidates.vectors[sample]
-    wanted = exact(vectors, matcher.reference, matcher.settings.k).similarity
-    found = by_index(vectors, matcher.reference, matcher.settings).similarity
+    wanted = exact(vectors, matcher.reference, matcher.settings.k, copies=False).similarity
+    found = by_index(vectors, matcher.reference, matcher.settings, copies=False).similarity
     return float(np.mean(found >= wanted[:, -1:] - _SAME_COSINE))

@@ -34,6 +34,7 @@ from bioscan_jax.matching.candidates import (
     Matcher,
     Ranked,
     alignment_recall,
+    count_support,
     count_votes,
     find_candidates,
     index_recall,
@@ -249,7 +250,7 @@ def identify(
         queries=rows.num_rows,
         rejects=dict(Counter(rejects["reason"].to_pylist())),
         unnamed=dict(Counter(rows["unnamed"].drop_null().to_pylist())),
-        search=f"{matcher.search}, {len(matcher.reference.chosen):,} references, k {settings.k}, rerank {settings.rerank}",
+        search=_search(matcher),
         vote=str(voting),
         calibration=note,
         by_rank=_by_rank(rows, judged, found),
@@ -259,6 +260,13 @@ def identify(
         seconds=time.perf_counter() - start,
         archive=lacks,
     )
+
+
+def _search(matcher: Matcher) -> str:
+    """Describes the search in one line."""
+    rows, distinct = len(matcher.reference.chosen), matcher.reference.copies.distinct
+    copies = "" if distinct == rows else f" ({distinct:,} distinct)"
+    return f"{matcher.search}, {rows:,} references{copies}, k {matcher.settings.k}, rerank {matcher.settings.rerank}"
 
 
 def _reasons(rejects: pa.Table) -> dict[int, str]:
@@ -325,6 +333,7 @@ def answers(
         pa.array(evidence.overlap, mask=np.isnan(identity)),
         pa.array(evidence.coverage, mask=np.isnan(identity)),
         pa.nulls(len(identity), pa.string()) if block.reverse is None else pa.array(np.where(block.reverse, "-", "+")),
+        pa.array(count_support(matcher, ranked, result)),
         pa.array(evidence.lacks, pa.string()),
         pa.array(novelty, mask=evidence.missing),
         novel,

@@ -54,7 +54,11 @@ def search_kind(reference: Reference, wanted: config.SearchKind) -> Literal["exa
 
 
 def nearest(
-    vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, settings: config.IdentifyConfig
+    vectors: Float32[np.ndarray, "queries hidden"],
+    reference: Reference,
+    settings: config.IdentifyConfig,
+    *,
+    copies: bool = True,
 ) -> Neighbours:
     """Finds the `settings.k` nearest rows that pass the reference's filter.
 
@@ -62,18 +66,22 @@ def nearest(
         vectors: Query vectors, made as the table's were.
         reference: The table.
         settings: Number of neighbours and kind of search.
+        copies: Find all rows with the same DNA; only the first of them if False.
 
     Raises:
         InputError: The index is requested and the table has none.
     """
     if search_kind(reference, settings.search) == "exact":
-        return exact(vectors, reference, settings.k)
-    return by_index(vectors, reference, settings)
+        return exact(vectors, reference, settings.k, copies=copies)
+    return by_index(vectors, reference, settings, copies=copies)
 
 
-def exact(vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, k: int) -> Neighbours:
+def exact(
+    vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, k: int, *, copies: bool = True
+) -> Neighbours:
     """Compares the queries with every chosen row, block by block; of equal rows the first in the table comes first."""
-    return exact_in_blocks(vectors, reference.blocks(), min(k, len(reference.chosen)))
+    most = len(reference.chosen) if copies else reference.copies.distinct
+    return exact_in_blocks(vectors, reference.blocks(copies=copies), min(k, most))
 
 
 def exact_in_blocks(
@@ -107,10 +115,17 @@ def exact_in_blocks(
 
 
 def by_index(
-    vectors: Float32[np.ndarray, "queries hidden"], reference: Reference, settings: config.IdentifyConfig
+    vectors: Float32[np.ndarray, "queries hidden"],
+    reference: Reference,
+    settings: config.IdentifyConfig,
+    *,
+    copies: bool = True,
 ) -> Neighbours:
-    """Searches Lance's index, which considers only rows that pass the filter."""
-    k = min(settings.k, len(reference.chosen))
+    """Searches Lance's index, which considers only rows that pass the filter.
+
+    Where copies are left out, a query whose k rows hold fewer sequences is asked again for four times as many rows.
+    """
+    k = min(settings.k, len(reference.chosen) if copies else reference.copies.distinct)
     probes = settings.nprobes or max(NPROBES, math.ceil(4 * k / _PARTITION_ROWS))
     rows = np.full((len(vectors), k), -1, np.int64)
     scores = np.full((len(vectors), k), -np.inf, np.float32)
@@ -118,12 +133,20 @@ def by_index(
     def ask(query: int) -> None:
         wanted = {"column": "vector", "q": vectors[query], "k": k, "metric": "cosine", "nprobes": probes}
         wanted["refine_factor"] = settings.refine_factor or REFINE_FACTOR
-        found = reference.dataset.scanner(
-            columns=["_distance"], nearest=wanted, prefilter=True, filter=reference.filter, with_row_id=True
-        ).to_table()
-        similarity = (1 - found["_distance"].to_numpy()).astype(np.float32)
-        positions = reference.rows_of(found["_rowid"].to_numpy())
-        order = np.lexsort((positions, -similarity))
+        while True:
+            found = reference.dataset.scanner(
+                columns=["_distance"], nearest=wanted, prefilter=True, filter=reference.filter, with_row_id=True
+            ).to_table()
+            similarity = (1 - found["_distance"].to_numpy()).astype(np.float32)
+            positions = reference.rows_of(found["_rowid"].to_numpy())
+            order = np.lexsort((positions, -similarity))
+            if not copies:
+                place = np.unique(reference.copies.first[positions[order]], return_index=True)[1]
+                order = order[np.sort(place)][:k]
+                positions = reference.copies.first[positions]
+            if len(order) == k or len(found) < wanted["k"]:
+                break
+            wanted["k"] *= 4
         rows[query, : len(order)], scores[query, : len(order)] = positions[order], similarity[order]
 
     if len(vectors):

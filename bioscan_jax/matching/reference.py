@@ -1,8 +1,9 @@
 """A vector table as a reference library: what made its vectors, which rows may be matched, their lineages."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ import pyarrow as pa
 # pyarrow.compute defines most of its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
 import pyarrow.compute as pc
-from jaxtyping import Float32, Int32, Int64, UInt64
+from jaxtyping import Float32, Float64, Int32, Int64, UInt64
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.lineage import RANKS, lineage_columns, missing_lineages, read_lineages
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.reading import check_condition, open_existing, schema_metadata
@@ -73,11 +75,33 @@ class Reference:
         return order[np.searchsorted(self.row_ids[order], row_ids)]
 
     @cached_property
+    def copies(self) -> "Copies":
+        """Which rows hold the same DNA."""
+        first_of: dict[bytes, int] = {}
+        first = np.full(self.dataset.count_rows(), -1, np.int64)
+        if self.sequence_column not in self.dataset.schema.names:
+            first[self.chosen] = self.chosen
+            return Copies(first_of, first)
+        done = 0
+        scanner = self.dataset.scanner(
+            columns=[self.sequence_column], filter=self.filter, batch_size=_BLOCK_ROWS, scan_in_order=True
+        )
+        with storage_errors(self.dataset.uri):
+            for batch in scanner.to_batches():
+                rows = self.chosen[done : done + len(batch)]
+                digests = sequence_digests(clean(batch[0]).sequences.to_pylist())
+                first[rows] = [first_of.setdefault(one, row) for one, row in zip(digests, rows.tolist(), strict=True)]
+                done += len(batch)
+        return Copies(first_of, first)
+
+    @cached_property
     def _order(self) -> Int64[np.ndarray, " rows"]:
         return np.argsort(self.row_ids, kind="stable")
 
-    def blocks(self) -> Iterator[tuple[Int64[np.ndarray, " some"], Float32[np.ndarray, "some hidden"]]]:
-        """Yields positions and vectors of the chosen rows, in batches."""
+    def blocks(
+        self, *, copies: bool = True
+    ) -> Iterator[tuple[Int64[np.ndarray, " some"], Float32[np.ndarray, "some hidden"]]]:
+        """Yields positions and vectors of the chosen rows, in batches; of rows with the same DNA only the first if asked."""
         first = 0
         scanner = self.dataset.scanner(
             columns=["vector"], filter=self.filter, batch_size=_BLOCK_ROWS, scan_in_order=True
@@ -85,7 +109,9 @@ class Reference:
         with storage_errors(self.dataset.uri):
             for batch in scanner.to_batches():
                 vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-                yield self.chosen[first : first + len(batch)], vectors.reshape(len(batch), -1)
+                rows, vectors = self.chosen[first : first + len(batch)], vectors.reshape(len(batch), -1)
+                keep = slice(None) if copies else self.copies.first[rows] == rows
+                yield rows[keep], vectors[keep]
                 first += len(batch)
 
     def take(self, rows: Int64[np.ndarray, " some"], column: str) -> pa.Array:
@@ -110,13 +136,38 @@ class Reference:
 
 
 @dataclass(frozen=True, eq=False)
+class Copies:
+    """Which rows of a reference hold the same cleaned DNA; without DNA in the table, every row is its own."""
+
+    first_of: dict[bytes, int]
+    """Position of the first row with a sequence, by `sequence_digests`; empty without DNA."""
+    first: Int64[np.ndarray, " rows"]
+    """Position of the first row with the DNA of a row; -1 of rows that may not be matched."""
+
+    @cached_property
+    def distinct(self) -> int:
+        """Number of distinct sequences."""
+        return int((self.first == np.arange(len(self.first))).sum())
+
+
+def sequence_digests(texts: Sequence[str]) -> list[bytes]:
+    """Hashes cleaned DNA to 128 bits (BLAKE2b): n sequences have an equal pair by chance with probability n^2 / 2^129."""
+    return [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+
+
+@dataclass(frozen=True, eq=False)
 class Taxa:
-    """Names coded as integers, rank by rank, and the codes of each row of the reference."""
+    """Names coded as integers, rank by rank, and the lineages of each distinct sequence of the reference."""
 
     names: tuple[pa.Array, ...]
     """Names of each rank; a code is an index into them."""
-    codes: Int32[np.ndarray, "rows 7"]
-    """-1 where unknown; see `fill_gaps`."""
+    lineages: Int32[np.ndarray, "lineages 7"]
+    """Codes of the distinct lineages of each sequence, -1 where unknown; see `fill_gaps`."""
+    shares: Float64[np.ndarray, "lineages 7"]
+    """Share of its sequence's vote that a lineage has at each rank: equal for all names that the sequence has there,
+    however many copies have them."""
+    first: Int64[np.ndarray, " more"]
+    """Where the lineages of each row begin, and where those of the last one end; copies after the first have none."""
     of_reference: tuple[pa.Array, ...]
     """Names among the rows that may be matched; `names` may hold more, which only a head predicts."""
 
@@ -130,7 +181,24 @@ class Taxa:
             for column, known in zip(own, more, strict=True)
         )
         codes = np.stack([name_codes(c, n) for c, n in zip(lineages, names, strict=True)], axis=1)
-        return Taxa(names, fill_gaps(codes, reference.chosen), own)
+        rows = reference.chosen
+        lineages, shares, first = _lineages_of_sequences(fill_gaps(codes, rows)[rows], reference.copies.first, rows)
+        return Taxa(names, lineages, shares, first, own)
+
+    def voters(
+        self, rows: Int64[np.ndarray, "queries candidates"]
+    ) -> tuple[Int64[np.ndarray, "queries voters"], Int64[np.ndarray, "queries voters"]]:
+        """Lists the lineages of candidates: the place of the candidate and the lineage's index; -1 past the last."""
+        count = np.where(rows >= 0, self.first[rows + 1] - self.first[rows], 0)
+        total, cell = count.sum(axis=1), np.repeat(np.arange(rows.size), count.reshape(-1))
+        query, candidate = np.divmod(cell, max(rows.shape[1], 1))
+        before, before_query = np.cumsum(count) - count.reshape(-1), np.cumsum(total) - total
+        within = np.arange(len(cell))
+        places = np.full((len(rows), total.max(initial=0)), -1, np.int64)
+        found = places.copy()
+        places[query, within - before_query[query]] = candidate
+        found[query, within - before_query[query]] = self.first[rows.reshape(-1)[cell]] + within - before[cell]
+        return places, found
 
     def truth(self, lineages: tuple[pa.Array, ...]) -> Int32[np.ndarray, "rows 7"]:
         """Codes the names of labelled rows: -1 where unknown, -2 where no row of the reference has the name."""
@@ -140,6 +208,30 @@ class Taxa:
             missing = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, -2)
             found.append(np.where(there, name_codes(column, names), missing))
         return np.stack(found, axis=1).astype(np.int32)
+
+
+def _lineages_of_sequences(
+    codes: Int32[np.ndarray, "chosen 7"], first: Int64[np.ndarray, " rows"], chosen: Int64[np.ndarray, " chosen"]
+) -> tuple[Int32[np.ndarray, "lineages 7"], Float64[np.ndarray, "lineages 7"], Int64[np.ndarray, " more"]]:
+    """Returns the fields of `Taxa`: lineages, shares and where each row's begin.
+
+    Args:
+        codes: Codes of the rows that may be matched.
+        first: From `Copies`.
+        chosen: Positions of these rows.
+    """
+    found, copies = np.unique(np.column_stack([first[chosen], codes]), axis=0, return_counts=True)
+    found = found[np.lexsort((-copies, found[:, 0]))]  # of names with equal votes, the one with most copies comes first
+    sequence, lineages = found[:, 0], found[:, 1:].astype(np.int32)
+    shares = np.zeros(lineages.shape)
+    for rank in range(lineages.shape[1]):
+        named = np.flatnonzero(lineages[:, rank] >= 0)
+        names, of, lines = np.unique(
+            np.column_stack([sequence[named], lineages[named, rank]]), axis=0, return_inverse=True, return_counts=True
+        )
+        _, place, taxa = np.unique(names[:, 0], return_inverse=True, return_counts=True)
+        shares[named, rank] = (1 / (lines * taxa[place]))[of.reshape(-1)]
+    return lineages, shares, np.searchsorted(sequence, np.arange(len(first) + 1))
 
 
 def fill_gaps(codes: Int32[np.ndarray, "rows 7"], chosen: Int64[np.ndarray, " chosen"]) -> Int32[np.ndarray, "rows 7"]:

@@ -48,6 +48,8 @@ def orient(
     reverse: Bool[np.ndarray, " queries"],
     embed: Callable[[list[str]], Float32[np.ndarray, "some hidden"]] | None,
     pool: Pool = None,
+    *,
+    copies: bool = True,
 ) -> Oriented:
     """Finds the nearest references of each query and the strand on which the query resembles the nearest one more.
 
@@ -64,8 +66,9 @@ def orient(
         reverse: Which of them are reverse complements of what was written.
         embed: Embeds cleaned DNA; None where the vectors of both strands are equal (`is_strand_invariant`).
         pool: Processes for the alignments.
+        copies: Find all rows with the same DNA; only the first of them if False.
     """
-    found = nearest(vectors, reference, settings)
+    found = nearest(vectors, reference, settings, copies=copies)
     given = Oriented(texts, vectors, found, reverse)
     if settings.strand == "plus" or not texts:
         return given
@@ -81,7 +84,7 @@ def orient(
     other_vectors, there = vectors[poor], Neighbours(found.rows[poor], found.similarity[poor])
     if embed is not None:
         other_vectors = embed(others)
-        there = nearest(other_vectors, reference, settings)
+        there = nearest(other_vectors, reference, settings, copies=copies)
     better = there.similarity[:, 0] > found.similarity[poor, 0]
     if aligned:
         better = np.isfinite(_edits(reference, others, there.rows[:, 0], pool, POOR))

@@ -107,6 +107,7 @@ def vote(
     distances: Float64[np.ndarray, "queries candidates"],
     voting: Voting,
     heads: HeadVotes | None = None,
+    shares: Float64[np.ndarray, "queries candidates 7"] | None = None,
 ) -> Votes:
     """Names each query by a weighted vote of its candidates, rank by rank.
 
@@ -127,10 +128,11 @@ def vote(
         distances: Above 0; inf where there is no candidate.
         voting: How the weight falls with the distance, and the share of the head.
         heads: Taxa and probabilities of a head, if there is one.
+        shares: Share of its weight that a candidate has at each rank, where several stand for one sequence.
     """
     nearest = distances.min(axis=1, initial=np.inf)
     head_weight = 0.0 if heads is None else voting.head_weight
-    by_rank = voting.weights(distances)[:, :, None] * (lineages >= 0)
+    by_rank = voting.weights(distances)[:, :, None] * ((lineages >= 0) if shares is None else shares)
     every_lineage = lineages
     if heads is not None and head_weight > 0:
         total = by_rank.sum(axis=1, keepdims=True)
@@ -140,7 +142,7 @@ def vote(
     taxa, share = _descend(every_lineage, by_rank, normalised=head_weight > 0)
     far = np.where(np.isfinite(distances), distances, -np.inf).max(axis=1, initial=-np.inf)
     named = lineages >= 0
-    same = _same_taxon(lineages, taxa)
+    same = same_taxon(lineages, taxa)
     near, other = (
         np.where(found, distances[:, :, None], np.inf).min(axis=1, initial=np.inf) for found in (same, named & ~same)
     )
@@ -192,13 +194,13 @@ def _descend(
     if lineages.shape[1]:
         own = np.where(last, (lineages >= 0).sum(axis=2), -1).argmax(axis=1)
         taxa = np.where(last.any(axis=1)[:, None], lineages[np.arange(queries), own], -1).astype(np.int32)
-    total = (weights * _same_taxon(lineages, taxa)).sum(axis=1)
+    total = (weights * same_taxon(lineages, taxa)).sum(axis=1)
     whole = np.ones(total.shape) if normalised else weights.sum(axis=1)
     share = np.where(taxa >= 0, total / np.where(whole > 0, whole, 1), np.inf)
     return taxa, np.where(taxa >= 0, np.minimum.accumulate(np.minimum(share, 1), axis=1), 0.0)
 
 
-def _same_taxon(
+def same_taxon(
     lineages: Int32[np.ndarray, "queries candidates 7"], taxa: Int32[np.ndarray, "queries 7"]
 ) -> Bool[np.ndarray, "queries candidates 7"]:
     """Tells at which ranks a candidate has the name of a path, and no other name than the path's above it."""

@@ -14,7 +14,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.candidates import Candidates, rank_candidates
-from bioscan_jax.matching.identify import identify
+from bioscan_jax.matching.identify import IdentifySummary, identify
 from bioscan_jax.matching.vote import BY_SIMILARITY, Voting
 
 THOUSANDTHS = st.integers(1, 1000).map(lambda number: number / 1000)
@@ -94,9 +94,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def answer(world: World, output: Path, **settings) -> pa.Table:
+def identify_with(world: World, output: Path, **settings) -> IdentifySummary:
     reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
-    identify(reference, query, str(output), config.IdentifyConfig(k=10, **settings), progress=False)
+    return identify(reference, query, str(output), config.IdentifyConfig(k=10, **settings), progress=False)
+
+
+def answer(world: World, output: Path, **settings) -> pa.Table:
+    identify_with(world, output, **settings)
     return pq.read_table(output)
 
 
@@ -119,34 +123,61 @@ def test_several_processes_answer_as_one(world: World, tmp_path: Path) -> None:
     assert answer(world, tmp_path / "2.parquet", rerank="alignment", processes=2).equals(one)
 
 
-def test_copies_and_unknown_bases_in_the_reference(tmp_path: Path) -> None:
-    """A reference that is mostly N is not the nearest one, and of copies the first is named."""
+def test_copies_unknown_bases_and_blank_ranks_in_the_reference(tmp_path: Path) -> None:
+    """A reference that is mostly N names nothing, copies vote as one, and no name gets the ancestors of another."""
     make_world(tmp_path, species=20)
     given = pq.read_table(tmp_path / "reference.parquet").to_pylist()
     blurred = [
-        row | {"dna_sequence": "N" * 150 + row["dna_sequence"][150:], "sequence_id": f"n{i}"}
+        row | {"dna_sequence": "N" * 270 + row["dna_sequence"][270:], "sequence_id": f"n{i}"}
         for i, row in enumerate(given[::9])
     ]
     copies = [row | {"sequence_id": f"copy{i}"} for i, row in enumerate(given)]
-    pq.write_table(pa.Table.from_pylist(given + copies + blurred), tmp_path / "reference.parquet")
-    pq.write_table(pa.Table.from_pylist(given[:40]), tmp_path / "queries.parquet")
+    copies += [given[0] | {"sequence_id": f"more{i}"} for i in range(33)]
+    tie = given[0] | {"sequence_id": "tie", "genus": "Otherus", "species": "Otherus alius"}
+    blank = given[7]["species"]
+    rows = [
+        row | ({"order": None, "family": None} if row["species"] == blank else {})
+        for row in [*given, *copies, tie, *blurred]
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "reference.parquet")
+    random = np.random.default_rng(0)
+    odd = ["".join(random.choice(list("ACGT"), 120)), given[0]["dna_sequence"][:5], given[0]["dna_sequence"][:60]]
+    asked = given[:40] + [given[0] | {"sequence_id": f"odd{i}", "dna_sequence": text} for i, text in enumerate(odd)]
+    pq.write_table(pa.Table.from_pylist(asked), tmp_path / "queries.parquet")
     embed_reference(tmp_path / "reference.parquet", str(tmp_path / "more"))
-    found = answer(
-        World(str(tmp_path / "more"), str(tmp_path / "queries.parquet"), "", frozenset()),
-        tmp_path / "a.parquet",
-        rerank="alignment",
-        processes=1,
-    )
-    assert found["nearest_id"].to_pylist() == [row["sequence_id"] for row in given[:40]]
-    assert found["identity"].to_pylist() == [1.0] * 40
-    for rank in RANKS:
-        assert found[rank].to_pylist() == [row[rank] for row in given[:40]]
+    world = World(str(tmp_path / "more"), str(tmp_path / "queries.parquet"), "", frozenset())
+    report = identify_with(world, tmp_path / "a.parquet", rerank="alignment", processes=1)
+    found = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    whole = found[:40]
+    assert [row["nearest_id"] for row in whole] == [row["sequence_id"] for row in given[:40]]
+    assert [row["identity"] for row in whole] == [row["coverage"] for row in whole] == [1.0] * 40
+    assert [row["overlap"] for row in whole] == [len(row["dna_sequence"]) for row in given[:40]]
+    for row, true in zip(whole, given, strict=False):
+        gone = ("order", "family") if true["species"] == blank else ()
+        assert [row[rank] for rank in RANKS] == [None if rank in gone else true[rank] for rank in RANKS]
+        assert row["unnamed"] is None
+    assert sum(row["family"] is None for row in whole) == sum(row["species"] == blank for row in given[:40]) > 0
+    # 35 copies with one name and one with another are a tie; without them, a species has its six barcodes at most.
+    assert whole[0]["species_confidence"] == pytest.approx(whole[0]["genus_confidence"])
+    assert whole[0]["species_confidence"] == pytest.approx(0.5, abs=0.1)
+    assert whole[0]["family_confidence"] > 0.9
+    assert all(1 <= row["support"] <= 6 for row in whole)
+    assert [row["unnamed"] for row in found[40:]] == ["identity", "overlap", None]
+    for row in found[40:42]:
+        assert {row[rank] for rank in RANKS} == {row["novelty"]} == {None}
+        assert row["species_confidence"] == row["support"] == 0
+    assert (found[42]["identity"], found[42]["overlap"], found[42]["coverage"]) == (1.0, 60, 1.0)
+    assert report.unnamed == {"identity": 1, "overlap": 1}
+    assert "unnamed  1 identity, 1 overlap below the floor" in str(report)
+    assert f"{len(rows):,} references ({len(given) + len(blurred):,} distinct)" in report.search
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ({"identity_weight": 2.0}, "belong to --rerank alignment"),
+        ({"min_overlap": 0}, "--min_overlap 0 is too small"),
+        ({"min_identity": 97.0}, "--min_identity 97.0 is outside 0 to 1"),
         ({"temperature": 0.1}, "belong to --rerank alignment"),
         ({"rerank": "alignment", "identity_weight": -1.0}, "--identity_weight -1.0"),
         ({"rerank": "alignment", "temperature": 0.0}, "--temperature 0.0"),

@@ -24,7 +24,9 @@ def clustered(rows: int, width: int, seed: int, scatter: float = 0.3) -> np.ndar
     return (vectors + 2.0).astype(np.float32)
 
 
-def write(directory: Path, vectors: np.ndarray, kind: str = "none", per_file: int = 1000) -> config.ReferenceConfig:
+def write(
+    directory: Path, vectors: np.ndarray, kind: str = "none", per_file: int = 1000, dna: list[str] | None = None
+) -> config.ReferenceConfig:
     schema = pa.schema(
         [("sequence_id", pa.string()), ("depth", pa.int64()), ("vector", pa.list_(pa.float32(), vectors.shape[1]))],
         metadata=FACTS,
@@ -32,6 +34,7 @@ def write(directory: Path, vectors: np.ndarray, kind: str = "none", per_file: in
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     rows = np.arange(len(vectors))
     table = pa.table([pa.array(rows.astype(str)), pa.array(rows % 7), column], schema=schema)
+    table = table if dna is None else table.append_column("dna_sequence", pa.array(dna))
     dataset = lance.write_dataset(table, str(directory / "t.lance"), max_rows_per_file=per_file)
     build_indexes(dataset, kind)  # pyright: ignore[reportArgumentType]
     return config.ReferenceConfig(uri=str(directory), table="t")
@@ -88,6 +91,31 @@ def test_the_index_finds_only_rows_that_pass_the_filter(tmp_path: Path, conditio
     assert recall(found.rows, wanted.rows) >= 0.95
     same = found.rows == wanted.rows
     np.testing.assert_allclose(found.similarity[same], wanted.similarity[same], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "ivf_sq"])
+def test_copies_count_once(tmp_path: Path, kind: str) -> None:
+    """Of 40 copies, written with gaps and in lower case, only the first that passes the filter is found."""
+    random = np.random.default_rng(0)
+    distinct = clustered(600, 32, 0)
+    of = np.concatenate([np.zeros(40, np.int64), np.arange(600)])
+    random.shuffle(of)
+    texts = np.array(["".join(random.choice(list("ACGT"), 50)) for _ in range(600)])
+    dna = [text if row % 2 else text[:9].lower() + "-" + text[9:] for row, text in enumerate(texts[of])]
+    where = write(tmp_path, distinct[of], kind, dna=dna)
+    for condition in (None, "depth < 5"):
+        reference = open_reference(where, condition)
+        first = {one: row for row, one in reversed(list(enumerate(of))) if condition is None or row % 7 < 5}
+        assert reference.copies.distinct == len(first)
+        assert all(reference.copies.first[row] == first[of[row]] for row in reference.chosen)
+        assert (np.delete(reference.copies.first, reference.chosen) == -1).all()
+        settings = config.IdentifyConfig(k=10, search="index" if kind == "ivf_sq" else "exact")
+        found = nearest(distinct[:1], reference, settings, copies=False).rows[0].tolist()
+        assert len(set(of[found])) == 10
+        assert found == [first[of[row]] for row in found]
+        assert found[0] == first[0]
+        assert set(of[nearest(distinct[:1], reference, settings).rows[0]]) == {0}
+    assert nearest(distinct[:1], reference, config.IdentifyConfig(k=1000), copies=False).rows.shape[1] == len(first)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from bioscan_jax.checkpoints.head_files import Heads, taxon_tree, write_heads
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.candidates import open_matcher
 from bioscan_jax.matching.identify import identify
-from bioscan_jax.matching.reference import fill_gaps
+from bioscan_jax.matching.reference import Taxa, _lineages_of_sequences, fill_gaps
 from bioscan_jax.matching.vote import HeadVotes, Voting, head_votes, vote
 from bioscan_jax.model.heads import HeadKind, make_head
 
@@ -139,6 +139,33 @@ def test_blank_ranks_take_names_only_from_a_lineage_with_all_names_of_the_row() 
     assert fill_gaps(given, np.arange(1, 5)).tolist() == given.tolist()  # the full one may not be matched
     doubtful = np.array([full, other_family, [0, 0, 0, 4, -1, 6, 7]], np.int32)
     assert fill_gaps(doubtful, np.arange(3)).tolist() == doubtful.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), LINEAGES), min_size=1, max_size=12), st.data())
+def test_a_sequence_has_one_vote_that_its_names_share(rows: list[tuple[int, list[int]]], data: st.DataObject) -> None:
+    """Row i of a reference has one of four sequences and a lineage; candidates are the first rows of sequences."""
+    sequence = np.array([one for one, _ in rows])
+    first = np.array([sequence.tolist().index(one) for one in sequence])
+    codes = np.array([lineage for _, lineage in rows], np.int32)
+    lineages, shares, starts = _lineages_of_sequences(codes, first, np.arange(len(rows)))
+    taxa = Taxa((), lineages, shares, starts, ())
+    candidates = data.draw(st.lists(st.sampled_from([*np.unique(first).tolist(), -1]), min_size=1, max_size=4))
+    places, found = (one[0] for one in taxa.voters(np.array([candidates])))
+    expected = []
+    for place, candidate in enumerate(candidates):
+        own = [lineage for row, (_, lineage) in enumerate(rows) if first[row] == candidate]
+        for lineage in sorted({*map(tuple, own)}, key=lambda one: (-own.count(list(one)), one)):
+            names = [{one[rank] for one in own} - {-1} for rank in range(7)]
+            lines = [sum(one[rank] == lineage[rank] for one in {*map(tuple, own)}) for rank in range(7)]
+            share = [
+                1 / len(names[rank]) / lines[rank] if name >= 0 else 0.0 for rank, name in enumerate(lineage)
+            ]
+            expected.append((place, lineage, pytest.approx(share)))
+    there = found >= 0
+    given = zip(places[there].tolist(), taxa.lineages[found[there]], taxa.shares[found[there]], strict=True)
+    assert [(place, tuple(lineage.tolist()), share.tolist()) for place, lineage, share in given] == expected
+    assert (places[~there] == -1).all()
 
 
 def test_a_head_is_pooled_linearly() -> None:
