@@ -599,6 +599,9 @@ class CalibrateConfig:
     """Share of the labelled barcodes used only to measure the result, not to fit it."""
     seed: int = 0
     """Seed of that split; equal sequences stay on one side."""
+    overlap: Literal["exclude", "keep"] = "exclude"
+    """What to do with labelled barcodes whose id or sequence is in the reference: exclude leaves them out; keep does
+    not, so that confidence and precision hold for barcodes that are in the reference themselves."""
 
     def __post_init__(self) -> None:
         for name in ("precision", "risk", "held_out"):

@@ -25,6 +25,7 @@ from bioscan_jax.matching.candidates import (
     Matcher,
     count_votes,
     find_candidates,
+    in_reference,
     open_matcher,
     rank_candidates,
 )
@@ -81,7 +82,7 @@ class Calibration:
     precision: float
     risk: float
     fitted_on: dict[str, Any]
-    """Number and fingerprint of the labelled barcodes, and the seed of their split."""
+    """Number and fingerprint of the labelled barcodes, the seed of their split, and how many the reference has too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,8 @@ def calibrate(
 
     The barcodes are split by a seeded hash of their sequence: a share is held out for the figures; of the rest, one
     half determines the weights of the vote and the confidences, the other the thresholds (see `calibration.fit_ranks`).
-    Calibrations of the same table for other settings stay in the file. Barcodes of either strand are compared as `settings`
+    Calibrations of the same table for other settings stay in the file. Barcodes whose id or sequence is in the reference
+    are left out, and counted: they are easier to name than others. Barcodes of either strand are compared as `settings`
     say; the calibration is valid with the other choice of `strand`, too, since it knows the compared strand only.
 
     Args:
@@ -136,12 +138,13 @@ def calibrate(
 
     Example:
         >>> from bioscan_jax.barcodes.simulate import write_simulated
-        >>> _ = write_simulated("barcodes.parquet", species=50, per_species=4, length=120, seed=0)
+        >>> _ = write_simulated("barcodes.parquet", species=100, per_species=4, length=120, seed=0)
         >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path="barcodes.parquet")
         >>> _ = bj.embed(model, data, bj.SinkConfig(uri="vectors"), progress=False)
         >>> reference, labelled = bj.ReferenceConfig(uri="vectors"), bj.QueryConfig(path="barcodes.parquet")
+        >>> settings = bj.IdentifyConfig(k=5, filter="source_row % 4 > 0")  # the other barcodes are not in the reference
         >>> fit = bj.CalibrateConfig(precision=0.9)
-        >>> summary = bj.calibrate(reference, labelled, bj.IdentifyConfig(k=5), fit, progress=False)
+        >>> summary = bj.calibrate(reference, labelled, settings, fit, progress=False)
         >>> summary.calibration.precision, summary.calibration.settings["k"]
         (0.9, 5)
     """
@@ -152,13 +155,22 @@ def calibrate(
         pool = held.enter_context(worker_pool(settings.processes if settings.rerank == "alignment" else 1))
         matcher = open_matcher(reference, settings, model, mesh)
         bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="calibrate", disable=not progress))
-        blocks = []
+        blocks, shared, labelled = [], 0, 0
         for block in find_candidates(matcher, source, pool, bar.update):
             if block.truth is None:
                 raise InputError(f"{query.path} has no labels; pass barcodes with taxonomy or the seven rank columns")
-            blocks.append(dataclasses.replace(block, vectors=block.vectors[:, :0], reverse=None, size=None))
+            known = in_reference(matcher, block)
+            shared, labelled = shared + int(known.sum()), labelled + len(known)
+            block = dataclasses.replace(block, vectors=block.vectors[:, :0], reverse=None, size=None)
+            blocks.append(_rows(block, np.flatnonzero(~known)) if fit.overlap == "exclude" else block)
     everything = _concatenated(blocks)
-    parts = [_rows(everything, rows) for rows in split_labelled(everything.texts, fit)]
+    used = "used all the same" if fit.overlap == "keep" else "left out (--overlap keep uses them)"
+    overlap = f"{shared:,} of {labelled:,} labelled barcodes ({shared / max(labelled, 1):.1%}) are in the reference, by id or"
+    overlap += f" sequence: {used}"
+    try:
+        parts = [_rows(everything, rows) for rows in split_labelled(everything.texts, fit)]
+    except InputError as error:
+        raise InputError(f"{error}; {overlap}" if shared else str(error)) from error
     voting = _best_voting(matcher, parts[1])
     held_out, fitting, testing = (_Labelled(_votes(matcher, part, voting), part) for part in parts)
     ranks = fit_ranks((fitting.votes, fitting.truth), (testing.votes, testing.truth), fit)
@@ -177,11 +189,12 @@ def calibrate(
             "held_out": len(held_out.candidates.texts),
             "seed": fit.seed,
             "input": source.fingerprint,
+            "in_reference": {"rows": shared, "of": labelled, "used": fit.overlap == "keep"},
         },
     )
     path = save_calibration(reference, fitted)
     return CalibrationSummary(
-        path=path, calibration=fitted, lines=_lines(held_out, fitted), seconds=time.perf_counter() - start
+        path=path, calibration=fitted, lines=[f"     overlap  {overlap}", *_lines(held_out, fitted)], seconds=time.perf_counter() - start
     )
 
 

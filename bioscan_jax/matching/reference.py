@@ -75,6 +75,12 @@ class Reference:
         return order[np.searchsorted(self.row_ids[order], row_ids)]
 
     @cached_property
+    def ids(self) -> pa.Array:
+        """Ids of the rows that may be matched."""
+        with storage_errors(self.dataset.uri):
+            return self.dataset.to_table(columns=["sequence_id"], filter=self.filter)[0].cast(pa.string()).combine_chunks()
+
+    @cached_property
     def copies(self) -> "Copies":
         """Which rows hold the same DNA."""
         first_of: dict[bytes, int] = {}

@@ -1,5 +1,6 @@
 """identify, calibrate and search, from files to files."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -173,7 +174,8 @@ def test_the_vote_is_fitted_on_the_fitting_part_only(judged: tuple[World, Calibr
     before = Path(fitted.path).read_bytes()
     assert calibrated(world).calibration == fitted.calibration
     assert Path(fitted.path).read_bytes() == before
-    texts = pq.read_table(world.queries)["dna_sequence"].to_pylist()
+    known = set(pq.read_table(Path(world.queries).with_name("reference.parquet"))["dna_sequence"].to_pylist())
+    texts = [text for text in pq.read_table(world.queries)["dna_sequence"].to_pylist() if text not in known]
     wanted = config.CalibrateConfig(precision=0.8, risk=0.2, held_out=0.4)
     [part] = seen
     assert part.texts == [texts[row] for row in calibration.split_labelled(texts, wanted)[1]]
@@ -221,6 +223,39 @@ def test_a_calibration_of_another_table_is_refused(judged, world: World, tmp_pat
     with pytest.raises(InputError, match=r"^--calibration .*none.json: there is no such file"):
         ask(world, world.fasta, tmp_path / "a.parquet", calibration=str(tmp_path / "none.json"))
     assert not list(tmp_path.iterdir())
+
+
+def test_labelled_barcodes_of_the_reference_are_counted_and_left_out(judged, tmp_path: Path):
+    """Three have an id of the reference, and two more its sequence under another id, written differently."""
+    world, _ = judged
+    given, held = pq.read_table(world.queries), pq.read_table(Path(world.queries).with_name("reference.parquet"))
+    known = set(held["dna_sequence"].to_pylist())
+    rows = [row for row in given.to_pylist() if row["dna_sequence"] not in known]
+    for row, known in zip(rows[:3], held.to_pylist(), strict=False):
+        row["sequence_id"] = known["sequence_id"]
+    for row, known in zip(rows[3:5], held.slice(9).to_pylist(), strict=False):
+        row["dna_sequence"] = known["dna_sequence"].lower() + "\n"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "labelled.parquet")
+    reference, settings = config.ReferenceConfig(uri=world.uri), config.IdentifyConfig(k=5)
+    wanted = config.CalibrateConfig(precision=0.8, risk=0.2)
+    path = Path(world.uri, "sequences.calibration.json")
+    before = path.read_bytes()
+    found = {}
+    for overlap, words in (("exclude", "left out (--overlap keep uses them)"), ("keep", "used all the same")):
+        how = dataclasses.replace(wanted, overlap=overlap)
+        query = config.QueryConfig(path=str(tmp_path / "labelled.parquet"))
+        summary = calibrate(reference, query, settings, how, progress=False)
+        share = f"5 of {len(rows)} labelled barcodes ({5 / len(rows):.1%}) are in the reference, by id or sequence: {words}"
+        assert share in str(summary)
+        found[overlap] = json.loads(path.read_text())["calibrations"][-1]["fitted_on"]
+        assert found[overlap]["in_reference"] == {"rows": 5, "of": len(rows), "used": overlap == "keep"}
+    exclude, keep = (found[name]["rows"] + found[name]["held_out"] for name in ("exclude", "keep"))
+    assert (exclude, keep) == (len(rows) - 5, len(rows))
+    path.write_bytes(before)
+    query = config.QueryConfig(path=str(Path(world.queries).with_name("reference.parquet")))
+    with pytest.raises(InputError, match=r"too few .*\(100.0%\) are in the reference, by id or sequence: left out"):
+        calibrate(reference, query, settings, wanted, progress=False)
+    assert path.read_bytes() == before
 
 
 def test_labels_are_needed_to_calibrate(world: World):
