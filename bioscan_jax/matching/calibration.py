@@ -165,7 +165,9 @@ def calibrate(
             blocks.append(_rows(block, np.flatnonzero(~known)) if fit.overlap == "exclude" else block)
     everything = _concatenated(blocks)
     used = "used all the same" if fit.overlap == "keep" else "left out (--overlap keep uses them)"
-    overlap = f"{shared:,} of {labelled:,} labelled barcodes ({shared / max(labelled, 1):.1%}) are in the reference, by id or"
+    overlap = (
+        f"{shared:,} of {labelled:,} labelled barcodes ({shared / max(labelled, 1):.1%}) are in the reference, by id or"
+    )
     overlap += f" sequence: {used}"
     try:
         parts = [_rows(everything, rows) for rows in split_labelled(everything.texts, fit)]
@@ -194,7 +196,10 @@ def calibrate(
     )
     path = save_calibration(reference, fitted)
     return CalibrationSummary(
-        path=path, calibration=fitted, lines=[f"     overlap  {overlap}", *_lines(held_out, fitted)], seconds=time.perf_counter() - start
+        path=path,
+        calibration=fitted,
+        lines=[f"     overlap  {overlap}", *_lines(held_out, fitted)],
+        seconds=time.perf_counter() - start,
     )
 
 

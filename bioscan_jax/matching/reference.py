@@ -78,7 +78,9 @@ class Reference:
     def ids(self) -> pa.Array:
         """Ids of the rows that may be matched."""
         with storage_errors(self.dataset.uri):
-            return self.dataset.to_table(columns=["sequence_id"], filter=self.filter)[0].cast(pa.string()).combine_chunks()
+            return (
+                self.dataset.to_table(columns=["sequence_id"], filter=self.filter)[0].cast(pa.string()).combine_chunks()
+            )
 
     @cached_property
     def copies(self) -> "Copies":

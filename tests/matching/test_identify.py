@@ -245,7 +245,9 @@ def test_labelled_barcodes_of_the_reference_are_counted_and_left_out(judged, tmp
         how = dataclasses.replace(wanted, overlap=overlap)
         query = config.QueryConfig(path=str(tmp_path / "labelled.parquet"))
         summary = calibrate(reference, query, settings, how, progress=False)
-        share = f"5 of {len(rows)} labelled barcodes ({5 / len(rows):.1%}) are in the reference, by id or sequence: {words}"
+        share = (
+            f"5 of {len(rows)} labelled barcodes ({5 / len(rows):.1%}) are in the reference, by id or sequence: {words}"
+        )
         assert share in str(summary)
         found[overlap] = json.loads(path.read_text())["calibrations"][-1]["fitted_on"]
         assert found[overlap]["in_reference"] == {"rows": 5, "of": len(rows), "used": overlap == "keep"}

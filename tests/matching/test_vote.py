@@ -158,9 +158,7 @@ def test_a_sequence_has_one_vote_that_its_names_share(rows: list[tuple[int, list
         for lineage in sorted({*map(tuple, own)}, key=lambda one: (-own.count(list(one)), one)):
             names = [{one[rank] for one in own} - {-1} for rank in range(7)]
             lines = [sum(one[rank] == lineage[rank] for one in {*map(tuple, own)}) for rank in range(7)]
-            share = [
-                1 / len(names[rank]) / lines[rank] if name >= 0 else 0.0 for rank, name in enumerate(lineage)
-            ]
+            share = [1 / len(names[rank]) / lines[rank] if name >= 0 else 0.0 for rank, name in enumerate(lineage)]
             expected.append((place, lineage, pytest.approx(share)))
     there = found >= 0
     given = zip(places[there].tolist(), taxa.lineages[found[there]], taxa.shares[found[there]], strict=True)
