@@ -266,6 +266,14 @@ def test_coordinates_off_the_globe_are_unknown(tmp_path):
     np.testing.assert_array_equal(np.isfinite(rows.latitude), np.isfinite(rows.longitude))
 
 
+def test_coordinates_in_one_column_are_on_the_map(tmp_path):
+    table = sequences(3).drop_columns(["latitude", "longitude"])
+    table = table.append_column("coord", pa.array(["[54.5, 10]", "lost", None]))
+    rows = read_contents(write(tmp_path, table), "sequences", 10, 0).rows
+    np.testing.assert_array_equal(rows.latitude, [54.5, np.nan, np.nan])
+    np.testing.assert_array_equal(rows.longitude, [10.0, np.nan, np.nan])
+
+
 def test_missing_parts_are_left_out_with_a_reason(tmp_path):
     make_table(tmp_path, 120)
     summary = report(str(tmp_path), str(tmp_path / "r.html"), projection="pca")
