@@ -6,6 +6,7 @@ from importlib import import_module
 COMMANDS = {
     "embed": "embed barcodes into a vector table",
     "describe": "tell what a file of barcodes holds and how it is read",
+    "data": "get published reference sequences with lineages",
     "finetune": "train adapters and taxonomic heads on labelled barcodes",
     "export": "export the result of a training run",
     "identify": "name barcodes by a vector table",
