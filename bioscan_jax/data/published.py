@@ -341,9 +341,9 @@ def _ncbi_lineages() -> Callable[[str], Lineage | None]:
         names = {above.rank.name: above.scientific_name for above in taxon.ranked_lineage}
         if names.get("superkingdom") != "Eukaryota" or "species" not in names:
             return None
-        kingdom = KINGDOM_OF_PHYLUM.get(names.get("phylum", ""), names.get("kingdom"))
-        names["kingdom"] = _NCBI_KINGDOMS.get(kingdom, kingdom)
-        return tuple(names.get(rank) for rank in RANKS)
+        given = names.get("kingdom", "")
+        kingdom = KINGDOM_OF_PHYLUM.get(names.get("phylum", "")) or _NCBI_KINGDOMS.get(given, given)
+        return (kingdom or None, *(names.get(rank) for rank in RANKS[1:]))
 
     return lineage_of
 
