@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
@@ -216,6 +216,12 @@ class IndependentHead(nnx.Module):
         """Returns log-probabilities of the taxa; the probabilities of each rank sum to 1."""
         return RankLogProbs(tuple(self.ranks[rank](pooled, layout) for rank in RANKS))
 
+    def of_labels(
+        self, pooled: Float[Array, "b d"], labels: Int32[Array, "b 7"], layout: Layout | None = None
+    ) -> Float32[Array, "b 7"]:
+        """Returns the log-probability of one taxon per rank for each row; any number where the label is -1."""
+        return pick(self(pooled, layout), labels)
+
 
 class MarginalHead(nnx.Module):
     """One softmax over the leaves; a taxon's probability is the sum over the leaves below it.
@@ -241,6 +247,36 @@ class MarginalHead(nnx.Module):
             taxa = jnp.take(groups, index, axis=1, mode="fill", fill_value=-jnp.inf)
             found.append(_constrain(taxa, layout, sharded))
         return RankLogProbs(tuple(reversed(found)))
+
+    def of_labels(
+        self, pooled: Float[Array, "b d"], labels: Int32[Array, "b 7"], layout: Layout | None = None
+    ) -> Float32[Array, "b 7"]:
+        """Returns the log-probability of one taxon per rank for each row; any number where the label is -1.
+
+        The leaves below a taxon are found by comparing their paths with the label, so that training needs neither
+        scatters nor gathers along the classes, which TPUs do slowly: only sums, also where the classes are split. The
+        largest of these leaves is subtracted before the exponentials, as in `__call__`.
+        """
+        leaves = self.leaves(pooled, layout)
+        paths = np.full((len(RANKS), leaves.shape[1]), -2, np.int32)  # padding is below no taxon
+        paths[:, : len(self.tree.leaf_paths)] = self.tree.leaf_paths.T
+        found = []
+        for rank, path in enumerate(paths):
+            label = labels[:, rank, None]
+            # All leaves for an unknown label: a sum over nothing would have no finite gradient.
+            below = (jnp.asarray(path)[None, :] == label) | ((label < 0) & (path >= -1)[None, :])
+            found.append(_masked_logsumexp(leaves, below))
+        return jnp.stack(found, axis=1)
+
+
+def pick(ranks: RankLogProbs, labels: Int32[Array, "b 7"]) -> Float32[Array, "b 7"]:
+    """Returns the log-probability of each row's taxon at each rank; that of taxon 0 where the label is -1."""
+    index = jnp.maximum(labels, 0)
+    found = [
+        jnp.take_along_axis(log_probs.astype(jnp.float32), index[:, rank, None], axis=1)[:, 0]
+        for rank, log_probs in enumerate(ranks.log_probs)
+    ]
+    return jnp.stack(found, axis=1)
 
 
 def make_head(
@@ -289,6 +325,13 @@ def _segment_logsumexp(
     # 1 in columns without a group: log(0) has no finite gradient.
     start = jnp.broadcast_to((np.arange(width) >= groups).astype(x.dtype), empty.shape)
     return jnp.log(start.at[:, index].add(shifted, mode="drop")) + largest
+
+
+def _masked_logsumexp(x: Float[Array, "b padded"], mask: Bool[Array, "b padded"]) -> Float[Array, " b"]:
+    """Returns the log of the sum of exponentials where `mask` is True, which it must be somewhere in each row."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.where(mask, x, -jnp.inf), axis=1))
+    shifted = jnp.where(mask, x - largest[:, None], -jnp.inf)
+    return jnp.log(jnp.sum(jnp.exp(shifted), axis=1)) + largest
 
 
 def predict(ranks: RankLogProbs, tree: TaxonTree, kind: HeadKind) -> tuple[Int32[Array, "b 7"], Float32[Array, "b 7"]]:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int32
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.metadata import METADATA_BOUNDS
@@ -57,5 +57,14 @@ class MetadataEncoder(nnx.Module):
 
     def __call__(self, metadata: Float32[Array, "b 3"], layout: Layout | None = None) -> RankLogProbs:
         """Returns log-probabilities of the taxa from metres, degrees, degrees; NaN if missing."""
+        return self.head(self._hidden(metadata), layout)
+
+    def of_labels(
+        self, metadata: Float32[Array, "b 3"], labels: Int32[Array, "b 7"], layout: Layout | None = None
+    ) -> Float32[Array, "b 7"]:
+        """Returns the log-probability of one taxon per rank for each row; any number where the label is -1."""
+        return self.head.of_labels(self._hidden(metadata), labels, layout)
+
+    def _hidden(self, metadata: Float32[Array, "b 3"]) -> Float32[Array, "b hidden"]:
         x = jax.nn.gelu(self.first(metadata_features(metadata)), approximate=False)
-        return self.head(jax.nn.gelu(self.second(x), approximate=False), layout)
+        return jax.nn.gelu(self.second(x), approximate=False)

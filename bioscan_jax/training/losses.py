@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.model.heads import RankLogProbs, inverse_norms
+from bioscan_jax.model.heads import inverse_norms
 
 DEFAULT_RANK_WEIGHTS = (2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.6)
 """Weights from kingdom to species."""
@@ -20,25 +20,20 @@ def known_rows(labels: Int32[Array, "b 7"]) -> Float32[Array, "7"]:
 
 
 def rank_losses(
-    ranks: RankLogProbs, labels: Int32[Array, "b 7"], denominators: Float[Array, "7"] | None = None
+    log_probs: Float[Array, "b 7"], labels: Int32[Array, "b 7"], denominators: Float[Array, "7"] | None = None
 ) -> Float32[Array, "7"]:
     """Returns the mean cross-entropy at each rank over rows with a known taxon; 0 without gradient if there are none.
 
     Args:
-        ranks: Log-probabilities from either head.
+        log_probs: Log-probability of each row's taxon at each rank, from a head's `of_labels`.
         labels: Indices of taxa; -1 is unknown.
         denominators: Known rows of the whole batch, if this is a micro-batch: losses and gradients then add up to
             those of the batch. Ones give plain sums. By default, the known rows of `labels`.
     """
     if denominators is None:
         denominators = known_rows(labels)
-    sums = []
-    for rank, log_probs in enumerate(ranks.log_probs):
-        known = labels[:, rank] >= 0
-        index = jnp.where(known, labels[:, rank], 0)
-        picked = jnp.take_along_axis(log_probs.astype(jnp.float32), index[:, None], axis=1)[:, 0]
-        sums.append(jnp.sum(jnp.where(known, -picked, 0.0)))
-    return jnp.stack(sums) / jnp.maximum(denominators.astype(jnp.float32), 1.0)
+    sums = jnp.sum(jnp.where(labels >= 0, -log_probs.astype(jnp.float32), 0.0), axis=0)
+    return sums / jnp.maximum(denominators.astype(jnp.float32), 1.0)
 
 
 def total_loss(losses: Float[Array, "7"], weights: Sequence[float] = DEFAULT_RANK_WEIGHTS) -> Float[Array, ""]:

@@ -374,11 +374,12 @@ def _taxonomic(
 ) -> tuple[Float32[Array, "kinds 7"], Float32[Array, ""]]:
     """Returns the losses at each rank, of the sequences and of the metadata if configured, and the total."""
     assert classifier.head is not None
-    ranks = rank_losses(classifier.head(pooled, layout), part.labels, counts)
+    labels = part.labels
+    ranks = rank_losses(classifier.head.of_labels(pooled, labels, layout), labels, counts)
     total = total_loss(ranks, loss.rank_weights)
     if classifier.encoder is None:
         return ranks[None], total
-    other = rank_losses(classifier.encoder(part.metadata, layout), part.labels, counts)
+    other = rank_losses(classifier.encoder.of_labels(part.metadata, labels, layout), labels, counts)
     return jnp.stack([ranks, other]), combine(total, total_loss(other, loss.rank_weights), loss.metadata_share)
 
 

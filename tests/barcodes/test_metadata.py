@@ -119,7 +119,7 @@ def test_missing_values_get_no_gradient(kind):
     rows = jnp.array(list(itertools.product([100.0, NAN], [45.0, NAN], [-120.0, NAN])), jnp.float32)
 
     def loss(state, metadata):
-        return total_loss(rank_losses(nnx.merge(graph, state)(metadata), labels))
+        return total_loss(rank_losses(nnx.merge(graph, state).of_labels(metadata, labels), labels))
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     for metadata in (rows, *(jnp.tile(row[None], (8, 1)) for row in rows)):

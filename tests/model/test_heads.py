@@ -16,7 +16,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.model import heads
-from bioscan_jax.model.heads import MarginalHead, RankLogProbs, make_head, padded_size, predict
+from bioscan_jax.model.heads import MarginalHead, RankLogProbs, make_head, padded_size, pick, predict
 from bioscan_jax.training.losses import rank_losses, total_loss
 
 WIDTH = 16
@@ -107,7 +107,7 @@ def test_gradients_are_finite_and_padding_has_none(kind, scale):
     labels = jnp.asarray(random_labels(1, TREE))
 
     def loss(state, x):
-        return total_loss(rank_losses(nnx.merge(graph, state)(x), labels))
+        return total_loss(rank_losses(nnx.merge(graph, state).of_labels(x, labels), labels))
 
     value, (by_state, by_x) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, vectors())
     assert np.isfinite(value)
@@ -147,6 +147,28 @@ def test_marginal_gradient_is_that_of_the_formula():
         np.testing.assert_allclose(bias[: len(leaves)], np.exp(leaves) - own, atol=1e-6)
 
 
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1.0, 100.0, 3000.0]))
+def test_labels_get_what_the_taxa_of_all_ranks_get(seed, scale):
+    """Log-probabilities and gradients of the loss: summing the leaves of one taxon is summing them up the tree."""
+    tree = random_tree(seed, branching=2)
+    graph, state = nnx.split(head_of("marginal", tree, scale))
+    x, labels = vectors(seed=seed), jnp.asarray(random_labels(seed, tree))
+    known = np.asarray(labels) >= 0
+
+    def loss(state, x, all_taxa):
+        head = nnx.merge(graph, state)
+        log_probs = pick(head(x), labels) if all_taxa else head.of_labels(x, labels)
+        return total_loss(rank_losses(log_probs, labels)), log_probs
+
+    gradient_of = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    (gradients, ours), (others, expected) = (gradient_of(state, x, all_taxa) for all_taxa in (False, True))
+    np.testing.assert_allclose(ours[known], expected[known], rtol=1e-5, atol=1e-5 * scale)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(others))
+    for mine, other in zip(*map(jax.tree.leaves, (gradients, others)), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-5 * largest)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind):
     graph, state = nnx.split(head_of(kind))
@@ -161,7 +183,7 @@ def test_padding_changes_nothing(kind):
 
 
 def rank_losses_of(graph, state, labels):
-    return rank_losses(nnx.merge(graph, state)(vectors(len(labels))), labels)
+    return rank_losses(nnx.merge(graph, state).of_labels(vectors(len(labels)), labels), labels)
 
 
 def summed_loss(graph, state, labels):
@@ -245,7 +267,7 @@ def gradient_step(kind, tree, width, layout):
     state = jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def loss(state, x, labels):
-        return total_loss(rank_losses(nnx.merge(graph, state)(x, layout), labels))
+        return total_loss(rank_losses(nnx.merge(graph, state).of_labels(x, labels, layout), labels))
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), state
 

@@ -214,7 +214,9 @@ def test_gradients_and_sgd_agree_with_peft(family, kind, tmp_path):
         def of(params):
             classifier = model.merge(params, model.frozen)
             pooled, _ = classifier.vectors(batch.ids, layout)
-            return total_loss(rank_losses(classifier.head(pooled), batch.labels), loss.rank_weights)
+            return total_loss(
+                rank_losses(classifier.head.of_labels(pooled, batch.labels), batch.labels), loss.rank_weights
+            )
 
         return jax.value_and_grad(of)(params)
 

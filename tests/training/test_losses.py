@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from support.taxa import random_tree
 
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.model.heads import RankLogProbs, make_head
+from bioscan_jax.model.heads import RankLogProbs, make_head, pick
 from bioscan_jax.training.losses import (
     DEFAULT_RANK_WEIGHTS,
     combine,
@@ -28,7 +28,7 @@ SIZES = (2, 3, 5, 8, 13, 21, 34)
 CLS, PAD, MASK, UNK = 3, 1, 2, 0
 MASKING = {"mask_id": MASK, "special_ids": (UNK, PAD, MASK, CLS), "vocab_size": 40}
 # Compiled once per shape: each operation by itself would take longer.
-losses_of = jax.jit(rank_losses)
+losses_of = jax.jit(lambda ranks, labels, *parts: rank_losses(pick(ranks, labels), labels, *parts))
 mask = jax.jit(partial(mask_tokens, **MASKING))
 lm_loss = jax.jit(masked_lm_loss)
 
@@ -59,16 +59,14 @@ def test_cross_entropy_is_that_of_pytorch():
     import torch
 
     logits, labels = logits_and_labels()
-    ours = jax.jit(jax.grad(lambda xs: jnp.sum(rank_losses(as_ranks(xs), jnp.asarray(labels)))))(logits)
+    ours = jax.jit(jax.grad(lambda xs: jnp.sum(losses_of(as_ranks(xs), jnp.asarray(labels)))))(logits)
     theirs = [torch.tensor(x, requires_grad=True) for x in logits]
     losses = [
         torch.nn.functional.cross_entropy(x, torch.tensor(labels[:, r]).long(), ignore_index=-1)
         for r, x in enumerate(theirs)
     ]
     torch.stack(losses).sum().backward()
-    np.testing.assert_allclose(
-        rank_losses(as_ranks(logits), jnp.asarray(labels)), [x.item() for x in losses], rtol=1e-5
-    )
+    np.testing.assert_allclose(losses_of(as_ranks(logits), labels), [x.item() for x in losses], rtol=1e-5)
     for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, other.grad, atol=1e-6)
 
@@ -81,7 +79,7 @@ def test_masked_ranks_have_exactly_no_gradient(kind):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
 
     def loss(state, x, labels):
-        losses = rank_losses(nnx.merge(graph, state)(x), labels)
+        losses = rank_losses(nnx.merge(graph, state).of_labels(x, labels), labels)
         return total_loss(losses), losses
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -120,7 +118,7 @@ def test_gradients_of_parts_add_up_to_the_batch():
     @jax.grad
     def gradient(logits, rows):
         part = [x[rows] for x in logits]
-        return total_loss(rank_losses(as_ranks(part), jnp.asarray(labels)[rows], known_rows(jnp.asarray(labels))))
+        return total_loss(losses_of(as_ranks(part), jnp.asarray(labels)[rows], known_rows(jnp.asarray(labels))))
 
     logits = [jnp.asarray(x) for x in logits]
     whole = gradient(logits, np.arange(8))

@@ -155,7 +155,9 @@ def test_the_first_loss_is_that_of_the_heads_on_the_unadapted_model():
     hidden = np.asarray(jax.jit(plain.hidden_state)(batch.ids))
     real = (batch.ids != 1)[:, :, None]
     pooled = np.where(real, hidden, 0).sum(axis=1) / real.sum(axis=1).astype(np.float32)
-    losses = jax.jit(lambda vectors, labels: rank_losses(classifier.head(vectors), labels))(pooled, batch.labels)
+    losses = jax.jit(lambda vectors, labels: rank_losses(classifier.head.of_labels(vectors, labels), labels))(
+        pooled, batch.labels
+    )
     np.testing.assert_allclose(metrics.rank_losses, losses, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(metrics.loss, total_loss(losses), rtol=1e-5)
     np.testing.assert_array_equal(metrics.known_rows, (batch.labels >= 0).sum(axis=0))
@@ -181,7 +183,9 @@ def test_metadata_is_a_share_of_the_loss_and_learns():
     params, metrics = train_on(model, 2)
     batch = batch_of(0)
     classifier = model.merge(named_arrays(model.trained), model.frozen)
-    others = jax.jit(lambda given, labels: rank_losses(classifier.encoder(given), labels))(batch.metadata, batch.labels)
+    others = jax.jit(lambda given, labels: rank_losses(classifier.encoder.of_labels(given, labels), labels))(
+        batch.metadata, batch.labels
+    )
     total = 0.6 * (metrics[0].rank_losses * np.array(loss.rank_weights)).sum() + 0.4 * total_loss(others)
     np.testing.assert_allclose(metrics[0].loss, total, rtol=1e-5)
     moved = [name for name, value in named_arrays(model.trained).items() if np.abs(params[name] - value).max() > 0]
