@@ -27,7 +27,12 @@ ALL_LINEAR = "all_linear"
 
 
 class LoRALinear(nnx.Module):
-    """`base(x) + (dropout(x) @ a @ b) * alpha / rank`, stacked over layers like its base; a and b are float32."""
+    """`base(x) + (dropout(x) @ a @ b) * alpha / rank`, stacked over layers like its base; a and b are float32.
+
+    The products with a and b have the precision of the model's other products: all bits of float32 in a float32 model.
+    In a bfloat16 model it is JAX's default for float32, which is one bfloat16 pass on a TPU, TF32 on an NVIDIA GPU, and
+    float32 on a CPU; sums are float32 everywhere.
+    """
 
     def __init__(self, base: Linear, *, rank: int, alpha: float, dropout: float, rngs: nnx.Rngs):
         layers, inputs, *outputs = base.kernel[...].shape
@@ -40,7 +45,7 @@ class LoRALinear(nnx.Module):
         self.scaling, self.dropout = alpha / rank, dropout
 
     def __call__(self, x: Float[Array, "b s d"], keys: RowKeys | None = None) -> Float[Array, "b s ..."]:
-        """Applies the base layer and adds the adapter in float32; no dropout without `keys`."""
+        """Applies the base layer and adds the adapter, summed in float32; no dropout without `keys`."""
         y = self.base(x)
         x = x.astype(jnp.float32)
         if keys is not None and self.dropout > 0.0:
