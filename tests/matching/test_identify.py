@@ -12,7 +12,6 @@ import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dwca.read import DwCAReader
 from support.commands import call
 from support.places import ROOT, SCRIPTS
 from support.reference_table import World, embed_reference, make_world
@@ -331,6 +330,8 @@ def test_sintax_and_tsv_hold_the_same_as_parquet(judged, tmp_path: Path):
 
 
 def test_a_darwin_core_archive_holds_the_answers(judged, tmp_path: Path):
+    from dwca.read import DwCAReader
+
     world, _ = judged
     ask(world, world.fasta, tmp_path / "a.parquet")
     rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
