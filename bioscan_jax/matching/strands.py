@@ -143,7 +143,7 @@ def _edits(
     """Returns `alignment.distance` of each query to one row; inf where that has more edits than the bound, or is -1."""
     found, there = np.full(len(texts), np.inf), np.flatnonzero(rows >= 0)
     references = clean(pa.array(reference.sequences(rows[there]), pa.large_string())).sequences.to_pylist()
-    pairs = list(zip((texts[i] for i in there), references, strict=True))
+    pairs = list(zip((texts[i] for i in there.tolist()), references, strict=True))
     jobs = [pairs[first : first + _PAIRS] for first in range(0, len(pairs), _PAIRS)]
     count = partial(_pair_distances, at_most=at_most)
     done = map(count, jobs) if pool is None else pool.map(count, jobs)
