@@ -101,15 +101,21 @@ def open_matcher(
 
 
 def find_candidates(
-    matcher: Matcher, source: ParquetBlocks, pool: Pool, on_rows: Callable[[int], Any] = lambda rows: None
+    matcher: Matcher,
+    source: ParquetBlocks,
+    pool: Pool,
+    on_rows: Callable[[int], Any] = lambda rows: None,
+    *,
+    first_block: int = 0,
 ) -> Iterator[Candidates]:
-    """Finds the candidates of each query, block by block.
+    """Finds the candidates of each query, block by block; the devices embed the next block meanwhile.
 
     Args:
         matcher: From `open_matcher`.
         source: The queries.
         pool: Processes for the alignments.
         on_rows: Called with the number of rows just finished.
+        first_block: Block to begin with.
 
     Raises:
         InputError: A value of the input cannot be read.
@@ -117,7 +123,8 @@ def find_candidates(
     noted: set[str] = set()
     invariant = is_strand_invariant(matcher.encoder)
     guess = matcher.settings.strand == "both" and not invariant and has_dna(matcher.reference)
-    queries = QueryEncoder(matcher.encoder, source, reference_profile(matcher.reference) if guess else None)
+    profile = reference_profile(matcher.reference) if guess else None
+    queries = QueryEncoder(matcher.encoder, source, profile, first_block)
     for encoded, vectors, reverse in queries:
         table = encoded.block.table
         texts = _cleaned(table[source.sequence_column].take(pa.array(encoded.kept)))

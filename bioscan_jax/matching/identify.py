@@ -1,5 +1,6 @@
 """Identifies barcodes: nearest references, alignment, vote, confidences, novelty."""
 
+import dataclasses
 import tempfile
 import time
 from collections import Counter
@@ -43,6 +44,7 @@ from bioscan_jax.matching.candidates import (
     rank_candidates,
 )
 from bioscan_jax.matching.novel_groups import group_novel
+from bioscan_jax.matching.partial import BlockAnswers, partial_answers
 from bioscan_jax.matching.queries import check_query_ids, open_queries
 from bioscan_jax.matching.vote import Votes, Voting, default_voting, without_names
 from bioscan_jax.output import output_file
@@ -164,6 +166,9 @@ def identify(
     Raises:
         InputError: The table, the model, the settings or the barcodes are invalid; no file is written then.
 
+    The answers of each block of 4,096 queries are kept in .NAME.blocks beside the output until it is whole: after a
+    kill, the same call continues there.
+
     Example:
         >>> from bioscan_jax.barcodes.simulate import write_simulated
         >>> _ = write_simulated("barcodes.parquet", species=20, per_species=4, length=120, seed=0)
@@ -206,32 +211,40 @@ def identify(
                 f"--groups needs a calibration with a novelty threshold: {note}; run bioscan calibrate first"
             )
         bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="identify", disable=not progress))
-        tables, judged, novel_vectors, rejected = [], [], [], []
-        sampled = _sample(source.rows, check_recall, seed)
-        reached: dict[str, list[tuple[int, float]]] = {}
-        first, voting = 0, _voting(found, matcher)
-        for block in find_candidates(matcher, source, pool, bar.update):
+        sampled, voting = _sample(source.rows, check_recall, seed), _voting(found, matcher)
+        facts = {
+            "queries": [dataclasses.asdict(query), source.fingerprint],
+            "reference": [dataclasses.asdict(reference), matcher.reference.dataset.version, matcher.reference.facts],
+            "settings": dataclasses.asdict(settings),
+            "calibration": None if found is None else dataclasses.asdict(found),
+            "heads": matcher.heads_sha256,
+            "measured": [groups is not None, check_recall, seed],
+            "software": metadata.version("bioscan_jax"),
+        }
+        kept = held.enter_context(partial_answers(output, facts, blocks=len(source)))
+        bar.update(kept.rows)
+        for block in find_candidates(matcher, source, pool, bar.update, first_block=len(kept.blocks)):
             ranked = rank_candidates(block, voting, settings.aligned)
             result = count_votes(matcher, ranked, voting, block.heads)
             evidence = nearest_evidence(matcher, block.texts, ranked, pool)
             result = without_names(result, evidence.missing)
             table, sure = answers(matcher, block, ranked, evidence, result, found)
-            tables.append(table)
-            rejected.append(block.rejects)
+            arrays = {}
             if block.truth is not None:
-                judged.append((result.taxa, sure, block.truth))
+                arrays |= {"taxa": result.taxa, "sure": sure, "truth": block.truth}
             if groups is not None:
-                novel_vectors.append(block.vectors[_is_novel(table)[block.kept]])
+                arrays["novel"] = block.vectors[_is_novel(table)[block.kept]]
+            first = kept.rows
             in_block = sampled[(sampled >= first) & (sampled < first + len(block.ids))] - first
             sample = (np.cumsum(block.kept) - 1)[in_block[block.kept[in_block]]]
+            recall = {}
             if len(sample) and settings.rerank == "alignment":
-                reached.setdefault(_BY_ALIGNMENT, []).append(
-                    (len(sample), alignment_recall(matcher, block, sample, pool))
-                )
+                recall[_BY_ALIGNMENT] = (len(sample), alignment_recall(matcher, block, sample, pool))
             if len(sample) and matcher.search == "index":
-                reached.setdefault(_BY_INDEX, []).append((len(sample), index_recall(matcher, block, sample)))
-            first += len(block.ids)
-        rows, rejects = pa.concat_tables(tables), pa.concat_tables(rejected)
+                recall[_BY_INDEX] = (len(sample), index_recall(matcher, block, sample))
+            kept.add(BlockAnswers(answers=table, rejects=block.rejects, arrays=arrays, recall=recall))
+        rows = pa.concat_tables([block.answers for block in kept.blocks])
+        rejects = pa.concat_tables([block.rejects for block in kept.blocks])
         lacks = ()
         if form == "dwca":
             method = _method(reference, matcher, voting, found)
@@ -242,7 +255,11 @@ def identify(
     count = None
     if groups is not None and group_form is not None:
         novel = rows.filter(pa.array(_is_novel(rows)))
-        grouped = group_novel(novel["sequence_id"].to_pylist(), np.concatenate(novel_vectors), group_size)
+        grouped = group_novel(
+            novel["sequence_id"].to_pylist(),
+            np.concatenate([block.arrays["novel"] for block in kept.blocks]),
+            group_size,
+        )
         count = len(grouped["group"].drop_null().unique())
         write(grouped, groups, group_form)
     return IdentifySummary(
@@ -253,10 +270,10 @@ def identify(
         search=_search(matcher),
         vote=str(voting),
         calibration=note,
-        by_rank=_by_rank(rows, judged, found),
+        by_rank=_by_rank(rows, [block.arrays for block in kept.blocks if "truth" in block.arrays], found),
         novel=None if rows["novel"].null_count == rows.num_rows else int(_is_novel(rows).sum()),
         groups=count,
-        recall=tuple(_recall(what, shares, settings.k) for what, shares in reached.items()),
+        recall=_recall([block.recall for block in kept.blocks], settings.k),
         seconds=time.perf_counter() - start,
         archive=lacks,
     )
@@ -345,9 +362,9 @@ def answers(
     return table if block.size is None else table.append_column(SIZE_COLUMN, block.size), sure
 
 
-def _by_rank(rows: pa.Table, judged: list[tuple[np.ndarray, ...]], found: Calibration | None) -> list[str]:
+def _by_rank(rows: pa.Table, judged: list[dict[str, np.ndarray]], found: Calibration | None) -> list[str]:
     if judged:
-        taxa, sure, truth = (np.concatenate(part) for part in zip(*judged, strict=True))
+        taxa, sure, truth = (np.concatenate([block[name] for block in judged]) for name in ("taxa", "sure", "truth"))
         return rank_accuracy(taxa, sure if found is not None else None, truth)
     if found is None:
         return []
@@ -361,8 +378,13 @@ def _sample(rows: int, wanted: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(rows, min(wanted, rows), replace=False))
 
 
-def _recall(what: str, shares: list[tuple[int, float]], k: int) -> str:
-    """Describes the share over all blocks in one line."""
-    total = sum(count for count, _ in shares)
-    share = sum(count * part for count, part in shares) / total
-    return f"{share:.4f} {what} (k {k}, {total} sampled queries)"
+def _recall(measured: list[dict[str, tuple[int, float]]], k: int) -> tuple[str, ...]:
+    """Describes the shares over all blocks, one line for each measure."""
+    lines = []
+    for what in (_BY_ALIGNMENT, _BY_INDEX):
+        shares = [block[what] for block in measured if what in block]
+        if shares:
+            total = sum(count for count, _ in shares)
+            share = sum(count * part for count, part in shares) / total
+            lines.append(f"{share:.4f} {what} (k {k}, {total} sampled queries)")
+    return tuple(lines)

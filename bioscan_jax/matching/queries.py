@@ -143,6 +143,8 @@ class QueryEncoder:
     source: ParquetBlocks
     profile: StrandProfile | None
     """Of the references; None to embed the queries as they are written."""
+    first_block: int = 0
+    """Block to begin with."""
 
     def __iter__(
         self,
@@ -156,10 +158,9 @@ class QueryEncoder:
         """
         with _as_query_flags():
             settings = self.encoder.settings
-            for encoded, vectors in self.encoder.encode_blocks(
-                self._turned, self._encoding, settings, blocks=self._blocks
-            ):
-                reverse = self._turned.reverse.pop(encoded.block.index, None)
+            turned = dataclasses.replace(self._turned, first_block=self.first_block)
+            for encoded, vectors in self.encoder.encode_blocks(turned, self._encoding, settings, blocks=self._blocks):
+                reverse = turned.reverse.pop(encoded.block.index, None)
                 kept = np.zeros(len(encoded.kept), bool) if reverse is None else reverse[encoded.kept]
                 yield encoded, vectors, kept
 
@@ -188,6 +189,7 @@ class _TurnedBlocks:
 
     source: ParquetBlocks
     profile: StrandProfile | None
+    first_block: int = 0
     reverse: dict[int, np.ndarray] = field(default_factory=dict)
     """Which rows of a block are, by the number of the block."""
 
@@ -200,15 +202,15 @@ class _TurnedBlocks:
         return self.source.block_rows
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.source) - self.first_block
 
     def __getitem__(self, index: int, /) -> Block:
-        block, name = self.source[index], self.source.sequence_column
+        block, name = self.source[self.first_block + index], self.source.sequence_column
         if self.profile is None:
             return block
         cleaned = clean(block.table[name]).sequences
         reverse = self.profile.scores(cleaned) < 0
-        self.reverse[index] = reverse
+        self.reverse[block.index] = reverse
         if not reverse.any():
             return block
         given = block.table[name].cast(pa.large_string()).combine_chunks()

@@ -19,7 +19,7 @@ from support.reference_table import World, embed_reference, make_world
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
-from bioscan_jax.matching import calibration
+from bioscan_jax.matching import calibration, candidates
 from bioscan_jax.matching.answers import ANSWERS
 from bioscan_jax.matching.calibration import CalibrationSummary, calibrate
 from bioscan_jax.matching.candidates import Candidates, Matcher
@@ -353,6 +353,33 @@ def test_a_darwin_core_archive_holds_the_answers(judged, tmp_path: Path):
         assert row["nearest_id"] in one["identificationRemarks"]
     assert call("identify", *flags, "--output", tmp_path / "b.tsv").returncode == 2
     assert not (tmp_path / "b.tsv").exists()
+
+
+def test_a_killed_run_continues_after_its_last_block(judged, tmp_path: Path, monkeypatch):
+    world, _ = judged
+    ask(world, world.queries, whole := tmp_path / "whole.parquet", check_recall=40)
+    monkeypatch.setattr("bioscan_jax.matching.queries._BLOCK_ROWS", 128)
+    summary = ask(world, world.queries, tmp_path / "blocks.parquet", check_recall=40)
+    seen: list[int] = []
+
+    def stopping(matcher, texts, *rest):
+        seen.append(len(texts))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return candidates.nearest_evidence(matcher, texts, *rest)
+
+    monkeypatch.setattr("bioscan_jax.matching.identify.nearest_evidence", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        ask(world, world.queries, output := tmp_path / "a.parquet", check_recall=40)
+    assert not output.exists()
+    assert len(list((tmp_path / ".a.parquet.blocks").glob("*.parquet"))) == 2
+    again = ask(world, world.queries, output, check_recall=40)
+    assert sum(seen) == 128 + again.queries  # the third block twice
+    assert output.read_bytes() == (tmp_path / "blocks.parquet").read_bytes()
+    assert (again.by_rank, again.recall) == (summary.by_rank, summary.recall)
+    names = ["sequence_id", *RANKS, "nearest_id", "strand"]
+    assert pq.read_table(output).select(names).equals(pq.read_table(whole).select(names))
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.parquet", "blocks.parquet", "a.parquet"}
 
 
 def test_an_archive_refuses_ids_that_repeat(world: World, tmp_path: Path):
