@@ -1,7 +1,7 @@
 """The seven ranks, lineage strings, and the placeholder names that do not name a taxon."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +51,7 @@ SPECIES_FILLERS = {
 a valid name."""
 
 _EPITHET = r"^[a-z][^ A-Z]*$"
+_SLAB_ROWS = 1 << 20
 
 
 def parse_lineage(lineage: str) -> tuple[str | None, ...]:
@@ -162,6 +163,44 @@ def read_lineages(
     return known if row_of is None else tuple(names.take(row_of) for names in known)
 
 
+def coded_lineages(
+    batches: Iterable[pa.RecordBatch], *, locate: Callable[[int], str] | None = None
+) -> tuple[pa.DictionaryArray, ...]:
+    """Reads the lineages of many rows as `read_lineages` does, in 28 bytes a row and each distinct name once.
+
+    Args:
+        batches: Rows with the columns.
+        locate: Returns the file and row of a row, counted over all batches, for messages.
+
+    Returns:
+        One array of codes and names for each of `RANKS`, null where unknown.
+
+    Raises:
+        InputError: As for `read_lineages`.
+    """
+    kind = pa.dictionary(pa.int32(), pa.string())
+    coded: list[list[pa.DictionaryArray]] = [[] for _ in RANKS]
+    first = 0
+    for table in _in_slabs(batches):
+        read = read_lineages(table, locate=None if locate is None else lambda row, at=first: locate(at + row))
+        for chunks, names in zip(coded, read, strict=True):
+            chunks.append(names.dictionary_encode())
+        first += table.num_rows
+    return tuple(pa.chunked_array(chunks, kind).unify_dictionaries().combine_chunks() for chunks in coded)
+
+
+def _in_slabs(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Joins small batches, so that there are few dictionaries to unify."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= _SLAB_ROWS:
+            yield pa.Table.from_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
 def _given_names(
     table: pa.Table | pa.RecordBatch,
     locate: Callable[[int], str] | None,
@@ -180,7 +219,7 @@ def _given_names(
         nothing = pa.nulls(table.num_rows, pa.string())
         columns = _without_marks([there.get(rank, nothing) for rank in RANKS])
         return [*(columns if "kingdom" in there else [_kingdoms(columns[1]), *columns[1:]])], None
-    lineages, row_of = _distinct(_as_strings(table, wanted[0]))
+    lineages, row_of = _distinct(_text(table, wanted[0]))
     lineages = pc.replace_with_mask(lineages, pc.match_substring_regex(lineages, r"^[\s\pZ]*$"), pa.scalar(";" * 6))
     fields = pc.split_pattern(lineages, ";")
     marked = pc.or_(
@@ -335,18 +374,24 @@ def _rule_of(name: str, rank: str) -> str:
     return "a species that repeats another rank's name, or an epithet without a genus"
 
 
-def _as_strings(table: pa.Table | pa.RecordBatch, name: str) -> pa.Array:
+def _text(table: pa.Table | pa.RecordBatch, name: str) -> pa.Array | pa.ChunkedArray:
     column = table.column(name)
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
         raise InputError(f"column {name!r} has the Arrow type {column.type}; make it a text column")
-    strings = column.cast(kind).cast(pa.string())
+    return column.cast(kind).cast(pa.string())
+
+
+def _as_strings(table: pa.Table | pa.RecordBatch, name: str) -> pa.Array:
+    strings = _text(table, name)
     return strings.combine_chunks() if isinstance(strings, pa.ChunkedArray) else strings
 
 
-def _distinct(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
+def _distinct(strings: pa.Array | pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
     """Returns the distinct values, and the index of each row's value (null for null)."""
     coded = strings.dictionary_encode()
+    if isinstance(coded, pa.ChunkedArray):  # all its chunks have the same dictionary
+        coded = coded.combine_chunks()
     return coded.dictionary, coded.indices
 
 

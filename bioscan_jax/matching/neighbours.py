@@ -135,10 +135,10 @@ def by_index(
         wanted["refine_factor"] = settings.refine_factor or REFINE_FACTOR
         while True:
             found = reference.dataset.scanner(
-                columns=["_distance"], nearest=wanted, prefilter=True, filter=reference.filter, with_row_id=True
+                columns=["_distance"], nearest=wanted, prefilter=True, filter=reference.filter, with_row_address=True
             ).to_table()
             similarity = (1 - found["_distance"].to_numpy()).astype(np.float32)
-            positions = reference.rows_of(found["_rowid"].to_numpy())
+            positions = reference.addresses.positions(found["_rowaddr"].to_numpy())
             order = np.lexsort((positions, -similarity))
             if not copies:
                 place = np.unique(reference.copies.first[positions[order]], return_index=True)[1]

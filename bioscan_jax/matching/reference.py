@@ -18,15 +18,16 @@ from jaxtyping import Float32, Float64, Int32, Int64, UInt64
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
-from bioscan_jax.barcodes.lineage import RANKS, lineage_columns, missing_lineages, read_lineages
+from bioscan_jax.barcodes.lineage import RANKS, coded_lineages, lineage_columns, missing_lineages
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.reading import check_condition, open_existing, schema_metadata
+from bioscan_jax.table.reading import check_condition, open_existing, schema_metadata, take_rows
 from bioscan_jax.table.storage import storage_errors
 
 if TYPE_CHECKING:
     import lance
 
 _BLOCK_ROWS = 8192
+_WITHIN = np.uint64((1 << 32) - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +53,8 @@ class Reference:
         return self.plan["data"]["sequence_column"]
 
     @cached_property
-    def row_ids(self) -> UInt64[np.ndarray, " rows"]:
-        """Lance's id of each row."""
-        return self.dataset.to_table(columns=[], with_row_id=True)["_rowid"].to_numpy()
-
-    @cached_property
-    def lineages(self) -> tuple[pa.Array, ...]:
-        """Known names of all rows, one array per rank.
+    def lineages(self) -> tuple[pa.DictionaryArray, ...]:
+        """Known names of all rows, one array of codes and names per rank.
 
         Raises:
             InputError: The table has no labels.
@@ -67,12 +63,9 @@ class Reference:
         wanted = lineage_columns(names)
         if not wanted:
             raise missing_lineages([name for name in names if name != "vector"])
-        return read_lineages(self.dataset.to_table(columns=wanted), locate=lambda row: f"{self.dataset.uri} row {row}")
-
-    def rows_of(self, row_ids: UInt64[np.ndarray, " found"]) -> Int64[np.ndarray, " found"]:
-        """Returns the table positions of rows given by Lance's ids."""
-        order = self._order
-        return order[np.searchsorted(self.row_ids[order], row_ids)]
+        scanner = self.dataset.scanner(columns=wanted, scan_in_order=True)
+        with storage_errors(self.dataset.uri):
+            return coded_lineages(scanner.to_batches(), locate=lambda row: f"{self.dataset.uri} row {row}")
 
     @cached_property
     def ids(self) -> pa.Array:
@@ -103,8 +96,9 @@ class Reference:
         return Copies(first_of, first)
 
     @cached_property
-    def _order(self) -> Int64[np.ndarray, " rows"]:
-        return np.argsort(self.row_ids, kind="stable")
+    def addresses(self) -> "RowAddresses":
+        """Converts Lance's row addresses to positions in the table."""
+        return RowAddresses.of(self.dataset)
 
     def blocks(
         self, *, copies: bool = True
@@ -124,10 +118,7 @@ class Reference:
 
     def take(self, rows: Int64[np.ndarray, " some"], column: str) -> pa.Array:
         """Returns one column of some rows, in their order."""
-        distinct, place = np.unique(rows, return_inverse=True)
-        with storage_errors(self.dataset.uri):
-            found = self.dataset.take(distinct, columns=[column])[column].combine_chunks()
-        return found.take(pa.array(place))
+        return take_rows(self.dataset, rows, [column])[column].combine_chunks()
 
     def sequences(self, rows: Int64[np.ndarray, " some"]) -> list[str]:
         """Returns the DNA of some rows.
@@ -164,6 +155,43 @@ def sequence_digests(texts: Sequence[str]) -> list[bytes]:
 
 
 @dataclass(frozen=True, eq=False)
+class RowAddresses:
+    """Positions in a table of rows given by Lance's addresses: the fragment's number << 32, plus the row within it.
+
+    Memory and preparation grow with fragments, and with the rows of those from which rows were deleted.
+    """
+
+    fragments: Int64[np.ndarray, " fragments"]
+    """Numbers of the fragments, ascending."""
+    firsts: Int64[np.ndarray, " fragments"]
+    """Position of the first row of each."""
+    remaining: dict[int, UInt64[np.ndarray, " rows"]]
+    """Addresses of the rows that are left, for each fragment with deletions."""
+
+    @staticmethod
+    def of(dataset: "lance.LanceDataset") -> "RowAddresses":
+        """Reads the layout of one version of a table."""
+        parts = [(fragment, fragment.metadata) for fragment in dataset.get_fragments()]
+        numbers = np.array([metadata.id for _, metadata in parts], np.int64)
+        rows = np.array([metadata.num_rows for _, metadata in parts], np.int64)
+        order = np.argsort(numbers)
+        remaining = {
+            metadata.id: fragment.to_table(columns=[], with_row_address=True)["_rowaddr"].to_numpy()
+            for fragment, metadata in parts
+            if metadata.num_deletions
+        }
+        return RowAddresses(numbers[order], (np.cumsum(rows) - rows)[order], remaining)
+
+    def positions(self, addresses: UInt64[np.ndarray, " found"]) -> Int64[np.ndarray, " found"]:
+        """Returns the table positions of rows that are in the table."""
+        numbers, within = (addresses >> np.uint64(32)).astype(np.int64), (addresses & _WITHIN).astype(np.int64)
+        for number in self.remaining.keys() & set(np.unique(numbers).tolist()) if self.remaining else ():
+            here = numbers == number
+            within[here] = np.searchsorted(self.remaining[number], addresses[here])
+        return self.firsts[np.searchsorted(self.fragments, numbers)] + within
+
+
+@dataclass(frozen=True, eq=False)
 class Taxa:
     """Names coded as integers, rank by rank, and the lineages of each distinct sequence of the reference."""
 
@@ -183,12 +211,15 @@ class Taxa:
     def of(reference: Reference, more: tuple[tuple[str, ...], ...] = ((),) * len(RANKS)) -> "Taxa":
         """Codes the names of the rows that may be matched, and those that a head predicts."""
         lineages, chosen = reference.lineages, pa.array(reference.chosen)
-        own = tuple(column.take(chosen).drop_null().unique() for column in lineages)
+        own = tuple(c.dictionary.take(c.indices.take(chosen).drop_null().unique()) for c in lineages)
         names = tuple(
             pa.concat_arrays([column, pa.array(known, pa.string())]).unique().sort()
             for column, known in zip(own, more, strict=True)
         )
-        codes = np.stack([name_codes(c, n) for c, n in zip(lineages, names, strict=True)], axis=1)
+        codes = np.empty((len(lineages[0]), len(lineages)), np.int32)
+        for rank, (column, known) in enumerate(zip(lineages, names, strict=True)):
+            code_of = np.append(name_codes(column.dictionary, known), np.int32(-1))  # the last is that of null
+            codes[:, rank] = code_of[column.indices.fill_null(len(column.dictionary)).to_numpy()]
         rows = reference.chosen
         lineages, shares, first = _lineages_of_sequences(fill_gaps(codes, rows)[rows], reference.copies.first, rows)
         return Taxa(names, lineages, shares, first, own)
@@ -311,7 +342,7 @@ def open_reference(given: config.ReferenceConfig, condition: str | None = None) 
         return Reference(dataset, facts, None, np.arange(rows, dtype=np.int64))
     condition = check_condition(condition)
     try:
-        found = dataset.to_table(columns=[], filter=condition, with_row_id=True)["_rowid"].to_numpy()
+        found = dataset.to_table(columns=[], filter=condition, with_row_address=True)["_rowaddr"].to_numpy()
     except (ValueError, OSError, NotImplementedError) as error:
         text = " ".join(re.sub(r",? ?/\S+\.rs:\d+:\d+", "", str(error)).split())[:300]
         raise InputError(
@@ -319,5 +350,4 @@ def open_reference(given: config.ReferenceConfig, condition: str | None = None) 
         ) from error
     if not len(found):
         raise InputError(f"--filter {condition!r} matches no row of {dataset.uri}; pass a wider one")
-    whole = Reference(dataset, facts, condition, np.empty(0, np.int64))
-    return Reference(dataset, facts, condition, np.sort(whole.rows_of(found)))
+    return Reference(dataset, facts, condition, np.sort(RowAddresses.of(dataset).positions(found)))

@@ -16,6 +16,7 @@ from bioscan_jax.matching.queries import encoder_of_table
 from bioscan_jax.matching.reference import Reference, open_reference
 from bioscan_jax.matching.strands import is_strand_invariant, orient
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS
+from bioscan_jax.table.reading import take_rows
 from bioscan_jax.table.storage import table_path
 
 
@@ -93,10 +94,7 @@ class Table:
         oriented = orient(reference, settings, texts, vectors, np.zeros(len(texts), bool), again)
         found, reverse = oriented.found, oriented.reverse
         query, place = np.nonzero(found.rows >= 0)
-        rows = found.rows[query, place]
-        distinct, back = np.unique(rows, return_inverse=True)
-        taken = reference.dataset.take(distinct, columns=wanted).take(pa.array(back))
-        taken = taken.rename_columns(_without_clashes(wanted))
+        taken = take_rows(reference.dataset, found.rows[query, place], wanted).rename_columns(_without_clashes(wanted))
         strands = pa.nulls(len(query), pa.string()) if reverse is None else pa.array(np.where(reverse[query], "-", "+"))
         return (
             taken.add_column(0, "query", pa.array(query))

@@ -1,10 +1,15 @@
 """Opens existing tables, reads their metadata and checks SQL conditions on them."""
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.storage import local_directory, open_dataset, table_path
+from bioscan_jax.table.storage import local_directory, open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance
@@ -96,6 +101,13 @@ def check_finished(uri: str, table: str, dataset: "lance.LanceDataset") -> None:
         raise InputError(
             f"{dataset.uri} is unfinished ({found:,} of {wanted:,} rows); finish the run that makes it first"
         )
+
+
+def take_rows(dataset: "lance.LanceDataset", rows: Int64[np.ndarray, " some"], columns: Sequence[str]) -> pa.Table:
+    """Returns rows of a table by position, in the order asked for; each is read once, however often it is asked for."""
+    distinct, place = np.unique(rows, return_inverse=True)
+    with storage_errors(dataset.uri):
+        return dataset.take(distinct, columns=list(columns)).take(pa.array(place))
 
 
 def vector_index(dataset: "lance.LanceDataset") -> Literal["none", "ivf_sq", "ivf_pq"]:

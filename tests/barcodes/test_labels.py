@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bioscan_jax.barcodes import lineage as lineage_module
 from bioscan_jax.barcodes.labels import Conflict, LabelSpace
-from bioscan_jax.barcodes.lineage import FILLERS, RANKS, SPECIES_FILLERS, read_lineages
+from bioscan_jax.barcodes.lineage import FILLERS, RANKS, SPECIES_FILLERS, coded_lineages, read_lineages
 from bioscan_jax.barcodes.simulate import simulate
 from bioscan_jax.errors import InputError
 
@@ -92,6 +93,36 @@ def test_columns_may_be_chunked_sliced_dictionaries_and_views(kind: pa.DataType)
     coded = pa.table([column.dictionary_encode() for column in as_table(rows).columns], names=list(RANKS))
     assert as_rows(read_lineages(coded)) == wanted
     assert as_rows(read_lineages(as_table(rows).slice(0, 0))) == []
+
+
+@given(lineages, st.integers(1, 5))
+@unhurried
+def test_lineages_read_in_batches_are_those_read_at_once(rows: list[Lineage], per_batch: int):
+    for table in (as_table(rows), as_text(rows)):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(lineage_module, "_SLAB_ROWS", 2)
+            coded = coded_lineages(table.to_batches(max_chunksize=per_batch))
+        assert as_rows([names.cast(pa.string()) for names in coded]) == rows
+
+
+def test_the_first_unreadable_lineage_is_located_over_all_batches(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lineage_module, "_SLAB_ROWS", 2)
+    batches = pa.table({"taxonomy": [";;;;;;"] * 5 + ["a;b"]}).to_batches(max_chunksize=1)
+    with pytest.raises(InputError, match=r"row 5 \(counted from 0\): the lineage 'a;b' has 2 fields"):
+        coded_lineages(batches, locate="row {}".format)
+
+
+@pytest.mark.slow
+def test_lineages_beyond_the_32_bit_offsets_of_arrow_are_read():
+    """3 GB of text: 28 million rows, a million of them different."""
+    row = pa.array([f"Animalia;Arthropoda;Insecta;Diptera;Culicidae;Genus{i % 90_000};Genus{i % 90_000} species{i}"
+                    for i in range(1_000_000)])  # fmt: skip
+    whole = pa.table({"taxonomy": pa.chunked_array([row] * 28)})
+    assert whole.nbytes > 2**31
+    coded = coded_lineages(whole.to_batches())
+    assert [len(names.dictionary) for names in coded] == [1, 1, 1, 1, 1, 90_000, 1_000_000]
+    assert {len(names) for names in coded} == {28_000_000}
+    assert read_lineages(whole)[0].null_count == 0
 
 
 def test_rank_columns_win_over_the_lineage_column_if_all_seven_are_present():

@@ -118,6 +118,21 @@ def test_copies_count_once(tmp_path: Path, kind: str) -> None:
     assert nearest(distinct[:1], reference, config.IdentifyConfig(k=1000), copies=False).rows.shape[1] == len(first)
 
 
+@pytest.mark.parametrize("deleted", ["depth = 9", "depth IN (1, 2)", "sequence_id = '1500'"])
+def test_addresses_become_positions_after_deletions_and_compaction(tmp_path: Path, deleted: str) -> None:
+    given = write(tmp_path, clustered(4000, 4, 0), per_file=500)
+    dataset = lance.dataset(f"{tmp_path}/t.lance")
+    dataset.delete(deleted)
+    dataset.optimize.compact_files(target_rows_per_fragment=1000, materialize_deletions=False)
+    dataset.delete("sequence_id IN ('7', '2600')")
+    reference = open_reference(given, "depth IN (3, 5)")
+    ids = reference.dataset.to_table(columns=["sequence_id", "depth"])
+    assert reference.chosen.tolist() == np.flatnonzero(np.isin(ids["depth"], (3, 5))).tolist()
+    addresses = reference.dataset.to_table(columns=[], with_row_address=True)["_rowaddr"].to_numpy()
+    shuffled = np.random.default_rng(0).permutation(len(ids))
+    assert reference.addresses.positions(addresses[shuffled]).tolist() == shuffled.tolist()
+
+
 @pytest.mark.slow
 def test_recall_at_10_over_60000_rows(tmp_path: Path) -> None:
     vectors = clustered(60_300, 64, 0)
