@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,3 +111,20 @@ def output_file(output: str) -> Iterator[Path]:
             yield partial
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written ({error}); free space or pass another") from error
+
+
+def private_directory() -> Path:
+    """Returns this user's directory for files that a later process finds again, below the system's temporary one.
+
+    Raises:
+        InputError: It cannot be made, or somebody else could have made it or write to it.
+    """
+    path = Path(tempfile.gettempdir()) / f"bioscan_jax-{os.getuid()}"
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; remove it, or set TMPDIR to another directory") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise InputError(f"{path} is not a directory of yours alone; remove it, or set TMPDIR to another directory")
+    return path

@@ -36,7 +36,7 @@ from bioscan_jax.bundles.manifest import (
 from bioscan_jax.bundles.parts import BLOCK_ROWS, SelectedRows, encode_part, parquet_bytes, select_rows, write_part
 from bioscan_jax.bundles.quantise import PRECISIONS, Precision, Quantiser, bytes_per_vector, fit, recall
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import writer_lock
+from bioscan_jax.table.lock import machine_lock
 from bioscan_jax.table.reading import schema_metadata, vector_index
 from bioscan_jax.table.storage import local_directory, read_if_exists, sidecar_path, storage_errors
 
@@ -160,7 +160,7 @@ def bundle(
         "seed": seed,
         "part_bytes": part_bytes,
     }
-    with writer_lock(f"bundle://{location.name}", table, kind="bundle"):
+    with machine_lock(f"{location.name}/{table}", f"{location.name}: bundle {table}"):
         previous, quantiser = _previous_export(location, asked), None
         if previous is None:
             head = asked | _table_facts(source, table, selected) | {"calibration": calibration}
@@ -298,10 +298,15 @@ class _Draft:
             file.write_text(Manifest(self.head, tuple(files[path] for path in sorted(files))).to_json())
         self.location.put(file, name)
 
-    def add(self, path: str, kind: Kind, rows: int, make: Callable[[Path], object]) -> None:
-        """Writes a file by calling `make`, unless an earlier attempt wrote it."""
+    def keep(self, path: str) -> bool:
+        """Takes over a file that an earlier attempt wrote; returns whether there is one."""
         if path in self.kept:
             self.files[path] = self.kept[path]
+        return path in self.kept
+
+    def add(self, path: str, kind: Kind, rows: int, make: Callable[[Path], object]) -> None:
+        """Writes a file by calling `make`, unless an earlier attempt wrote it."""
+        if self.keep(path):
             return
         file = self.staging / "draft"
         with storage_errors(self.location.name):
@@ -429,15 +434,19 @@ def _write_vectors(draft: _Draft, selected: SelectedRows, quantiser: Quantiser, 
     if quantiser.precision in ("int8", "pq"):
         draft.add(QUANTISER, "quantiser", 0, quantiser.save)
     part_rows = draft.head["part_rows"]
+    paths = [f"vectors/part-{number:06d}.parquet" for number in range(-(-selected.rows // part_rows))]
+    begin = next((number for number, path in enumerate(paths) if path not in draft.kept), len(paths))
     with tqdm(total=selected.rows, unit="row", desc="export", disable=not progress) as bar:
-        for start in range(0, selected.rows, part_rows):
-            rows = min(part_rows, selected.rows - start)
+        for path in paths[:begin]:
+            draft.keep(path)
+            bar.update(part_rows)
+        for path, part in zip(paths[begin:], selected.parts(begin * part_rows, part_rows), strict=True):
 
-            def make(file: Path, start: int = start, rows: int = rows) -> None:
-                write_part(encode_part(selected, quantiser, start, rows), file)
+            def make(file: Path, part: pa.Table = part) -> None:
+                write_part(encode_part(part, quantiser, selected.own_precision), file)
 
-            draft.add(f"vectors/part-{start // part_rows:06d}.parquet", "vectors", rows, make)
-            bar.update(rows)
+            draft.add(path, "vectors", len(part), make)
+            bar.update(len(part))
 
 
 def _write_rest(draft: _Draft, selected: SelectedRows, extra: dict[str, Path]) -> None:

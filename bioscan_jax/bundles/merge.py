@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from jaxtyping import Bool, Int64, UInt64
 
 from bioscan_jax.barcodes.schemas import case_clash_between
 from bioscan_jax.bundles.location import Directory, Location, locate
@@ -20,9 +21,10 @@ from bioscan_jax.bundles.manifest import Entry, Manifest, find_faults, open_bund
 from bioscan_jax.bundles.parts import read_codes
 from bioscan_jax.bundles.quantise import PRECISIONS, Quantiser
 from bioscan_jax.errors import InputError
+from bioscan_jax.table.commit import append_files, write_files
 from bioscan_jax.table.index import build_indexes
-from bioscan_jax.table.lock import writer_lock
-from bioscan_jax.table.reading import check_finished, check_name, schema_metadata, vector_index
+from bioscan_jax.table.lock import Check, writer_lock
+from bioscan_jax.table.reading import check_finished, check_name, schema_metadata, take_rows, vector_index
 from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 ID = "sequence_id"
 MADE_BY = ("weights_sha256", "adapter_sha256", "dtype", "pooling", "layer", "strand", "phases", "max_tokens")
 """Metadata in which two tables must agree for their vectors to be comparable."""
-_QUOTE = "'"
+_HASHED_ROWS = 1 << 17
 _MAX_BYTES_PER_FILE = 3 << 30
 
 
@@ -90,7 +92,7 @@ def import_bundle(source: str, target: str, table: str | None = None) -> ImportS
     _check_head(location.name, manifest)
     path = table_path(target, name)
     with ExitStack() as held:
-        held.enter_context(writer_lock(target, name))
+        check = held.enter_context(writer_lock(target, name))
         scratch = held.enter_context(location.scratch())
         read = _Reader(location, manifest, scratch)
         found = open_dataset(path)
@@ -105,11 +107,13 @@ def import_bundle(source: str, target: str, table: str | None = None) -> ImportS
             kind = vector_index(dataset)
             kind = manifest.head["index"] if kind == "none" else kind
             inserted = existing = 0
+            there = _RowsByKey((ID,), dataset, check)
             for entry in read.entries("vectors"):
-                new, known = _new_rows(path, dataset, read.vectors(entry, dataset.schema), manifest)
-                dataset = _append(dataset, new)
+                new, known = _new_rows(path, there, read.vectors(entry, dataset.schema), manifest)
+                there.append(new)
                 inserted, existing = inserted + new.num_rows, existing + known
-            rejects = _merge_rejects(read, table_path(target, f"{name}_rejects"))
+            dataset = there.dataset
+            rejects = _merge_rejects(read, table_path(target, f"{name}_rejects"), check)
             indexes, _ = build_indexes(dataset, kind)
         if dataset.count_rows() == manifest.head["rows"]:  # a calibration holds only for exactly these rows
             _place(read, target, {entry: f"{name}.calibration.json" for entry in read.entries("calibration")})
@@ -248,7 +252,61 @@ def _add_missing_columns(dataset: "lance.LanceDataset", schema: pa.Schema) -> "l
     return dataset
 
 
-def _new_rows(path: str, dataset: "lance.LanceDataset", part: pa.Table, manifest: Manifest) -> tuple[pa.Table, int]:
+class _RowsByKey:
+    """Finds the rows of a table by the values of some columns, after one pass over these columns; 16 bytes a row.
+
+    It keeps the 64-bit hash and the position of each row, in sorted runs that are merged once they are of similar
+    length: n rows are added in n log n steps, in whatever portions.
+    """
+
+    def __init__(self, key: tuple[str, ...], dataset: "lance.LanceDataset", check: Check) -> None:
+        import duckdb
+
+        self.dataset, self._check = dataset, check
+        self._key, self._rows, self._database = key, 0, duckdb.connect(":memory:")
+        self._runs: list[tuple[UInt64[np.ndarray, " run"], Int64[np.ndarray, " run"]]] = []
+        for batch in dataset.scanner(columns=list(key), batch_size=_HASHED_ROWS, scan_in_order=True).to_batches():
+            self._add(pa.Table.from_batches([batch]))
+
+    def find(self, rows: pa.Table) -> pa.Array:
+        """Returns the position in the table of the row with the same key, null where there is none."""
+        hashes, found = self._hashes(rows), np.full(len(rows), -1, np.int64)
+        for known, positions in self._runs:
+            first, stop = np.searchsorted(known, hashes), np.searchsorted(known, hashes, "right")
+            for step in range((stop - first).max(initial=0)):  # once, unless different keys have the same hash
+                asked = np.flatnonzero(first + step < stop)
+                places = positions[first[asked] + step]
+                same = self._equal(rows.take(pa.array(asked)), places)
+                found[asked[same]] = places[same]
+        return pa.array(found, mask=found < 0)
+
+    def append(self, rows: pa.Table) -> None:
+        """Commits rows to the table."""
+        files = write_files(self.dataset, rows, _MAX_BYTES_PER_FILE)
+        self.dataset = append_files(self.dataset, files, {"imported": f"{len(rows)} rows"}, self._check)
+        self._add(rows)
+
+    def _equal(self, rows: pa.Table, places: Int64[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
+        own, same = take_rows(self.dataset, places, list(self._key)), np.ones(len(places), bool)
+        for name in self._key:
+            same &= pc.call_function("equal", [rows[name], own[name]]).to_numpy()
+        return same
+
+    def _add(self, rows: pa.Table) -> None:
+        hashes, positions = self._hashes(rows), np.arange(self._rows, self._rows + len(rows))
+        self._rows += len(rows)
+        while self._runs and len(self._runs[-1][0]) <= 2 * len(hashes):
+            longer = self._runs.pop()
+            hashes, positions = np.concatenate([longer[0], hashes]), np.concatenate([longer[1], positions])
+        order = np.argsort(hashes, kind="stable")
+        self._runs.append((hashes[order], positions[order]))
+
+    def _hashes(self, rows: pa.Table) -> UInt64[np.ndarray, " rows"]:
+        keys = self._database.from_arrow(rows.select(self._key))
+        return keys.project(f"hash({', '.join(self._key)}) AS hash").fetchnumpy()["hash"]
+
+
+def _new_rows(path: str, there: _RowsByKey, part: pa.Table, manifest: Manifest) -> tuple[pa.Table, int]:
     """Returns the rows whose sequence_id is not in the table, and the number of others, whose sequences must agree.
 
     Not Lance's merge_insert, which inserts rows in another order.
@@ -257,47 +315,32 @@ def _new_rows(path: str, dataset: "lance.LanceDataset", part: pa.Table, manifest
     if len(ids.unique()) != len(ids):
         raise InputError(f"the bundle has a sequence_id twice, so it cannot be merged into {path}; export it again")
     column = json.loads(manifest.head["metadata"].get("plan_facts", "{}")).get("data", {}).get("sequence_column")
-    compared = [column] if column in part.column_names and column in dataset.schema.names else []
-    there = dataset.to_table(columns=[ID, *compared], filter=_has_id_in(ids))
-    place = pc.call_function("index_in", [ids], pc.SetLookupOptions(there[ID].combine_chunks()))
-    for name in compared:
-        same = pc.call_function("equal", [part[name], there[name].take(place)]).fill_null(True).to_numpy()
+    place = there.find(part)
+    known = part.filter(place.is_valid())
+    if column in part.column_names and column in there.dataset.schema.names:
+        own = take_rows(there.dataset, place.drop_null().to_numpy(), [column])[column]
+        same = pc.call_function("equal", [known[column], own]).fill_null(True).to_numpy()
         if not same.all():
-            first = ids[int(np.argmin(same))].as_py()
-            counted = f"{int((~same).sum()):,} rows, the first {first!r}, have another {name} in the table"
+            first = known[ID][int(np.argmin(same))].as_py()
+            counted = f"{int((~same).sum()):,} rows, the first {first!r}, have another {column} in the table"
             raise InputError(f"{path}: {counted}; ids must name the same thing in both: pass another --table")
-    return part.filter(place.is_null()), len(ids) - place.null_count
+    return part.filter(place.is_null()), known.num_rows
 
 
-def _has_id_in(ids: pa.Array | pa.ChunkedArray) -> str:
-    """Returns a condition on sequence_id as SQL, since Lance takes no Arrow expression if a column is a duration."""
-    texts = [_QUOTE + value.replace(_QUOTE, _QUOTE * 2) + _QUOTE for value in ids.to_pylist()]
-    return f"{ID} IN ({', '.join(texts)})"
-
-
-def _append(dataset: "lance.LanceDataset", rows: pa.Table) -> "lance.LanceDataset":
-    import lance
-
-    if not rows.num_rows:
-        return dataset
-    return lance.write_dataset(rows, dataset, mode="append", max_bytes_per_file=_MAX_BYTES_PER_FILE)
-
-
-def _merge_rejects(read: _Reader, path: str) -> int:
+def _merge_rejects(read: _Reader, path: str, check: Check) -> int:
     """Inserts the rejects whose id and row the table lacks."""
     if read.manifest.head["rejects_schema"] is None:
         return 0
     schema = _schema(read.manifest.head["rejects_schema"]).with_metadata(read.manifest.head["rejects_metadata"])
     found = open_dataset(path)
     dataset = found if found is not None else _create_table(path, schema)
+    there = _RowsByKey((ID, "source_row"), dataset, check)
     inserted = 0
     for entry in read.entries("rejects"):
         part = read.table(entry).cast(schema)
-        key = [ID, "source_row"]
-        known = dataset.to_table(columns=key, filter=_has_id_in(part[ID]))
-        numbered = part.select(key).append_column("row", pa.array(np.arange(len(part))))
-        new = part.take(numbered.join(known, key, join_type="left anti")["row"].sort())
-        dataset, inserted = _append(dataset, new), inserted + new.num_rows
+        new = part.filter(there.find(part).is_null())
+        there.append(new)
+        inserted += new.num_rows
     return inserted
 
 

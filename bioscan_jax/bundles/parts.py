@@ -48,6 +48,19 @@ class SelectedRows:
         for batch in self.batches(["vector"], 0, self.rows):
             yield float_vectors(batch["vector"])
 
+    def parts(self, first: int, part_rows: int) -> Iterator[pa.Table]:
+        """Yields the rows from `first` on in tables of `part_rows`, the last maybe shorter, in one pass."""
+        waiting: list[pa.RecordBatch] = []
+        missing = part_rows
+        for batch in self.batches(None, first, self.rows - first) if first < self.rows else ():
+            while len(batch) >= missing:
+                yield pa.Table.from_batches([*waiting, batch.slice(0, missing)]).combine_chunks()
+                batch, waiting, missing = batch.slice(missing), [], part_rows
+            waiting.append(batch)
+            missing -= len(batch)
+        if missing < part_rows:
+            yield pa.Table.from_batches(waiting).combine_chunks()
+
     def batches(self, columns: list[str] | None, offset: int, rows: int) -> Iterator[pa.RecordBatch]:
         """Yields rows in the order of the table."""
         scanner = self.dataset.scanner(
@@ -105,13 +118,13 @@ def write_part(table: pa.Table, file: Path | io.BytesIO) -> None:
     pq.write_table(table, file, compression="zstd", use_dictionary=False, column_encoding=encoding, version="2.6")
 
 
-def encode_part(taken: SelectedRows, coder: Quantiser, start: int, rows: int) -> pa.Table:
-    """Reads the rows of a part, with vectors as codes unless the precision is the table's own."""
-    batches = list(taken.batches(None, start, rows))
-    table = pa.Table.from_batches(batches)
-    if coder.precision == taken.own_precision:
+def encode_part(table: pa.Table, coder: Quantiser, own: Precision) -> pa.Table:
+    """Replaces the vectors of a part by codes, unless the coder's precision is the table's own."""
+    if coder.precision == own:
         return table
-    codes = np.concatenate([coder.encode(float_vectors(batch["vector"])) for batch in batches])
+    vectors = table["vector"].combine_chunks()
+    starts = range(0, len(vectors), BLOCK_ROWS)
+    codes = np.concatenate([coder.encode(float_vectors(vectors.slice(start, BLOCK_ROWS))) for start in starts])
     if codes.dtype == np.uint8:  # Parquet would store four bytes for each
         kind = pa.binary(codes.shape[1])
         column = pa.Array.from_buffers(kind, len(codes), [None, pa.py_buffer(np.ascontiguousarray(codes))])

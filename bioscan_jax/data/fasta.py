@@ -100,12 +100,9 @@ def _made_from(target: Path) -> list[dict[str, Any]] | None:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Holds a lock that the kernel releases even if the process is killed."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
+    with (directory / ".lock").open("w") as handle:  # NFS locks only files that are open for writing
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def _write(found: Files, stamps: list, partial: Path, on_rows: Callable[[int], None] | None) -> None:

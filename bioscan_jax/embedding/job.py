@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from bioscan_jax import config
 from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import BlockEncoder, Encoder
+from bioscan_jax.output import private_directory
 from bioscan_jax.table.columns import vector_schema
 from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.storage import local_directory, table_exists
@@ -127,8 +127,7 @@ def scratch_directory(sink: config.SinkConfig, *, owned: bool) -> Iterator[Path]
     """
     local = local_directory(sink.uri)
     key = hashlib.sha256(f"{sink.uri}/{sink.table}".encode()).hexdigest()[:16]
-    temporary = Path(tempfile.gettempdir()) / f"bioscan_jax-{key}.input"
-    scratch = temporary if local is None else local / f".{sink.table}.input"
+    scratch = private_directory() / f"{key}.input" if local is None else local / f".{sink.table}.input"
     try:
         yield scratch
     except BaseException:

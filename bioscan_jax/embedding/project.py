@@ -119,7 +119,7 @@ def project(
     kept = facts.keys() - {"plan", "plan_facts", "rows", "block_rows"}
     made_by = {name: facts[name] for name in sorted(kept)} | projection_facts(found, projection)
     with ExitStack() as held:
-        held.enter_context(writer_lock(sink.uri, sink.table))
+        lock = held.enter_context(writer_lock(sink.uri, sink.table))
         table = held.enter_context(
             VectorTable.open(
                 sink.uri,
@@ -130,7 +130,7 @@ def project(
                 rows=rows,
                 block_rows=block_rows,
                 max_bytes_per_file=sink.max_bytes_per_file,
-                locked=True,
+                lock=lock,
             )
         )
         resumed = min(table.next_block * block_rows, rows)

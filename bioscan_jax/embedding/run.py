@@ -26,7 +26,7 @@ from bioscan_jax.embedding.pipeline import Work, run_rounds
 from bioscan_jax.embedding.summary import RunSummary, StageClock, peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.errors import InputError, Interrupted, logger
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS, check_values, vector_schema
-from bioscan_jax.table.lock import writer_lock
+from bioscan_jax.table.lock import Check, writer_lock
 from bioscan_jax.table.sink import VectorTable
 from bioscan_jax.table.storage import drop_if_empty, sidecar_path, storage_errors, table_exists, table_path, write_whole
 
@@ -93,8 +93,7 @@ def embed_with(
     progress = progress and jax.process_index() == 0
     with ExitStack() as held:
         profiler = held.enter_context(StepProfiler(profile, "embed"))
-        if jax.process_index() == 0:
-            held.enter_context(writer_lock(sink.uri, sink.table))
+        lock = held.enter_context(writer_lock(sink.uri, sink.table)) if jax.process_index() == 0 else None
         scratch = held.enter_context(scratch_directory(sink, owned=jax.process_index() == 0))
         with clock.stage("open"):
             source = open_source(data, scratch=scratch)
@@ -107,7 +106,7 @@ def embed_with(
             if not table_exists(sink.uri, sink.table):
                 check_unique_ids(source)
                 notes = _notes(source) if jax.process_index() == 0 else []
-        table = held.enter_context(_opened_table(job)) if jax.process_index() == 0 else None
+        table = held.enter_context(_opened_table(job, lock)) if lock is not None else None
         first = json.loads(gather_bytes(json.dumps(table.next_block if table else None).encode())[0])
         resumed = min(first * source.block_rows, source.rows)
         stop = held.enter_context(stop_on_signals())
@@ -166,7 +165,7 @@ def _locate(source: ParquetBlocks, first: int, row: int) -> str:
 
 
 @contextmanager
-def _opened_table(job: Job) -> Iterator[VectorTable]:
+def _opened_table(job: Job, lock: Check) -> Iterator[VectorTable]:
     """Opens the table; removes it again if it is new and fails before its first commit, as its plan may be wrong."""
     with VectorTable.open(
         job.sink.uri,
@@ -177,7 +176,7 @@ def _opened_table(job: Job) -> Iterator[VectorTable]:
         rows=job.source.rows,
         block_rows=job.source.block_rows,
         max_bytes_per_file=job.sink.max_bytes_per_file,
-        locked=True,
+        lock=lock,
     ) as table:
         try:
             yield table

@@ -15,6 +15,7 @@ from bioscan_jax.barcodes.schemas import case_clash_between
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError, cause_of, shown
 from bioscan_jax.table.columns import check_values, vector_schema
+from bioscan_jax.table.commit import commit
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.reading import check_finished, open_existing, schema_metadata
 from bioscan_jax.table.side_tables import ID, SideTable, read_side_table
@@ -137,12 +138,12 @@ def annotate(
         >>> print(done.columns[1])
         cast: text, 0 null, such as '007'
     """
-    from lance import LanceDataset, LanceOperation
+    from lance import LanceOperation
 
     source = SideTableConfig(path=path) if isinstance(path, str) else path
     where = table_path(uri, table)
     open_existing(uri, table)
-    with writer_lock(uri, table):
+    with writer_lock(uri, table) as check:
         dataset = open_existing(uri, table)
         check_finished(uri, table, dataset)
         types = {field.name: field.type for field in dataset.schema if not pa.types.is_nested(field.type)}
@@ -159,8 +160,8 @@ def annotate(
                 )
             if not dry_run and (counts.added or any(counts.filled.values())):
                 fragments, schema = _write(dataset, given, matches, counts, overwrite)
-                operation = LanceOperation.Merge(fragments, schema)
-                dataset = LanceDataset.commit(dataset, operation, read_version=dataset.version)
+                what = {"annotated": ",".join([*counts.added, *counts.filled])}
+                dataset = commit(dataset, LanceOperation.Merge(fragments, schema), what, check)
                 # Removes what a killed process left; keeps the previous version for its current readers
                 dataset.cleanup_old_versions(
                     retain_versions=2, delete_unverified=True, error_if_tagged_old_versions=False

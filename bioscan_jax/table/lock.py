@@ -1,49 +1,31 @@
-"""A lock that lets one process at a time write a table."""
+"""Lets one process at a time write a table: a file lock beside a local one, a lease in the bucket of a remote one."""
 
 import errno
 import fcntl
 import hashlib
 import json
 import os
-import shlex
-import socket
-import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 from bioscan_jax.errors import InputError
+from bioscan_jax.output import private_directory
+from bioscan_jax.table.lease import describe, held_lease, this_process
 from bioscan_jax.table.storage import TABLE_FLAG, local_directory, storage_errors
 
 _HELD = {errno.EAGAIN, errno.EACCES}
 
-
-def lock_path(uri: str, table: str) -> Path:
-    """Returns the file that is locked while `table` is written.
-
-    It is beside the table. For an object store it is in this machine's temporary directory and excludes writers on this
-    machine only; writers elsewhere are detected by the row counts that the sink checks after each commit.
-    """
-    directory = local_directory(uri)
-    if directory is not None:
-        return directory / f".{table}.lock"
-    key = hashlib.sha256(f"{uri.rstrip('/')}/{table}".encode()).hexdigest()
-    return Path(tempfile.gettempdir()) / f"bioscan_jax-{key}.lock"
-
-
-def _holder(descriptor: int) -> str:
-    try:
-        held = json.loads(os.pread(descriptor, 1 << 16, 0))
-        return f"process {held['pid']} on {held['host']} since {held['started']} ({held['command'][:200]})"
-    except (ValueError, KeyError):  # the other process has the lock but has not written its name yet
-        return "another process"
+Check = Callable[[], None]
+"""Raises InputError if the lock was lost since; called before each commit."""
 
 
 @contextmanager
-def writer_lock(uri: str, table: str, *, kind: str = "table", flag: str = TABLE_FLAG) -> Iterator[None]:
-    """Holds the lock of one table; the kernel releases it when the process ends, however it ends.
+def writer_lock(uri: str, table: str, *, kind: str = "table", flag: str = TABLE_FLAG) -> Iterator[Check]:
+    """Holds the lock of one table.
+
+    That of a local table is released by the kernel when the process ends, however it ends; that of a remote one lapses
+    `lease.STALE_SECONDS` after its owner was last seen.
 
     Args:
         uri: Database directory, created if absent, or object-store URL.
@@ -55,9 +37,36 @@ def writer_lock(uri: str, table: str, *, kind: str = "table", flag: str = TABLE_
         InputError: Another process, which the message names, holds the lock; or the file system has no locks or cannot
             be written.
     """
-    path = lock_path(uri, table)
+    directory, what = local_directory(uri), f"{uri}: {kind} {table}"
+    if directory is None:
+        with held_lease(f"{uri.rstrip('/')}/.{table}.lease", what) as check:
+            yield check
+        return
+    with storage_errors(str(directory), flag=flag):
+        directory.mkdir(parents=True, exist_ok=True)
+    with _file_lock(directory / f".{table}.lock", what, flag):
+        yield lambda: None
+
+
+@contextmanager
+def machine_lock(name: str, what: str) -> Iterator[None]:
+    """Holds a lock among this user's processes on this machine, for places that have no locks themselves.
+
+    Args:
+        name: What is locked.
+        what: What messages call it.
+
+    Raises:
+        InputError: Another process holds the lock.
+    """
+    key = hashlib.sha256(name.encode()).hexdigest()
+    with _file_lock(private_directory() / f"{key}.lock", what, "TMPDIR"):
+        yield
+
+
+@contextmanager
+def _file_lock(path: Path, what: str, flag: str) -> Iterator[None]:
     with storage_errors(str(path), flag=flag):
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -65,15 +74,19 @@ def writer_lock(uri: str, table: str, *, kind: str = "table", flag: str = TABLE_
         except OSError as error:
             if error.errno in _HELD:
                 fix = "wait for it or stop it, then run the same command again"
-                raise InputError(f"{uri}: {kind} {table} is being written by {_holder(descriptor)}; {fix}") from error
+                raise InputError(f"{what} is being written by {_holder(descriptor)}; {fix}") from error
             fix = "write to a local disk, then copy"
             raise InputError(f"{path}: this file system has no locks ({error}); {fix}") from error
-        command = shlex.join(sys.orig_argv)
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "started": started}
         with storage_errors(str(path), flag=flag):
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            os.pwrite(descriptor, json.dumps(this_process()).encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        return describe(json.loads(os.pread(descriptor, 1 << 16, 0)))
+    except (ValueError, KeyError):  # the other process has the lock but has not written its name yet
+        return "another process"

@@ -4,9 +4,10 @@ A killed run resumes from the table itself, at whatever instant it was killed. P
 not force its files to the disk.
 """
 
-import errno
+import itertools
 import json
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -17,8 +18,9 @@ from jaxtyping import UInt64
 
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.errors import InputError
+from bioscan_jax.table.commit import append_files, write_files
 from bioscan_jax.table.index import build_indexes
-from bioscan_jax.table.lock import writer_lock
+from bioscan_jax.table.lock import Check, writer_lock
 from bioscan_jax.table.plan import Plan, check_origin
 from bioscan_jax.table.storage import local_directory, open_dataset, storage_errors, table_path
 
@@ -61,40 +63,6 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return table.select(schema.names).cast(schema)
 
 
-def _write(dataset: "lance.LanceDataset", data: pa.Table, max_bytes_per_file: int) -> list[str]:
-    """Writes data files that no version of the table refers to yet."""
-    from lance.fragment import write_fragments
-
-    if not data.num_rows:
-        return []
-    # Lance checks the size of a file only between batches, and a block is one batch
-    batch_rows = max(1, data.num_rows * max_bytes_per_file // (16 * data.nbytes))
-    batches = data.to_reader(max_chunksize=batch_rows)
-    fragments = write_fragments(batches, dataset, max_bytes_per_file=max_bytes_per_file)
-    for file in [file for fragment in fragments for file in fragment.files]:
-        _check_whole(f"{dataset.uri}/data/{file.path}", file.file_size_bytes)
-    return [json.dumps(fragment.to_json()) for fragment in fragments]
-
-
-def _check_whole(path: str, size: int | None) -> None:
-    """Raises OSError if a local file is short: Lance does not report a disk that fills up while it writes the end."""
-    local = local_directory(path)
-    if local is not None and (found := local.stat().st_size) != size:
-        raise OSError(
-            errno.ENOSPC, f"only {found} of {size} bytes could be written to {path}; ulimit -f also bounds it"
-        )
-
-
-def _commit(dataset: "lance.LanceDataset", fragments: Sequence[str]) -> "lance.LanceDataset":
-    """Commits written files to the table, all of them or none."""
-    import lance
-
-    if not fragments:
-        return dataset
-    append = lance.LanceOperation.Append([lance.FragmentMetadata.from_json(fragment) for fragment in fragments])
-    return lance.LanceDataset.commit(dataset, append, read_version=dataset.version)
-
-
 def write_fragments(
     uri: str, table: str, data: pa.Table, *, max_bytes_per_file: int, safe_rows: int | None = None
 ) -> list[str]:
@@ -122,7 +90,7 @@ def write_fragments(
         raise InputError(f"{path} is absent; pass a --sink.uri that all hosts share")
     conformed = _conform(data, dataset.schema)
     with storage_errors(path, safe_rows):
-        return _write(dataset, conformed, max_bytes_per_file)
+        return write_files(dataset, conformed, max_bytes_per_file)
 
 
 class VectorTable:
@@ -140,10 +108,11 @@ class VectorTable:
         block_rows: int,
         max_bytes_per_file: int,
         fix: str,
+        check: Check,
     ) -> None:
         self._vectors, self._rejects = vectors, rejects
         self._rows, self._block_rows, self._max_bytes_per_file = rows, block_rows, max_bytes_per_file
-        self._fix = fix
+        self._fix, self._check, self._run = fix, check, uuid.uuid4().hex
         self._commits = 0
         self._held = ExitStack()
         self.next_block = self.vectors = self.rejects = 0
@@ -160,7 +129,7 @@ class VectorTable:
         rows: int,
         block_rows: int,
         max_bytes_per_file: int,
-        locked: bool = False,
+        lock: Check | None = None,
     ) -> "VectorTable":
         """Locks the table, creates it if absent, and finds the block to resume from.
 
@@ -173,7 +142,7 @@ class VectorTable:
             rows: Rows of the input.
             block_rows: Rows of a block; the last may have fewer.
             max_bytes_per_file: A new data file is started past this size, approximately.
-            locked: The caller holds the table's `writer_lock` and keeps it until the table is closed.
+            lock: What the table's `writer_lock` yielded, if the caller holds it until the table is closed.
 
         Raises:
             InputError: Another process is writing the table, it was made by another plan or altered since, or the
@@ -188,8 +157,7 @@ class VectorTable:
             raise ValueError(f"provenance has {sorted(taken)}, which the table writes itself")
         wanted = [columns.with_metadata({**provenance, **origin}) for columns in (schema, REJECTS)]
         with ExitStack() as held:
-            if not locked:
-                held.enter_context(writer_lock(uri, table))
+            check = held.enter_context(writer_lock(uri, table)) if lock is None else lock
             found = [open_dataset(path) for path in paths]
             for path, dataset, columns in zip(paths, found, wanted, strict=True):
                 if dataset is not None:
@@ -198,31 +166,41 @@ class VectorTable:
                 if found[i] is None:
                     with storage_errors(path):
                         found[i] = lance.write_dataset(columns.empty_table(), path, mode="create")
-            opened = cls(*found, rows=rows, block_rows=block_rows, max_bytes_per_file=max_bytes_per_file, fix=fix)
+            sizes = {"rows": rows, "block_rows": block_rows, "max_bytes_per_file": max_bytes_per_file}
+            opened = cls(*found, **sizes, fix=fix, check=check)
             with storage_errors(paths[0]):
                 opened._resume()
             opened._held = held.pop_all()
         return opened
 
-    def _source_rows(self, dataset: "lance.LanceDataset") -> UInt64[np.ndarray, " rows"]:
-        found = dataset.to_table(columns=["source_row"])["source_row"].to_numpy()
-        if (found[1:] <= found[:-1]).any() or (found[-1:] >= self._rows).any():
-            raise InputError(f"{dataset.uri}: its rows are not in the order of the input, each once; {self._fix}")
-        return found
+    def _source_rows(self, dataset: "lance.LanceDataset") -> Iterator[UInt64[np.ndarray, " rows"]]:
+        """Yields the input row of each row, batch after batch."""
+        last = -1
+        for batch in dataset.scanner(columns=["source_row"], scan_in_order=True).to_batches():
+            found = batch["source_row"].to_numpy()
+            if not len(found):
+                continue
+            if found[0] <= last or (found[1:] <= found[:-1]).any() or found[-1] >= self._rows:
+                raise InputError(f"{dataset.uri}: its rows are not in the order of the input, each once; {self._fix}")
+            last = int(found[-1])
+            yield found
 
     def _resume(self) -> None:
-        vectors, rejects = self._source_rows(self._vectors), self._source_rows(self._rejects)
-        if len(vectors) + len(rejects) == self._rows:
-            self.next_block, kept = -(-self._rows // self._block_rows), len(rejects)
-        else:
-            self.next_block = int(vectors[-1]) // self._block_rows + 1 if len(vectors) else 0
-            kept = int(np.searchsorted(rejects, self._safe_rows))
-            if len(vectors) + kept != self._safe_rows:
-                counts = f"{len(vectors)} vectors and {kept} rejects for the first {self._safe_rows} rows"
-                raise InputError(f"{self._vectors.uri} has {counts}: it was altered by something else; {self._fix}")
-        if kept < len(rejects):  # their writer was killed before it committed the vectors of the same block
+        last = -1
+        for rows in self._source_rows(self._vectors):
+            last, self.vectors = int(rows[-1]), self.vectors + len(rows)
+        self.next_block = last // self._block_rows + 1
+        every = kept = 0
+        for rows in self._source_rows(self._rejects):
+            every, kept = every + len(rows), kept + int(np.searchsorted(rows, self._safe_rows))
+        if self.vectors + every == self._rows:
+            self.next_block, kept = -(-self._rows // self._block_rows), every
+        elif self.vectors + kept != self._safe_rows:
+            counts = f"{self.vectors} vectors and {kept} rejects for the first {self._safe_rows} rows"
+            raise InputError(f"{self._vectors.uri} has {counts}: it was altered by something else; {self._fix}")
+        if kept < every:  # their writer was killed before it committed the vectors of the same block
             self._rejects.delete(f"source_row >= {self._safe_rows}")
-        self.vectors, self.rejects = len(vectors), kept
+        self.rejects = kept
         self._clean()
 
     def _clean(self) -> None:
@@ -269,7 +247,7 @@ class VectorTable:
         if not ordered or not np.array_equal(np.sort(np.concatenate(parts)), np.arange(first, stop)):
             raise ValueError(f"the blocks do not hold rows {first} to {stop - 1} once each and in order")
         with storage_errors(self._vectors.uri, self._safe_rows):
-            fragments = _write(self._vectors, vectors, self._max_bytes_per_file)
+            fragments = write_files(self._vectors, vectors, self._max_bytes_per_file)
         self.append_fragments([block.index for block in blocks], fragments, vectors.num_rows, rejects)
 
     def append_fragments(self, indices: Sequence[int], fragments: Sequence[str], rows: int, rejects: pa.Table) -> None:
@@ -293,8 +271,10 @@ class VectorTable:
         conformed = _conform(rejects, self._rejects.schema)
         with storage_errors(self._vectors.uri, first):
             # rejects first: after a kill between the two, opening the table removes them again
-            self._rejects = _commit(self._rejects, _write(self._rejects, conformed, self._max_bytes_per_file))
-            self._vectors = _commit(self._vectors, fragments)
+            files = write_files(self._rejects, conformed, self._max_bytes_per_file)
+            what = {"run": self._run, "blocks": f"{indices[0]}-{indices[-1]}", "rows": f"{first}-{stop - 1}"}
+            self._rejects = append_files(self._rejects, files, what, self._check)
+            self._vectors = append_files(self._vectors, fragments, what, self._check)
             self._expect(self.vectors + rows, self.rejects + rejects.num_rows)
             self._commits += 1
             if self._commits % _COMMITS_BETWEEN_CLEANINGS == 0:
@@ -330,8 +310,8 @@ class VectorTable:
         with storage_errors(self._vectors.uri, self._rows):
             self._expect(self.vectors, self.rejects)
             present = np.zeros(self._rows, bool)
-            for dataset in (self._vectors, self._rejects):
-                present[self._source_rows(dataset)] = True
+            for rows in itertools.chain(self._source_rows(self._vectors), self._source_rows(self._rejects)):
+                present[rows] = True
             if not present.all():
                 missing = int(np.argmin(present))
                 raise InputError(f"{self._vectors.uri} lacks row {missing} and has another twice; {self._fix}")

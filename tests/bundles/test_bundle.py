@@ -24,7 +24,7 @@ from bioscan_jax.bundles.bundle import parse_bytes
 from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, BundleCheck, Manifest, check_path, verify_bundle
 from bioscan_jax.bundles.merge import import_bundle
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import writer_lock
+from bioscan_jax.table.lock import machine_lock, writer_lock
 from bioscan_jax.table.query import query
 from bioscan_jax.table.reading import check_condition
 
@@ -324,8 +324,8 @@ def test_exports_and_imports_killed_at_random_moments(made, whole, tmp_path):
 def test_a_killed_import_resumes(made, whole, tmp_path):
     points = [
         {"at": "lance:write_dataset", "nth": 1, "after": True},
-        {"at": "lance:write_dataset", "nth": 3, "after": True},
-        {"at": "lance:write_dataset", "nth": 4},
+        {"at": "bioscan_jax.bundles.merge:append_files", "nth": 2, "after": True},
+        {"at": "bioscan_jax.bundles.merge:append_files", "nth": 3},
         {"at": "bioscan_jax.bundles.merge:build_indexes"},
     ]
     jobs = []
@@ -633,7 +633,7 @@ def test_half_floats_are_kept_and_merge_with_floats(tmp_path):
 def test_a_running_import_or_export_is_not_disturbed(made, whole, tmp_path):
     with writer_lock(str(tmp_path / "db"), "sequences"):
         refused("is being written by process", import_bundle, str(whole), str(tmp_path / "db"))
-    with writer_lock(f"bundle://{tmp_path}/b", "sequences"):
+    with machine_lock(f"{tmp_path}/b/sequences", "the bundle"):
         refused("is being written by process", carry, made, tmp_path / "b")
 
 
