@@ -221,8 +221,8 @@ class Taxa:
             code_of = np.append(name_codes(column.dictionary, known), np.int32(-1))  # the last is that of null
             codes[:, rank] = code_of[column.indices.fill_null(len(column.dictionary)).to_numpy()]
         rows = reference.chosen
-        lineages, shares, first = _lineages_of_sequences(fill_gaps(codes, rows)[rows], reference.copies.first, rows)
-        return Taxa(names, lineages, shares, first, own)
+        voting, shares, first = _lineages_of_sequences(fill_gaps(codes, rows)[rows], reference.copies.first, rows)
+        return Taxa(names, voting, shares, first, own)
 
     def voters(
         self, rows: Int64[np.ndarray, "queries candidates"]
