@@ -209,7 +209,7 @@ def count_votes(matcher: Matcher, ranked: Ranked, voting: Voting, heads: HeadVot
     """Names each query by the vote of its candidates; see `vote.vote`. No candidate, no name, whatever a head says."""
     _, lineages, distances, shares = _voters(matcher, ranked)
     result = vote(lineages, distances, voting, heads, shares)
-    return without_names(result, ~np.isfinite(ranked.distances).any(axis=1))
+    return without_names(result, np.isinf(ranked.distances.min(axis=1, initial=np.inf)))
 
 
 def count_support(matcher: Matcher, ranked: Ranked, votes: Votes) -> Int64[np.ndarray, " queries"]:
@@ -270,7 +270,7 @@ def nearest_evidence(matcher: Matcher, texts: Sequence[str], ranked: Ranked, poo
         overlap, shorter = np.array([len(text) - text.count("N") for text in texts], np.int64), lengths
         identity = np.full(len(texts), np.nan)
     few = overlap < floors.required(shorter)
-    unlike = (identity < floors.identity) | ~np.isfinite(ranked.distances).any(axis=1)
+    unlike = (identity < floors.identity) | np.isinf(ranked.distances.min(axis=1, initial=np.inf))
     lacks = ["overlap" if one else "identity" if other else None for one, other in zip(few, unlike, strict=True)]
     return Evidence(identity.astype(np.float32), overlap, np.minimum(overlap / np.maximum(lengths, 1), 1), lacks)
 

@@ -293,14 +293,14 @@ def fill_gaps(codes: Int32[np.ndarray, "rows 7"], chosen: Int64[np.ndarray, " ch
         return codes
     found, lineage_of = np.unique(codes[chosen], axis=0, return_inverse=True)
     holders: dict[tuple[int, int], list[int]] = {}
-    for row, rank in zip(*np.nonzero(found >= 0), strict=True):
-        holders.setdefault((rank, found[row, rank]), []).append(row)
+    for row, rank in np.argwhere(found >= 0).tolist():
+        holders.setdefault((rank, int(found[row, rank])), []).append(row)
     filled = found.copy()
     for row, lineage in enumerate(found):
         known = np.flatnonzero(lineage >= 0)
         if not len(known) or known[-1] == len(known) - 1:
             continue
-        others = found[holders[known[-1], lineage[known[-1]]], : known[-1] + 1]
+        others = found[holders[int(known[-1]), int(lineage[known[-1]])], : known[-1] + 1]
         others = others[(others[:, known] == lineage[known]).all(axis=1)]
         names = (others >= 0).sum(axis=1)
         most = np.unique(others[names == names.max()], axis=0)

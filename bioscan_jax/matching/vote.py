@@ -193,7 +193,7 @@ def _descend(
         fits &= (chosen < 0) | (of < 0) | (of == chosen)
     if lineages.shape[1]:
         own = np.where(last, (lineages >= 0).sum(axis=2), -1).argmax(axis=1)
-        taxa = np.where(last.any(axis=1)[:, None], lineages[np.arange(queries), own], -1).astype(np.int32)
+        taxa = np.where(np.any(last, axis=1, keepdims=True), lineages[np.arange(queries), own], -1).astype(np.int32)
     total = (weights * same_taxon(lineages, taxa)).sum(axis=1)
     whole = np.ones(total.shape) if normalised else weights.sum(axis=1)
     share = np.where(taxa >= 0, total / np.where(whole > 0, whole, 1), np.inf)
