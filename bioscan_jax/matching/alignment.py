@@ -192,17 +192,27 @@ def _edits(one: str, other: str, at_most: float = float("inf")) -> tuple[int, in
     import edlib
 
     short, long = sorted((one, other), key=len)
-    unknown = short.count("N") + long.count("N")
-    if unknown:
-        bounded = at_most < float("inf")
-        _, _, edits, known = _place(short, long, int(at_most * len(short)) + unknown if bounded else -1)
-        return None if bounded and (not known or edits > at_most * known) else (edits, max(known, 1))
-    bound = int(min(at_most, _LIKELY) * len(short))
-    found = edlib.align(short, long, mode="HW", task="distance", k=bound)
-    if found["editDistance"] < 0 and at_most > _LIKELY:
-        bound = -1 if at_most == float("inf") else int(at_most * len(short))
-        found = edlib.align(short, long, mode="HW", task="distance", k=bound)
-    return None if found["editDistance"] < 0 else (found["editDistance"], max(len(short), 1))
+    of_short, of_long = short.count("N"), long.count("N")
+    if of_short and of_long:  # columns with N cannot be counted without the alignment
+        bound = -1 if at_most == float("inf") else int(at_most * len(short)) + of_short + of_long
+        _, _, edits, known = _place(short, long, bound)
+        if bound >= 0 and not known:
+            return None
+    else:
+        unknown, task = of_short + min(of_long, len(short)), "locations" if of_long else "distance"
+        for most in sorted({min(at_most, _LIKELY), at_most}):
+            bound = -1 if most == float("inf") else int(most * len(short)) + unknown
+            found = edlib.align(short, long, mode="HW", task=task, k=bound)
+            if found["editDistance"] >= 0:
+                break
+        else:
+            return None
+        unknown = of_short
+        if of_long:
+            first, last = found["locations"][0]
+            unknown = long.count("N", first or 0, last + 1)
+        edits, known = max(found["editDistance"] - unknown, 0), max(len(short) - unknown, 0)
+    return None if edits > at_most * max(known, 1) else (edits, max(known, 1))
 
 
 def _may_extend(one: str, other: str, least: int) -> bool:

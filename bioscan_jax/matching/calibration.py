@@ -373,7 +373,8 @@ def _lines(held_out: _Labelled, fitted: Calibration) -> list[str]:
 def rank_features(votes: Votes, rank: int) -> Float64[np.ndarray, "rows 3"]:
     """Returns log distance to the taxon's nearest reference, log ratio to that of another taxon, logit of the share."""
     share = np.clip(votes.share[:, rank], _SHARE_CLIP, 1 - _SHARE_CLIP)
-    near, other = np.log(votes.near[:, rank]), np.log(votes.other[:, rank])
+    with np.errstate(invalid="ignore"):  # without a candidate, both are -inf
+        near, other = np.log(votes.near[:, rank]), np.log(votes.other[:, rank])
     return np.nan_to_num(np.stack([near, other - near, np.log(share / (1 - share))], axis=1), posinf=0.0, neginf=0.0)
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bioscan_jax.matching.alignment import (
     Floors,
+    _edits,
     _place,
     align_pair,
     align_within,
@@ -74,6 +75,20 @@ def test_identities_as_vsearch_counts_them(one: str, other: str, expected: tuple
 
 @settings(max_examples=200, deadline=None)
 @given(DNA, DNA)
+def test_edits_are_those_of_the_alignment(one: str, other: str) -> None:
+    short, long = sorted((one, other), key=len)
+    _, _, edits, known = _place(one, other)
+    found = _edits(one, other)
+    if "N" not in long or "N" in short:
+        assert found == (edits, max(known, 1))
+    else:  # N of the longer sequence that face a gap are no bases of the shorter one
+        assert found is not None
+        assert abs(found[0] - edits) <= long.count("N")
+        assert abs(found[1] - known) <= long.count("N")
+
+
+@settings(max_examples=200, deadline=None)
+@given(DNA, DNA)
 def test_an_overlap_is_taken_only_if_it_halves_the_distance(one: str, other: str) -> None:
     found, within = align_pair(one, other), align_within(one, other)
     assert found == within or 2 * distance(*found) <= distance(*within)
@@ -125,8 +140,8 @@ def test_a_bound_leaves_out_only_what_is_farther(query: str, candidates: list[st
         if bounded is not None:
             assert bounded[0] / bounded[1] <= bound
         elif one[0] / one[1] <= bound:  # only an overlap, which does not halve the bound, is near enough
-            _, _, edits, known = _place(query, candidate)
-            assert edits > bound * known or not known
+            edits, known = _edits(query, candidate) or (0, 1)
+            assert edits > bound * known or not _place(query, candidate)[3]  # or nothing is compared
 
 
 def drawn(distinct: int, queries: int) -> tuple[list[str], list[str], np.ndarray]:

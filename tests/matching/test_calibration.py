@@ -138,8 +138,7 @@ def test_a_logistic_regression_recovers_its_coefficients() -> None:
 def test_features_are_finite_where_nothing_was_found() -> None:
     nothing = np.full((2, len(RANKS)), -np.inf)
     votes = Votes(np.full((2, 7), -1, np.int32), np.zeros((2, 7)), nothing, nothing, np.full(2, np.inf))
-    with np.errstate(invalid="ignore"):
-        assert np.isfinite(rank_features(votes, 0)).all()
+    assert np.isfinite(rank_features(votes, 0)).all()
 
 
 def test_the_novelty_threshold_is_conformal() -> None:
