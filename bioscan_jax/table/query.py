@@ -29,9 +29,14 @@ _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
 """Keep a query from reading files, the network, extensions or Python variables."""
 _TABLES = " (the tables are the one that --table names, and the same name with _rejects)"
 _BATCH_ROWS = 8192
-_NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
-_BETWEEN = re.compile(rf"\(?(\w+) BETWEEN ({_NUMBER}) AND ({_NUMBER})\)?")
-_BOUND = re.compile(rf"\(?(\w+) ([<>]=?) ({_NUMBER})\)?")
+_MIRRORED = {"<": ">", ">": "<"}
+_COMPARISONS = {
+    "COMPARE_GREATERTHAN": ">",
+    "COMPARE_GREATERTHANOREQUALTO": ">",
+    "COMPARE_LESSTHAN": "<",
+    "COMPARE_LESSTHANOREQUALTO": "<",
+}
+"""Types in DuckDB's syntax tree, with the side on which the column lies."""
 
 
 @dataclass
@@ -193,59 +198,76 @@ def _database(uri: str, table: str, scans: _Scans) -> Iterator["duckdb.DuckDBPyC
 def _run(sql: str, uri: str, table: str, scans: _Scans) -> Iterator[pa.RecordBatchReader]:
     select = _only_select(sql)
     with _database(uri, table, scans) as database:
-        plan = json.loads(database.execute(f"EXPLAIN (FORMAT JSON) {select}").fetchall()[0][1])
-        kept = list(_filters_above_scans(plan, []))
-        # The plan does not name the tables: with two scans, or one of the rejects, the filter could be put on the wrong one
-        bounds = _lance_bounds(kept[0], open_existing(uri, table).schema) if len(kept) == 1 else None
-        scans.bounds = {} if bounds is None or f"{table}_rejects" in select else {table: bounds}
+        tree = json.loads(database.execute("SELECT json_serialize_sql(?)", [select]).fetchall()[0][0])
+        bounds = _lance_bounds(_bounds_on(tree, table), open_existing(uri, table).schema)
+        scans.bounds = {} if bounds is None else {table: bounds}
         reader = database.sql(select).to_arrow_reader(_BATCH_ROWS)
         with closing(reader):
             yield reader
 
 
-def _filters_above_scans(nodes: Iterable[dict], above: list[str]) -> Iterator[list[str]]:
-    """Yields, for each scan of the plan, the conditions that DuckDB checks directly above it on columns it reads."""
-    for node in nodes:
-        if node["name"] == "PYTHON_ARROW_SCAN":
-            read = set(_texts(node["extra_info"].get("Projections", "")))
-            yield [condition for condition in above if set(re.findall(r"\(?(\w+) ", condition)[:1]) <= read]
-        parts = _texts(node["extra_info"].get("Expression", "")) if node["name"] == "FILTER" else []
-        yield from _filters_above_scans(node["children"], [c for part in parts for c in _conjuncts(part)])
+def _nodes(tree: Any) -> Iterator[dict]:
+    """Yields every node of DuckDB's syntax tree."""
+    if isinstance(tree, dict):
+        yield tree
+    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _nodes(part)
 
 
-def _texts(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
+def _bounds_on(tree: dict, table: str) -> list[tuple[str, str, float]]:
+    """Returns column, side and number of each bound on all rows of the table, if it is all that the query reads."""
+    read = [node for node in _nodes(tree) if node.get("type") in ("BASE_TABLE", "TABLE_FUNCTION")]
+    named = [name for node in _nodes(tree) for name in node.get("cte_map", {}).get("map", ())]
+    if len(read) != 1 or named or read[0].get("table_name", "").lower() != table.lower():
+        return []
+    if read[0]["sample"] or read[0]["column_name_alias"]:  # sampled before the condition, or renamed
+        return []
+    found = [node["where_clause"] for node in _nodes(tree) if node.get("from_table") is read[0]]
+    bounds = [bound for where in found if where for condition in _conjuncts(where) for bound in _bounds_in(condition)]
+    of_table = ([], [(read[0]["alias"] or table).lower()])  # and not of a struct
+    return [
+        (names[-1].lower(), side, number) for names, side, number in bounds if [*map(str.lower, names[:-1])] in of_table
+    ]
 
 
-def _conjuncts(expression: str) -> list[str]:
-    """Splits `((a) AND (b))`; a part that itself contains AND or OR yields pieces that match no pattern."""
-    inner = expression.strip()
-    if _BETWEEN.fullmatch(inner) or " OR " in inner or "'" in inner or " AND " not in inner:
-        return [inner]
-    inner = inner.removeprefix("(").removesuffix(")")
-    return re.findall(r"\([^()]*\)", inner)
+def _conjuncts(condition: dict) -> Iterator[dict]:
+    if condition["type"] != "CONJUNCTION_AND":
+        yield condition
+        return
+    for part in condition["children"]:
+        yield from _conjuncts(part)
 
 
-def _lance_bounds(conditions: Iterable[str], schema: pa.Schema) -> "pc.Expression | None":
+def _bounds_in(condition: dict) -> Iterator[tuple[list[str], str, float]]:
+    """Yields the column's dotted name, side and number of a comparison with a literal."""
+    kind = condition["type"]
+    if kind == "COMPARE_BETWEEN":
+        sides = [(condition["input"], ">", condition["lower"]), (condition["input"], "<", condition["upper"])]
+    elif kind in _COMPARISONS:
+        left, side, right = condition["left"], _COMPARISONS[kind], condition["right"]
+        sides = [(left, side, right), (right, _MIRRORED[side], left)]
+    else:
+        return
+    for column, side, number in sides:
+        literal = number.get("literal", {})
+        if column["type"] == "COLUMN_REF" and literal.get("kind") in ("INTEGER", "NUMERIC"):
+            yield column["column_names"], side, float(literal["text"])
+
+
+def _lance_bounds(given: Iterable[tuple[str, str, float]], schema: pa.Schema) -> "pc.Expression | None":
     """Returns the bounds on floating-point columns, which DuckDB does not push down, as a filter for Lance.
 
     DuckDB keeps lower bounds because it sorts NaN above all numbers, while Lance sorts NaN with its sign bit set below
     all. DuckDB checks the conditions again, so Lance may return too many rows but never too few.
     """
     bounds: dict[str, dict[str, float]] = {}
-    for condition in conditions:
-        if found := _BETWEEN.fullmatch(condition):
-            given = {">": float(found[2]), "<": float(found[3])}
-        elif found := _BOUND.fullmatch(condition):
-            given = {found[2][0]: float(found[3])}
-        else:
-            continue
-        bounds[found[1]] = bounds.get(found[1], {}) | given  # of two lower bounds, either one returns enough rows
+    floating = {field.name.lower(): field.name for field in schema if pa.types.is_floating(field.type)}
+    for name, side, number in given:
+        if name in floating:  # of two lower bounds, either one returns enough rows
+            bounds.setdefault(floating[name], {})[side] = number
     kept = None
     for name, bound in bounds.items():
-        if name not in schema.names or not pa.types.is_floating(kind := schema.field(name).type):
-            continue
-        column = pc.field(name)
+        column, kind = pc.field(name), schema.field(name).type
         tests = [column >= pa.scalar(bound[">"], kind)] if ">" in bound else []
         if "<" in bound:
             tests.append(column <= pa.scalar(bound["<"], kind))

@@ -42,6 +42,7 @@ def test_the_depth_query_skips_null_depths(uri):
     ("where", "pushed"),
     [
         ("depth BETWEEN 0 AND 3000", "depth >= Float64(-0) AND depth <= Float64(3000)"),
+        ("12.5 < sequences.DEPTH AND 1 = 1", "depth >= Float64(12.5) OR depth < Float64(-inf)"),
         ("depth > 12.5", "depth >= Float64(12.5) OR depth < Float64(-inf)"),
         ("depth >= -3 AND depth < 7", "depth >= Float64(-3) AND depth <= Float64(7)"),
         ("station = 3", "station = Int32(3)"),
@@ -127,6 +128,33 @@ def test_a_bound_on_one_of_two_scans_does_not_affect_the_other(uri):
         assert query(twice, uri)["n"][0].as_py() == pairs
     union = "SELECT count(*) AS n FROM (SELECT 1 FROM sequences WHERE depth >= 3000 UNION ALL SELECT 1 FROM sequences)"
     assert query(union, uri)["n"][0].as_py() == len(deep) + len(rows)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "WITH sequences AS (SELECT -depth AS depth FROM sequences) SELECT count(*) FROM sequences WHERE depth > -50",
+        "SELECT count(*) FROM (SELECT -depth AS depth FROM sequences) WHERE depth > -50",
+        "SELECT count(*) FROM sequences AS s(a, b, c, d, e, depth) WHERE depth > 3",
+        "SELECT -depth AS depth FROM sequences WHERE depth > 3000",
+        "SELECT count(*) FROM sequences WHERE depth > 3000 OR station = 1",
+        "SELECT count(*) FROM sequences WHERE NOT depth > 3000",
+        "SELECT (SELECT count(*) FROM query_table('sequences')), count(*) FROM sequences WHERE depth > 3000",
+        "SELECT count(*) FROM (SELECT 3000 AS most) o WHERE (SELECT count(*) FROM sequences WHERE depth > most) > 3",
+    ],
+)
+def test_names_that_mean_something_else_get_no_bound(uri, sql):
+    with duckdb.connect() as memory:
+        memory.register("sequences", read(uri))
+        assert query(sql, uri).to_pylist() == memory.sql(sql).to_arrow_table().to_pylist()
+
+
+def test_a_bound_on_a_field_of_a_struct_is_none_on_a_column_of_its_name(tmp_path):
+    table = pa.table({"d": [1.0, 2.0], "s": [{"d": 9.0}, {"d": 0.0}], "t": [{"d": 9.0}, {"d": 0.0}]})
+    lance.write_dataset(table, str(tmp_path / "t.lance"))
+    assert query("SELECT d FROM t WHERE s.d > 5", str(tmp_path), "t")["d"].to_pylist() == [1.0]
+    assert query("SELECT d FROM t AS x WHERE t.d > 5", str(tmp_path), "t")["d"].to_pylist() == [1.0]
+    assert query("SELECT d FROM t AS x WHERE x.d > 1", str(tmp_path), "t")["d"].to_pylist() == [2.0]
 
 
 def test_a_bound_on_a_float_is_compared_as_a_float(tmp_path):
