@@ -22,15 +22,18 @@ class NeededMemory:
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
-def needed_memory(compiled: jax.stages.Compiled) -> NeededMemory:
-    """Returns what the compiler says of a program's memory.
+def needed_memory(compiled: jax.stages.Compiled) -> NeededMemory | None:
+    """Returns what the compiler says of a program's memory; None where the platform does not say.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> needed_memory(jax.jit(jnp.sin).lower(jnp.ones(256)).compile()).arguments
+        >>> memory = needed_memory(jax.jit(jnp.sin).lower(jnp.ones(256)).compile())
+        >>> memory is not None and memory.arguments
         1024
     """
     memory = compiled.memory_analysis()
+    if memory is None:
+        return None
     return NeededMemory(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,

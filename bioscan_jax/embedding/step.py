@@ -1,5 +1,6 @@
 """The jitted step from token ids to pooled vectors, and its compiled executables."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class CompiledSteps:
     embed: config.EmbedConfig
     seconds: float = 0.0
     """Spent compiling."""
-    shapes: dict[BatchShape, Callable] = field(default_factory=dict)
+    shapes: dict[BatchShape, jax.stages.Compiled] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._step, self._state = make_embed_step(self.model, self.layout, self.embed)
@@ -104,10 +105,11 @@ class CompiledSteps:
             self.shapes[shape] = self._step.lower(self._state, abstract).compile()
             seconds = time.perf_counter() - start
             self.seconds += seconds
-            logger.debug(
-                f"compiled batches of {shape.rows} x {shape.tokens} tokens in {seconds:.1f} s: "
-                f"{needed_memory(self.shapes[shape]).total / 2**30:.2f} GiB on each device, weights included"
-            )
+            if logger.isEnabledFor(logging.DEBUG) and (memory := needed_memory(self.shapes[shape])) is not None:
+                logger.debug(
+                    f"compiled batches of {shape.rows} x {shape.tokens} tokens in {seconds:.1f} s: "
+                    f"{memory.total / 2**30:.2f} GiB on each device, weights included"
+                )
         return self.shapes[shape](self._state, jax.device_put(ids, sharding))
 
 

@@ -186,9 +186,10 @@ def compile_step(program: Program, layout: Layout, shape: BatchShape) -> Compile
             return TooLarge(temporaries=int(float(found.group(1)) * 2**30))
         raise
     seconds = time.perf_counter() - start
-    text = compiled.as_text()
+    memory, text = needed_memory(compiled), compiled.as_text()
+    assert memory is not None  # libtpu says it
     return Compiled(
-        **dataclasses.asdict(needed_memory(compiled)),
+        **dataclasses.asdict(memory),
         collectives=tuple(hlo.collectives(text)),
         trip_counts=tuple(hlo.trip_counts(text)),
         seconds=seconds,

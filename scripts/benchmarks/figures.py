@@ -105,6 +105,8 @@ def _draw_intervals(rows: dict[str, dict[str, Cell]], title: str) -> Any:
 
     kept = {name: {c: v for c, v in row.items() if isinstance(v, dict)} for name, row in rows.items()}
     kept = {name: row for name, row in kept.items() if row}
+    if not kept:
+        raise InputError("--picture: this benchmark has no intervals to draw; pass --json instead")
     columns = list(dict.fromkeys(column for row in kept.values() for column in row))
     picture = Figure(figsize=(9, 1.5 + 0.3 * len(kept)), layout="constrained")
     axes = picture.subplots()
@@ -165,18 +167,24 @@ def run_in_turns(
     return seconds
 
 
-def in_a_process(function: str, **arguments: Any) -> Any:
+def in_a_process(function: str, *, seconds: float | None = None, **arguments: Any) -> Any:
     """Calls `module:function` in a new Python process; arguments and result are plain JSON values.
+
+    Args:
+        function: What to call.
+        seconds: The process is ended after this time; None for no limit.
+        arguments: Of the function.
 
     Raises:
         RuntimeError: It failed; the message ends with the last line of its stderr.
+        subprocess.TimeoutExpired: It took longer than `seconds`.
     """
     module, name = function.split(":")
     program = f"import json, sys; from {module} import {name} as f; print(json.dumps(f(**json.loads(sys.argv[1]))))"
     command = [sys.executable, "-c", program, json.dumps(arguments)]
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": paths}  # it finds this package from any current directory
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
     if done.returncode:
         raise RuntimeError(f"{function} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -2,6 +2,9 @@
 
 import tempfile
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,14 @@ from benchmarks.figures import Figures, at_least, median_seconds, require, round
 from benchmarks.peers import torch_model
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.devices.memory import NeededMemory, needed_memory
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.model.classifier import make_classifier, named_arrays
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.transformer import NucleotideTransformer
 from bioscan_jax.training.batches import ExampleBatch
 from bioscan_jax.training.losses import masked_lm_loss
-from bioscan_jax.training.step import init_optimizer, make_train_step, place, split_trainable
+from bioscan_jax.training.step import MicroBatches, init_optimizer, make_train_step, place, split_trainable
 
 _AGREE = 1e-4
 _STEPS = 1000
@@ -50,7 +54,7 @@ def finetune(
     at_least(batch_size=(batch_size, 1), tokens=(tokens, 2), rank=(rank, 1), repeats=(repeats, 1))
     transformer = preset_size(preset)
     require("torch", "peft")
-    ids = _rows(transformer, batch_size, tokens, seed)
+    ids = random_rows(transformer, batch_size, tokens, seed)
     lora, train = (
         config.LoRAConfig(rank=rank),
         config.TrainConfig(objective="mlm", batch_size=batch_size, batch_tokens=batch_size * tokens),
@@ -59,7 +63,7 @@ def finetune(
         trunk = write_random(Path(directory) / "model", transformer, seed)
         theirs = torch_model(str(Path(directory) / "model"))
     check_same_loss(trunk, theirs, ids)
-    tasks = {"ours": _our_step(trunk, ids, lora, train), "theirs": _their_step(theirs, ids, lora, train)}
+    tasks = {"ours": our_step(trunk, ids, lora, train).run, "theirs": partial(peft_step(theirs, lora, train), ids)}
     for _ in range(2):
         for task in tasks.values():
             task()
@@ -77,7 +81,7 @@ def finetune(
     }
 
 
-def _rows(transformer: TransformerConfig, rows: int, tokens: int, seed: int) -> np.ndarray:
+def random_rows(transformer: TransformerConfig, rows: int, tokens: int, seed: int) -> np.ndarray:
     """Returns rows of random 6-mers after CLS; the lowest ids are special tokens."""
     ids = np.random.default_rng(seed).integers(10, transformer.vocab_size - 10, (rows, tokens)).astype(np.int32)
     ids[:, 0] = _CLS
@@ -98,27 +102,47 @@ def check_same_loss(ours: NucleotideTransformer, theirs: Any, ids: np.ndarray) -
         raise RuntimeError(f"the loss is {mine}, that of PyTorch {other}")
 
 
-def _our_step(trunk: NucleotideTransformer, ids: np.ndarray, lora: config.LoRAConfig, train: config.TrainConfig) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class OurStep:
+    """One of our optimizer steps, compiled."""
+
+    run: Callable[[], None]
+    """Puts the batch on the devices, runs the step and waits for it."""
+    memory: NeededMemory | None
+    """What the compiler says it needs, where the platform tells."""
+
+
+def our_step(
+    trunk: NucleotideTransformer, ids: np.ndarray, lora: config.LoRAConfig, train: config.TrainConfig
+) -> OurStep:
+    """Compiles a step for these rows, on the first device."""
     layout, loss = make_layout(config.MeshConfig(data=1)), config.LossConfig()
     classifier = make_classifier(trunk, loss, lora, None, layout, seed=train.seed)
     model = split_trainable(classifier, layout, loss, train, tree=None, special_ids=(0, 1, 2, _CLS))
     params = jax.tree.map(jnp.copy, named_arrays(model.trained))
     held = [params, init_optimizer(model, _STEPS, params)]
-    step = make_train_step(model, _STEPS)
     rows = len(ids)
     batch = ExampleBatch(
         np.arange(rows), ids, np.full((rows, len(RANKS)), -1, np.int32), np.full((rows, 3), np.nan, np.float32)
     )
 
+    def placed() -> MicroBatches:
+        return place(batch, layout, train.batch_tokens, pad=trunk.config.pad_token_id)
+
+    number = jnp.uint32(1)
+    step = make_train_step(model, _STEPS).lower(*held, model.frozen, number, placed()).compile()
+
     def run() -> None:
-        placed = place(batch, layout, train.batch_tokens, pad=trunk.config.pad_token_id)
-        held[0], held[1], numbers = step(held[0], held[1], model.frozen, jnp.uint32(1), placed)
+        held[0], held[1], numbers = step(held[0], held[1], model.frozen, number, placed())
         jax.block_until_ready((held, numbers))
 
-    return run
+    return OurStep(run=run, memory=needed_memory(step))
 
 
-def _their_step(model: Any, ids: np.ndarray, lora: config.LoRAConfig, train: config.TrainConfig) -> Any:
+def peft_step(
+    model: Any, lora: config.LoRAConfig, train: config.TrainConfig, device: str = "cpu"
+) -> Callable[[np.ndarray], None]:
+    """Adds PEFT's adapters to a model; returns a function that runs one step on rows of ids, and waits for it."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -129,17 +153,21 @@ def _their_step(model: Any, ids: np.ndarray, lora: config.LoRAConfig, train: con
         adapted = get_peft_model(model, wanted).train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
-    whole = torch.from_numpy(ids.astype(np.int64))
-    mask, share = model.config.mask_token_id, config.LossConfig().mask_rate
+    mask, pad, share = model.config.mask_token_id, model.config.pad_token_id, config.LossConfig().mask_rate
 
-    def run() -> None:
-        hidden = torch.rand(whole.shape) < share
+    def run(ids: np.ndarray) -> None:
+        whole = torch.from_numpy(ids.astype(np.int64)).to(device)
+        real = whole != pad
+        hidden = (torch.rand(whole.shape, device=device) < share) & real
         labels = torch.where(hidden, whole, -100)
         given = torch.where(hidden, mask, whole)
-        loss = adapted(input_ids=given, attention_mask=torch.ones_like(given), labels=labels).loss
+        # Without padding no mask is given, so that PyTorch may take its fastest attention.
+        loss = adapted(input_ids=given, attention_mask=real.long() if (ids == pad).any() else None, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+        if device != "cpu":
+            torch.cuda.synchronize()
 
     return run

@@ -10,15 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from benchmarks import BENCHMARKS, figures, tokenizer
+from benchmarks import BENCHMARKS, figures
+from benchmarks.device import _row, random_tokens
 from benchmarks.embedding import check_same_vectors
-from benchmarks.tokenizing import check_same_ids
+from benchmarks.tokenizing import check_same_ids, tokenizer
 from support.commands import call
 from support.places import ROOT
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.errors import InputError
+from bioscan_jax.model.config import PRESETS
 
 
 def numbers(output: str) -> dict[str, float]:
@@ -175,6 +177,9 @@ def test_peers_that_are_not_installed_are_errors() -> None:
         ("load", {"gib": 0.001}, "--gib 0.001 is too small"),
         ("identify", {"reference": "a.parquet"}, "--reference and --queries go together"),
         ("identify", {"k": 0}, "--k 0 is too small; pass at least 1"),
+        ("device", {"presets": ("tiny-v3",)}, "no such preset"),
+        ("device", {"tokens": ("128-104",)}, "--tokens '128-104' is no length"),
+        ("device", {"tokens": (3000,)}, "--tokens 3000 exceeds the 2048 positions"),
         ("pipeline", {"rows": 100, "resume_at": 100}, "--resume_at 100 is past the 100 rows; pass a smaller one"),
     ],
 )
@@ -233,6 +238,31 @@ def test_a_step_against_peft() -> None:
     found = BENCHMARKS["finetune"](preset="tiny-v2", batch_size=2, tokens=8, rank=2, repeats=1)
     ratio = found["rows_per_second"] / found["peft_rows_per_second"]
     assert found["ratio"] == pytest.approx(ratio, rel=2e-3)
+
+
+@pytest.mark.parity
+def test_a_device_against_pytorch() -> None:
+    found = BENCHMARKS["device"](("tiny-v2",), ("12-16", 24), batch_tokens=64, step_tokens=64, repeats=1, minutes=20)
+    assert found["left_out"] == "nothing"
+    for name in ("tiny-v2 12-16", "tiny-v2 24"):
+        embed, lora = found[f"{name} embed"], found[f"{name} lora"]
+        for row in (embed, lora):
+            assert row["ratio"] == pytest.approx(row["rows/s"] / row["torch rows/s"], rel=2e-3)
+            assert row["planned GiB"] > 0
+            assert row["MFU"] == "-"  # the peak of this CPU is not known
+        assert embed["batch"] == lora["batch"] == ("4 x 16" if "16" in name else "2 x 24")
+
+
+def test_a_device_s_rows_fill_the_budget_and_count_their_flops() -> None:
+    tokens = random_tokens(PRESETS["tiny-v2"], 10, 16, 160, seed=0)
+    assert len(tokens) == 10
+    assert set(tokens.lengths) <= set(range(10, 17))
+    assert (tokens.ids[tokens.offsets[:-1]] == 3).all()
+    sides = {"ours": {"embed": {"rows": 10, "tokens": 140, "flops": 5e9, "seconds": 0.5, "batch": "10 x 16"}}}
+    row = _row(sides, "embed", 1e11)
+    assert (row["rows/s"], row["tokens/s"], row["MFU"]) == (20, 280, 0.1)
+    assert "ratio" not in row
+    assert _row({"ours": {"error": "no memory"}}, "lora", None) == {"rows/s": "no memory"}
 
 
 @pytest.mark.vsearch

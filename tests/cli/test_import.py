@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.places import SCRIPTS
 
 import bioscan_jax
 
@@ -21,16 +22,23 @@ print(json.dumps([name for name in heavy if name in given]))
 
 MODEL_SIDE = """
 import json, sys
+absent = ("lance", "lancedb", "grain", "duckdb", "wandb", "jsonargparse", "beartype", "edlib", "sklearn", "matplotlib")
+sys.path.insert(0, sys.argv[1])
+sys.modules |= dict.fromkeys(absent)  # an import of one of them fails
 import bioscan_jax.checkpoints.load, bioscan_jax.embedding.encoder, bioscan_jax.model.transformer
+import bioscan_jax.devices.profiling, bioscan_jax.training.state, bioscan_jax.training.step
+import benchmarks.device, benchmarks.finetuning, benchmarks.peers
 from jax._src import xla_bridge
-heavy = ("lance", "lancedb", "grain", "duckdb", "wandb", "sklearn", "matplotlib", "torch")
-print(json.dumps([[name for name in heavy if name in sys.modules], len(xla_bridge._backends)]))
+started = len(xla_bridge._backends)
+import bioscan_jax as bj
+vectors = bj.load("random:tiny-v2").encode(["ACGTACGTAC", "TTGACA"])
+print(json.dumps([["torch"] if "torch" in sys.modules else [], started, vectors.shape]))
 """
 
 
 def run(program: str):
     return json.loads(
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        subprocess.run([sys.executable, "-c", program, SCRIPTS], capture_output=True, text=True, check=True).stdout
     )
 
 
@@ -39,7 +47,8 @@ def test_the_import_brings_nothing_heavy():
 
 
 def test_the_model_side_needs_no_table_and_starts_no_backend():
-    assert run(MODEL_SIDE) == [[], 0]
+    """As on a machine with JAX, pyarrow and PyTorch alone, where tests/device and the benchmark `device` run."""
+    assert run(MODEL_SIDE) == [[], 0, [2, 64]]
 
 
 @pytest.mark.parametrize("name", bioscan_jax.__all__)
