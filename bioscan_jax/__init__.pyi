@@ -41,6 +41,7 @@ from .model.transformer import NucleotideTransformer
 from .planning.plan import Plan, plan
 from .reports.run import ReportSummary, report
 from .table.annotate import annotate
+from .table.compact import compact
 from .table.query import query
 from .training.export import export
 from .training.metric import MetricSummary, fit_metric
@@ -86,6 +87,7 @@ __all__ = [
     "Vocabulary",
     "annotate",
     "bundle",
+    "compact",
     "calibrate",
     "clean",
     "convert",

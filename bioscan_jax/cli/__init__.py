@@ -17,6 +17,7 @@ COMMANDS = {
     "project": "project the raw vectors of a table, without the model",
     "query": "ask a vector table in SQL",
     "annotate": "join later metadata onto a vector table",
+    "compact": "join the small files of a finished table",
     "report": "write a report of a vector table as one HTML file",
     "bundle": "carry a vector table: export, verify, import",
     "convert": "convert a checkpoint once, for faster starts",

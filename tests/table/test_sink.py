@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.columns import vector_schema
+from bioscan_jax.table.compact import CompactSummary, compact
 from bioscan_jax.table.index import sub_vectors
 from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.sink import SinkBlock, VectorTable, write_fragments
@@ -361,6 +362,31 @@ def test_a_table_of_rejects_alone_and_one_of_no_rows(tmp_path):
     with open_table(tmp_path / "empty", 0) as table:
         assert table.finished
         assert table.finish().vectors == 0
+
+
+@pytest.mark.parametrize("kind", ["none", "ivf_sq"])
+def test_compaction_keeps_rows_order_and_indexes(tmp_path, kind):
+    rows = 20 * BLOCK_ROWS - 5
+    wanted = blocks(rows)
+    with open_table(tmp_path, rows) as table:
+        table.append(wanted[:1])
+        with pytest.raises(InputError, match="is being written by process"):
+            compact(str(tmp_path))
+    with pytest.raises(InputError, match="is unfinished"):
+        compact(str(tmp_path))
+    with open_table(tmp_path, rows) as table:
+        for one in wanted[1:]:
+            table.append([one])
+        indexes = table.finish(kind).indexes
+    before = lance.dataset(f"{tmp_path}/sequences.lance")
+    assert compact(str(tmp_path)) == CompactSummary(before=40, after=2)
+    assert_holds(tmp_path, wanted)
+    assert before.to_table().num_rows == before.count_rows()  # its readers still can
+    with open_table(tmp_path, rows) as table:
+        assert table.finish(kind).indexes == indexes
+    after = lance.dataset(f"{tmp_path}/sequences.lance")
+    assert after.to_table(columns=["source_row"], filter="sequence_id = 's99'")["source_row"].to_pylist() == [99]
+    assert all(index.num_rows_indexed == after.count_rows() for index in after.describe_indices())
 
 
 def test_rejects_without_committed_vectors_are_removed(tmp_path):
