@@ -2,7 +2,6 @@
 
 import functools
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -74,14 +73,23 @@ def scale(
 
 
 def _peak_gb() -> float:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+    """Returns the largest resident memory of this process; getrusage counts that of its parent at the fork too."""
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9, 2)
 
 
 def _open(uri: str, rows: int, block_rows: int) -> VectorTable:
     plan = Plan({"data": {"sequence_column": "dna_sequence"}, "rows": rows})
-    made_by = _MADE_BY | {"weights_sha256": "0"}
-    sizes = {"rows": rows, "block_rows": block_rows, "max_bytes_per_file": _LARGE}
-    return VectorTable.open(uri, "sequences", schema=_SCHEMA, plan=plan, provenance=made_by, **sizes)
+    return VectorTable.open(
+        uri,
+        "sequences",
+        schema=_SCHEMA,
+        plan=plan,
+        provenance=_MADE_BY | {"weights_sha256": "0"},
+        rows=rows,
+        block_rows=block_rows,
+        max_bytes_per_file=_LARGE,
+    )
 
 
 @functools.cache
@@ -188,7 +196,7 @@ def _join(uri: str, rows: int, block_rows: int) -> Figures:
 
 
 def resume(uri: str, rows: int, block_rows: int) -> None:
-    """Opens an unfinished table, and prints seconds and how far the memory of the process grew."""
+    """Opens an unfinished table, and prints seconds, peak memory before and after, and the next block."""
     lance.dataset(table_path(uri, "sequences"))
     before, begun = _peak_gb(), time.perf_counter()
     with _open(uri, rows, block_rows) as table:
@@ -199,6 +207,7 @@ def resume(uri: str, rows: int, block_rows: int) -> None:
 def _fragments(uri: str, rows: int, block_rows: int) -> Figures:
     figures: Figures = {}
     blocks = -(-rows // block_rows)
+    _lineages()
     with _open(uri, rows, block_rows) as table:
         for name, stop in (("first", 0), ("middle", blocks // 2), ("last", blocks - 21)):
             _fill(table, uri, rows, block_rows, stop, 500)
