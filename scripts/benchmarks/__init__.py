@@ -36,24 +36,7 @@ BENCHMARKS = _Benchmarks(
         "identify": "identifying:identify",
         "taxonomy": "taxonomy:taxonomy",
         "device": "device:device",
+        "scale": "scale:scale",
     }
 )
-from benchmarks.finetuning import finetune
-from benchmarks.identifying import identify
-from benchmarks.loading import load
-from benchmarks.pipeline import pipeline
-from benchmarks.scale import scale
-from benchmarks.taxonomy import taxonomy
-from benchmarks.tokenizing import tokenizer
-
-BENCHMARKS: Mapping[str, Callable[..., Figures]] = {
-    "embed": embed,
-    "tokenizer": tokenizer,
-    "pipeline": pipeline,
-    "load": load,
-    "finetune": finetune,
-    "identify": identify,
-    "taxonomy": taxonomy,
-    "scale": scale,
-}
 """Benchmarks by the name that `bioscan benchmark` takes; a function's parameters are the flags."""
