@@ -41,6 +41,10 @@ _HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 _THRESHOLD_STEP = 0.02
 """Share of the rows by which the answers grow from one tried threshold to the next."""
 _SHARE_CLIP = 1e-4
+_SIGNS = (-1, 1, 1)
+"""How the probability that a name is correct changes with `rank_features`."""
+_CONSTANT = 1e-9
+"""Relative spread below which a feature is constant: its differences are rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -426,7 +430,7 @@ def fit_ranks(
         votes, truth = fitting
         known = (truth[:, rank] != -1) & (votes.taxa[:, rank] >= 0)
         right = (votes.taxa[:, rank] == truth[:, rank])[known]
-        ranks.append(RankFit(fit_logistic(rank_features(votes, rank)[known], right), None))
+        ranks.append(RankFit(fit_logistic(rank_features(votes, rank)[known], right, _SIGNS), None))
     votes, truth = testing
     confidence = confidences(ranks, votes)
     open_rows = np.ones(len(truth), bool)
@@ -439,17 +443,29 @@ def fit_ranks(
     return tuple(ranks)
 
 
-def fit_logistic(features: Float64[np.ndarray, "rows features"], yes: Bool[np.ndarray, " rows"]) -> Logistic:
-    """Fits a logistic regression; a constant if all labels are equal: their share, with half a row added per class."""
+def fit_logistic(
+    features: Float64[np.ndarray, "rows features"], yes: Bool[np.ndarray, " rows"], signs: Sequence[int] = ()
+) -> Logistic:
+    """Fits a logistic regression; a constant if all labels are equal: their share, with half a row added per class.
+
+    Args:
+        features: Features of the rows.
+        yes: Labels.
+        signs: 1 or -1 for each feature whose effect is known to rise or fall: one that comes out the other way, by
+            chance, has no effect.
+    """
     if not len(yes) or yes.all() or not yes.any():
         share = (yes.sum() + 0.5) / (len(yes) + 1)
         return Logistic((0.0,) * features.shape[1], float(np.log(share / (1 - share))))
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = features.mean(axis=0), features.std(axis=0)
-    scale = np.where(scale > 0, scale, 1.0)
+    scale = np.where(scale > _CONSTANT * np.maximum(np.abs(mean), 1), scale, np.inf)
     fitted = LogisticRegression(max_iter=1000).fit((features - mean) / scale, yes)
     coefficients = fitted.coef_[0] / scale
+    wrong = coefficients * np.array([*signs, *[0] * (len(mean) - len(signs))]) < 0
+    if wrong.any():
+        return fit_logistic(np.where(wrong, 0.0, features), yes, signs)
     return Logistic(tuple(coefficients.tolist()), float(fitted.intercept_[0] - coefficients @ mean))
 
 

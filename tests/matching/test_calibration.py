@@ -135,6 +135,19 @@ def test_a_logistic_regression_recovers_its_coefficients() -> None:
     np.testing.assert_allclose(constant(features), 9.5 / 10)
 
 
+def test_rounding_errors_and_effects_of_the_wrong_sign_are_not_fitted() -> None:
+    random = np.random.default_rng(0)
+    strong = random.normal(size=400)
+    yes = random.random(400) < 1 / (1 + np.exp(-2 * strong))
+    noise = 9.2 + 1e-13 * np.where(yes, 1.0, -1.0)
+    features = np.stack([strong, noise, random.normal(size=400) - yes], axis=1)
+    assert fit_logistic(features, yes).coefficients[2] < -0.5
+    fitted = fit_logistic(features, yes, (1, 1, 1))
+    assert fitted.coefficients[1:] == (0.0, 0.0)
+    alone = fit_logistic(features[:, :1], yes)
+    assert (fitted.coefficients[0], fitted.bias) == pytest.approx((alone.coefficients[0], alone.bias), rel=1e-3)
+
+
 def test_features_are_finite_where_nothing_was_found() -> None:
     nothing = np.full((2, len(RANKS)), -np.inf)
     votes = Votes(np.full((2, 7), -1, np.int32), np.zeros((2, 7)), nothing, nothing, np.full(2, np.inf))
