@@ -177,7 +177,7 @@ def identify(
         >>> reference, query = bj.ReferenceConfig(uri="vectors"), bj.QueryConfig(path="barcodes.parquet")
         >>> summary = bj.identify(reference, query, "names.tsv", bj.IdentifyConfig(k=5), progress=False)
         >>> summary.queries, summary.search
-        (80, 'exact, 80 references, k 5, rerank none')
+        (80, 'exact, 80 references (68 distinct), k 5, rerank none')
     """
     start, settings = time.perf_counter(), settings or config.IdentifyConfig()
     form = output_format(output, format)
