@@ -1,5 +1,6 @@
-"""Writes files and directories that appear whole or not at all; the rest of the package does it through these."""
+"""Writes local files and directories that appear whole or not at all; the rest of the package does it through these."""
 
+import fcntl
 import os
 import shutil
 import stat
@@ -84,33 +85,20 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def output_path(output: str) -> Path:
-    """Returns the file that `--output` names.
-
-    Raises:
-        InputError: Its directory does not exist, or it is itself a directory.
-    """
-    path = Path(output).expanduser()
-    if not path.parent.is_dir():
-        raise InputError(f"--output {output}: there is no directory {path.parent}; make it first")
-    if path.is_dir():
-        raise InputError(f"--output {output}: that is a directory; pass a file")
-    return path
-
-
 @contextmanager
-def output_file(output: str) -> Iterator[Path]:
-    """Yields a temporary path that becomes the file `--output` names, as `whole_file` does.
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds the lock of a file, created if absent; the kernel releases it if the process is killed.
 
-    Raises:
-        InputError: As for `output_path`, or it cannot be written.
+    A file system without locks, such as some network mounts, lets all through: what is written in the block has to
+    appear whole by itself.
     """
-    path = output_path(output)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with whole_file(path) as partial:
-            yield partial
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written ({error}); free space or pass another") from error
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def private_directory() -> Path:

@@ -17,6 +17,7 @@ from jaxtyping import Int64, UInt8
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_directory
 from bioscan_jax.output import whole_file
 
 _METADATA_KEY = b"bioscan_jax.simulated"
@@ -115,7 +116,10 @@ def write_simulated(path: str | os.PathLike[str], *, species: int, per_species: 
     Raises:
         InputError: `path` is another file, or a number is too small.
     """
-    path = Path(path)
+    local = local_directory(os.fspath(path), flag="simulate.path")
+    if local is None:
+        raise InputError(f"--simulate.path {path}: barcodes are simulated to a file on this machine; pass a path")
+    path = local
     parameters = {
         "generator": _GENERATOR,
         "species": species,

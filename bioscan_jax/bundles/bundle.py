@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 from tqdm import tqdm
 
-from bioscan_jax.bundles.location import Directory, Location, check_mounted, locate
 from bioscan_jax.bundles.manifest import (
     JOURNAL,
     MANIFEST,
@@ -36,9 +35,10 @@ from bioscan_jax.bundles.manifest import (
 from bioscan_jax.bundles.parts import BLOCK_ROWS, SelectedRows, encode_part, parquet_bytes, select_rows, write_part
 from bioscan_jax.bundles.quantise import PRECISIONS, Precision, Quantiser, bytes_per_vector, fit, recall
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import Directory, Location, check_mounted, local_directory, locate, read_if_exists
 from bioscan_jax.table.lock import machine_lock
 from bioscan_jax.table.reading import schema_metadata, vector_index
-from bioscan_jax.table.storage import local_directory, read_if_exists, sidecar_path, storage_errors
+from bioscan_jax.table.storage import sidecar_path, storage_errors
 
 if TYPE_CHECKING:
     import lance

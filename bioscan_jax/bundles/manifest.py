@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from bioscan_jax.bundles.location import Directory, Location, locate
 from bioscan_jax.errors import InputError, shown
+from bioscan_jax.location import Directory, Location, locate
 
 FORMAT = "bioscan_jax bundle 1"
 MANIFEST = "manifest.json"

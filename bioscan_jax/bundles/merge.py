@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64, UInt64
 
 from bioscan_jax.barcodes.schemas import case_clash_between
-from bioscan_jax.bundles.location import Directory, Location, locate
 from bioscan_jax.bundles.manifest import Entry, Manifest, find_faults, open_bundle, sha256_of
 from bioscan_jax.bundles.parts import read_codes
 from bioscan_jax.bundles.quantise import PRECISIONS, Quantiser
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import Directory, Location, locate
 from bioscan_jax.table.commit import append_files, write_files
 from bioscan_jax.table.index import build_indexes
 from bioscan_jax.table.lock import Check, writer_lock

@@ -1,13 +1,13 @@
 """Converts a Hugging Face checkpoint to an orbax one, which later starts read faster and shard by shard."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.checkpoints.orbax import save_converted
 from bioscan_jax.config import MeshConfig, ModelConfig
 from bioscan_jax.devices.sharding import make_layout, start_devices
+from bioscan_jax.location import output_directory
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,15 @@ def convert(model: ModelConfig, output: str, mesh: MeshConfig = MeshConfig()) ->
 
     Args:
         model: The weights to convert; dtype "auto" keeps bfloat16 on TPU and GPU, float32 on CPU.
-        output: Directory to create.
+        output: Directory or URL to create.
         mesh: Devices that hold the weights during the conversion.
 
     Raises:
         InputError: The checkpoint is wrong, has an adapter, or `output` is not empty or cannot be written.
     """
-    start_devices(mesh)
-    loaded = load_weights(model, make_layout(mesh), lm_head=None)
-    parts = loaded.model, loaded.config, loaded.vocabulary, loaded.provenance, loaded.projection
-    save_converted(Path(output), *parts)
+    with output_directory(output) as directory:
+        start_devices(mesh)
+        loaded = load_weights(model, make_layout(mesh), lm_head=None)
+        parts = loaded.model, loaded.config, loaded.vocabulary, loaded.provenance, loaded.projection
+        save_converted(directory, *parts)
     return ConversionSummary(output, loaded.provenance)

@@ -1,4 +1,4 @@
-"""Finds a checkpoint: a local directory, or a pinned commit of a Hugging Face repository, downloaded if needed."""
+"""Finds a checkpoint: a directory here or in a bucket, or a pinned commit of a Hugging Face repository, downloaded if needed."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from bioscan_jax.checkpoints.readers import FORMATS, weight_files
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import is_remote, local_copy
 
 DEFAULT = "default"
 """Names the model that comes with the package."""
@@ -62,7 +63,7 @@ def resolve_checkpoint(checkpoint: str, revision: str | None) -> ResolvedCheckpo
     (HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT) apply.
 
     Args:
-        checkpoint: A directory with config.json, a hub id OWNER/NAME, or `default` for the model in the package.
+        checkpoint: A directory or URL of one with config.json, a hub id OWNER/NAME, or `default` for the model in the package.
         revision: The full commit of a hub id; None for a directory.
 
     Raises:
@@ -76,7 +77,9 @@ def resolve_checkpoint(checkpoint: str, revision: str | None) -> ResolvedCheckpo
                 "bioscan_jax again, or pass a directory, a hub id or random:PRESET"
             )
         return _from_directory(DEFAULT_DIRECTORY, checkpoint, revision)
-    directory = Path(os.path.expanduser(checkpoint))
+    directory = local_copy(checkpoint, "model.checkpoint") if checkpoint else Path()
+    if is_remote(checkpoint):
+        return _from_directory(directory, checkpoint, revision)
     if checkpoint and directory.is_dir():
         return _from_directory(directory, checkpoint, revision)
     if directory.is_file():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from bioscan_jax.checkpoints.projection_files import has_projection, read_projec
 from bioscan_jax.checkpoints.readers import sha256_of, weight_files
 from bioscan_jax.devices.sharding import Layout, compute_dtype
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_copy
 from bioscan_jax.model.attention import attention_setting, choose_attention
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.model.projection import Projection
@@ -134,7 +134,7 @@ def load_weights(
     loaded.model.attention = model.attention
     if model.adapter is None:
         return _with_projection(loaded, model)
-    directory = Path(os.path.expanduser(model.adapter))
+    directory = local_copy(model.adapter, "model.adapter")
     adapter = read_adapter(directory, loaded.model, layout, base=loaded.provenance)
     provenance = dataclasses.replace(loaded.provenance, adapter=model.adapter, adapter_sha256=adapter.sha256)
     return _with_projection(
@@ -152,9 +152,9 @@ def _with_projection(loaded: LoadedModel, model: config.ModelConfig) -> LoadedMo
     if model.projection == "none":
         return loaded
     if model.projection != "auto":
-        directory = Path(os.path.expanduser(model.projection))
+        directory = local_copy(model.projection, "model.projection")
     elif model.adapter is not None:
-        directory = Path(os.path.expanduser(model.adapter))
+        directory = local_copy(model.adapter, "model.adapter")
     elif model.checkpoint.startswith(RANDOM):
         return loaded
     else:

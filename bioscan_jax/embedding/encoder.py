@@ -45,6 +45,7 @@ from bioscan_jax.embedding.step import (
     sequence_vectors,
 )
 from bioscan_jax.errors import InputError, logger
+from bioscan_jax.location import local_copy, output_directory
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.heads import predict
 from bioscan_jax.model.pooling import Pooling
@@ -676,7 +677,7 @@ class Encoder:
         """Writes the model with its heads and projection, so that `bioscan_jax.load(directory)` gives it back.
 
         Args:
-            directory: Is created, whole or not at all.
+            directory: Directory or URL to create, whole or not at all.
             merge: Write a whole checkpoint in Hugging Face's format, with any adapter merged into its weights; or the
                 adapter alone in PEFT's format, which `load` puts on the checkpoint it was trained on.
 
@@ -692,7 +693,11 @@ class Encoder:
             >>> bool((again.encode("ACGTAC") == model.encode("ACGTAC")).all())
             True
         """
-        target, loaded = Path(directory).expanduser(), self.loaded
+        with output_directory(os.fspath(directory), "output") as target:
+            self._save(target, merge)
+
+    def _save(self, target: Path, merge: bool) -> None:
+        loaded = self.loaded
         base = dataclasses.replace(loaded.provenance, adapter=None, adapter_sha256=None)
         if not merge:
             if loaded.adapter is None:
@@ -774,7 +779,7 @@ def load(
     """
     mesh = mesh or MeshConfig()
     name, adapter_name = os.fspath(checkpoint), None if adapter is None else os.fspath(adapter)
-    given = DEFAULT_DIRECTORY if name == DEFAULT else Path(name).expanduser()
+    given = DEFAULT_DIRECTORY if name == DEFAULT else local_copy(name, "checkpoint")
     wanted = ModelConfig(
         checkpoint=name,
         revision=revision,
@@ -800,9 +805,9 @@ def load(
     start_devices(mesh)
     with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
         loaded = load_weights(wanted, make_layout(mesh), on_bytes=bar.update)
-    beside = [Path(p).expanduser() for p in (wanted.adapter, given) if p is not None and heads is None]
+    beside = [given] if adapter_name is None else [local_copy(adapter_name, "adapter"), given]
     found = next((directory for directory in beside if (directory / HEADS_FILE).is_file()), None)
-    where = found if heads is None else Path(heads).expanduser()
+    where = found if heads is None else local_copy(os.fspath(heads), "heads")
     return Encoder(loaded=loaded, heads=None if where is None else read_heads(where, loaded.layout), wanted=wanted)
 
 

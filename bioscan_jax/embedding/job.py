@@ -14,10 +14,11 @@ from bioscan_jax import config
 from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import BlockEncoder, Encoder
+from bioscan_jax.location import local_directory
 from bioscan_jax.output import private_directory
 from bioscan_jax.table.columns import vector_schema
 from bioscan_jax.table.plan import Plan
-from bioscan_jax.table.storage import local_directory, table_exists
+from bioscan_jax.table.storage import table_exists
 
 
 @dataclass(frozen=True, kw_only=True)

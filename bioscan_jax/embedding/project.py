@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.embedding.step import Projector
 from bioscan_jax.embedding.summary import versions
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_copy
 from bioscan_jax.model.projection import Projection, ProjectionInputs
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.plan import Plan
@@ -107,7 +107,7 @@ def project(
     """
     mesh, begun = mesh or config.MeshConfig(), time.perf_counter()
     dataset = open_existing(reference.uri, reference.table)
-    found = read_projection(Path(projection).expanduser())
+    found = read_projection(local_copy(projection, "projection"))
     facts = _check_source(reference, dataset, found)
     if table_path(sink.uri, sink.table) == table_path(reference.uri, reference.table):
         raise InputError(f"--sink.uri {sink.uri}: that is the table of raw vectors itself; pass another one")

@@ -25,10 +25,11 @@ from bioscan_jax.embedding.job import Job, prepare, scratch_directory
 from bioscan_jax.embedding.pipeline import Work, run_rounds
 from bioscan_jax.embedding.summary import RunSummary, StageClock, peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.errors import InputError, Interrupted, logger
+from bioscan_jax.location import write_whole
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS, check_values, vector_schema
 from bioscan_jax.table.lock import Check, writer_lock
 from bioscan_jax.table.sink import VectorTable
-from bioscan_jax.table.storage import drop_if_empty, sidecar_path, storage_errors, table_exists, table_path, write_whole
+from bioscan_jax.table.storage import drop_if_empty, sidecar_path, storage_errors, table_exists, table_path
 
 _SURVEYED_ROWS = 65_536
 

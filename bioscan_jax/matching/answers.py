@@ -7,7 +7,7 @@ import pyarrow as pa
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError
-from bioscan_jax.output import output_file, output_path
+from bioscan_jax.location import check_output, output_file
 
 ANSWERS = pa.schema(
     [
@@ -40,7 +40,7 @@ def output_format(output: str, wanted: config.AnswerFormat | None) -> config.Ans
     """Returns the format of an output file: the requested one, or that of its suffix.
 
     Raises:
-        InputError: Neither is given, or `output_path` refuses the file.
+        InputError: Neither is given, or `check_output` refuses the file.
     """
     ends: dict[str, config.AnswerFormat] = {
         ".parquet": "parquet",
@@ -51,7 +51,7 @@ def output_format(output: str, wanted: config.AnswerFormat | None) -> config.Ans
     suffix = Path(output).suffix
     if wanted is None and suffix not in ends:
         raise InputError(f"--output {output}: pass FILE.parquet, FILE.tsv, FILE.sintax or FILE.dwca.zip, or --format")
-    output_path(output)
+    check_output(output)
     return wanted or ends[suffix]
 
 

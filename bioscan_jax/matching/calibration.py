@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.errors import InputError, logger
+from bioscan_jax.location import read_if_exists, write_whole
 from bioscan_jax.matching.alignment import worker_pool
 from bioscan_jax.matching.candidates import (
     Candidates,
@@ -31,7 +32,7 @@ from bioscan_jax.matching.candidates import (
 )
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, default_voting
-from bioscan_jax.table.storage import read_if_exists, sidecar_path, storage_errors, write_whole
+from bioscan_jax.table.storage import sidecar_path, storage_errors
 
 FORMAT = "bioscan_jax calibration 3"
 _POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from bioscan_jax.data.fasta import SIZE_COLUMN
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError, logger
+from bioscan_jax.location import local_copy
 from bioscan_jax.matching.alignment import Floors, Pool, compared, edit_distances, none_nearer
 from bioscan_jax.matching.neighbours import by_index, exact, search_kind
 from bioscan_jax.matching.queries import QueryEncoder, encoder_of_table
@@ -95,7 +95,7 @@ def open_matcher(
     opened.lineages  # noqa: B018 - missing labels raise before the model is loaded, which takes longer
     encoder = encoder_of_table(opened, model, mesh)
     heads = None if settings.heads is None else open_heads(settings.heads, encoder)
-    digest = None if settings.heads is None else sha256_of([Path(settings.heads).expanduser() / HEADS_FILE])
+    digest = None if settings.heads is None else sha256_of([local_copy(settings.heads, "heads") / HEADS_FILE])
     taxa = Taxa.of(opened) if heads is None else Taxa.of(opened, heads.space.names)
     return Matcher(opened, taxa, encoder, heads, digest, settings, search)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.head_files import Heads, read_heads
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_copy
 from bioscan_jax.matching.reference import Taxa, name_codes
 
 _MOST_TAXA = 8
@@ -218,7 +218,7 @@ def open_heads(directory: str, encoder: Encoder) -> Heads:
         raise InputError(
             f"--heads {directory}: heads classify raw vectors, the table's are projected; leave --heads out"
         )
-    heads = read_heads(Path(directory).expanduser(), encoder.layout)
+    heads = read_heads(local_copy(directory, "heads"), encoder.layout)
     last = encoder.config.num_hidden_layers
     if heads.pooling != encoder.settings.pooling or encoder.settings.layer != last:
         raise InputError(

@@ -8,7 +8,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bioscan_jax import config
@@ -16,9 +15,9 @@ from bioscan_jax.checkpoints.load import RANDOM
 from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes
 from bioscan_jax.devices.chips import Chip, Slice, find_slice
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_copy, output_file
 from bioscan_jax.model.attention import AttentionSetting, choose_attention
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
-from bioscan_jax.output import whole_file
 from bioscan_jax.planning.aot import INSTALL, Compiled, TooLarge, Traced, has_compiler, trace_and_compile
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, Program
 from bioscan_jax.planning.workload import Workload, embedding_workload, training_workload
@@ -322,11 +321,8 @@ def write_json(plan: Plan, path: str) -> None:
     Raises:
         InputError: The file cannot be written.
     """
-    try:
-        with whole_file(path) as partial:
-            partial.write_text(plan.to_json() + "\n")
-    except OSError as error:
-        raise InputError(f"--json {path}: cannot be written ({error.strerror}); pass another path") from error
+    with output_file(path, "json") as partial:
+        partial.write_text(plan.to_json() + "\n")
 
 
 def model_size(model: config.ModelConfig) -> TransformerConfig:
@@ -341,7 +337,7 @@ def model_size(model: config.ModelConfig) -> TransformerConfig:
         raise InputError("--model.adapter cannot be planned; leave it out, it adds little to the cost of the model")
     if preset in PRESETS:
         return PRESETS[preset]
-    directory = Path(name).expanduser()
+    directory = local_copy(name, "model.checkpoint")
     if directory.is_dir():
         return read_config(directory)
     known = ", ".join(f"{RANDOM}{preset}" for preset in PRESETS)

@@ -14,8 +14,9 @@ from bioscan_jax.barcodes.aliases import find_column
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns, read_lineages
 from bioscan_jax.barcodes.metadata import METADATA_COLUMNS, find_metadata, split_coordinates
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import read_if_exists
 from bioscan_jax.table.reading import open_existing, schema_metadata
-from bioscan_jax.table.storage import open_dataset, read_if_exists, sidecar_path, storage_errors, table_path
+from bioscan_jax.table.storage import open_dataset, sidecar_path, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float64
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns, read_lineages
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_copy
 from bioscan_jax.reports.contents import Taxa
 from bioscan_jax.table.side_tables import read_side_table
 
@@ -114,7 +114,7 @@ def read_truth(given: str | SideTableConfig, ids: Sequence[str]) -> tuple[tuple[
 def _read_parquet(path: str) -> pa.Table:
     import pyarrow.parquet as pq
 
-    file = Path(path).expanduser()
+    file = local_copy(path, "identified")
     if not file.is_file():
         raise InputError(f"--identified {path}: there is no such file; pass a Parquet file")
     try:

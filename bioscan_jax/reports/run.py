@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError
-from bioscan_jax.output import output_file, output_path
+from bioscan_jax.location import Directory, check_output, locate, output_file
 from bioscan_jax.reports.charts import write_pictures
 from bioscan_jax.reports.contents import contains_all, read_contents
 from bioscan_jax.reports.identifications import rank_metrics, read_identifications, read_truth
@@ -61,11 +61,11 @@ def report(
 
     Args:
         uri: Database directory or URL.
-        output: FILE.html to write; an existing file is replaced once the new one is complete.
+        output: FILE.html to write, here or in a bucket; an existing file is replaced once the new one is complete.
         table: Name of the vector table.
         identified: Parquet file that `identify` wrote, about this table's rows or with this table as reference.
         truth: Parquet, CSV or TSV file with `sequence_id` and the true lineages of the queries; see `SideTableConfig`.
-        pictures: Directory for PNG files of the main charts; created if absent.
+        pictures: Directory or URL for PNG files of the main charts; created if absent.
         rows: Most rows to show on the maps; of a larger table a random sample is shown. Counts are of all rows.
         projection: How vectors become points of a plane: PaCMAP, or the first two principal components.
         seed: Random seed of the sample and of the map.
@@ -84,7 +84,7 @@ def report(
     """
     if Path(output).suffix not in (".html", ".htm"):
         raise InputError(f"--output {output}: pass FILE.html")
-    path = output_path(output)
+    check_output(output)
     if rows < 1:
         raise InputError(f"--rows {rows}: pass how many rows the maps may show, such as {_SHOWN_ROWS}")
     if not 0 <= seed < 2**31:
@@ -103,14 +103,21 @@ def report(
         partial.write_bytes(page)
     drawn: list[str] = []
     if pictures is not None:
-        directory = Path(pictures).expanduser()
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            drawn = [str(directory / name) for name in write_pictures(directory, contents, points, results, metrics)]
-        except OSError as error:
-            raise InputError(f"--pictures {pictures}: cannot be written ({error}); pass another directory") from error
+        place = locate(pictures, "pictures")
+        with place.scratch() as directory:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                names = write_pictures(directory, contents, points, results, metrics)
+            except OSError as error:
+                raise InputError(
+                    f"--pictures {pictures}: cannot be written ({error}); pass another directory"
+                ) from error
+            if not isinstance(place, Directory):
+                for name in names:
+                    place.put(directory / name, name)
+        drawn = [f"{pictures.rstrip('/')}/{name}" for name in names]
     return ReportSummary(
-        output=str(path),
+        output=output,
         size=len(page),
         rows=contents.total,
         shown=len(contents.rows),

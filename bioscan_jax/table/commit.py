@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from bioscan_jax.errors import InputError, logger, one_line
+from bioscan_jax.location import local_directory
 from bioscan_jax.table.lock import Check
-from bioscan_jax.table.storage import local_directory, open_dataset
+from bioscan_jax.table.storage import open_dataset
 
 if TYPE_CHECKING:
     import lance

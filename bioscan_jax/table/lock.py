@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_directory
 from bioscan_jax.output import private_directory
 from bioscan_jax.table.lease import describe, held_lease, this_process
-from bioscan_jax.table.storage import TABLE_FLAG, local_directory, storage_errors
+from bioscan_jax.table.storage import TABLE_FLAG, storage_errors
 
 _HELD = {errno.EAGAIN, errno.EACCES}
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.output import output_file
+from bioscan_jax.location import output_file
 from bioscan_jax.table.reading import open_existing
 from bioscan_jax.table.storage import open_dataset, table_path
 

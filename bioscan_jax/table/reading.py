@@ -9,7 +9,8 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.storage import local_directory, open_dataset, storage_errors, table_path
+from bioscan_jax.location import local_directory
+from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance

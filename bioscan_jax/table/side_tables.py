@@ -43,6 +43,7 @@ import pyarrow.parquet as pq
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.data.files import key_value_folders
 from bioscan_jax.errors import InputError, cause_of, shown
+from bioscan_jax.location import local_copy
 
 ID = "sequence_id"
 NULL_WORDS = ("NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None")
@@ -103,7 +104,7 @@ def read_side_table(given: SideTableConfig, flag: str, types: Mapping[str, pa.Da
         InputError: It cannot be read, a quote is unbalanced, a row has more or fewer cells than the header, or a value
             is not of its column's type. The message names the file and line.
     """
-    path = Path(given.path).expanduser().absolute()
+    path = local_copy(given.path, flag.removeprefix("--")).absolute()
     where = f"{flag} {given.path}"
     if path.is_dir():
         return _read_directory(path, given, flag, types or {})

@@ -18,11 +18,12 @@ from jaxtyping import UInt64
 
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_directory
 from bioscan_jax.table.commit import append_files, write_files
 from bioscan_jax.table.index import build_indexes
 from bioscan_jax.table.lock import Check, writer_lock
 from bioscan_jax.table.plan import Plan, check_origin
-from bioscan_jax.table.storage import local_directory, open_dataset, storage_errors, table_path
+from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance

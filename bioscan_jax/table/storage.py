@@ -4,11 +4,10 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.output import whole_file
+from bioscan_jax.location import local_directory
 
 if TYPE_CHECKING:
     import lance
@@ -18,21 +17,6 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NOT_A_DIRECTORY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 TABLE_FLAG = "--sink.uri"
 """The flag that names the database, for messages."""
-
-
-def local_directory(uri: str, *, flag: str = TABLE_FLAG) -> Path | None:
-    """Returns the absolute directory that a URI names, or None for an object store (`gs://`, `s3://`, ...).
-
-    It is absolute because Lance reads the start of a relative `a:b` as a URL scheme.
-
-    Raises:
-        InputError: The URI is empty; the message names `flag`.
-    """
-    if not uri:
-        raise InputError(f"{flag} is empty; pass a directory or an object-store URL")
-    if uri.startswith("file://"):
-        return Path(uri.removeprefix("file://"))
-    return None if "://" in uri else Path(uri).expanduser().absolute()
 
 
 def table_path(uri: str, table: str) -> str:
@@ -127,26 +111,3 @@ def drop_if_empty(uri: str, table: str) -> None:
 def sidecar_path(uri: str, table: str, kind: Literal["run", "calibration"]) -> str:
     """Returns the path or URL of the JSON file beside a table that holds its run record or calibration."""
     return f"{table_path(uri, table).removesuffix('.lance')}.{kind}.json"
-
-
-def read_if_exists(where: str) -> bytes | None:
-    """Reads a file at a path or URL; None if there is no such file."""
-    from fsspec.core import url_to_fs
-
-    filesystem, path = url_to_fs(where)
-    try:
-        return filesystem.cat_file(path)
-    except FileNotFoundError:
-        return None
-
-
-def write_whole(where: str, data: bytes) -> None:
-    """Writes a file at a path or URL, whole or not at all."""
-    from fsspec.core import url_to_fs
-
-    if (local := local_directory(where)) is not None:
-        with whole_file(local) as partial:
-            partial.write_bytes(data)
-    else:
-        filesystem, path = url_to_fs(where)
-        filesystem.pipe_file(path, data)

@@ -24,6 +24,7 @@ from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.embedding.run import embed
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_directory, output_directory
 from bioscan_jax.model.config import PRESETS, TransformerConfig
 from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer
@@ -65,7 +66,7 @@ def train_default_model(
 
     Args:
         data: Labelled barcodes.
-        output: Directory to make; `bioscan_jax.load(output)` loads the model.
+        output: Directory or URL to make; `bioscan_jax.load(output)` loads the model.
         metric: How the projection is fitted.
         work: Directory for the 6-mer counts, their table and the fit; a stopped call continues there.
         mesh: Devices.
@@ -74,27 +75,29 @@ def train_default_model(
     Raises:
         InputError: The data have no labels or cannot be read, or `output` exists.
     """
-    if Path(output).expanduser().exists():
-        raise InputError(f"--output {output} exists; pass a directory that does not")
-    base, fitted, table = (Path(work).expanduser() / name for name in ("counts", "projection", "table"))
+    directory = local_directory(work, flag="work")
+    if directory is None:
+        raise InputError(f"--work {work}: pass a directory on this machine; --output may be a URL")
+    base, fitted, table = (directory / name for name in ("counts", "projection", "table"))
     if (fitted / "projection.json").is_file():
         raise InputError(f"{fitted} exists, from an earlier run; remove it, or pass another --work")
-    start_devices(mesh)
-    if not (base / "config.json").is_file():
-        write_sixmer_counts(base)
-    embed(
-        config.ModelConfig(checkpoint=str(base)),
-        data,
-        config.SinkConfig(uri=str(table)),
-        COUNTED_AT,
-        mesh,
-        progress=progress,
-    )
-    summary = fit_metric(config.ReferenceConfig(uri=str(table)), str(fitted), metric, mesh=mesh, progress=progress)
-    loaded = load_weights(config.ModelConfig(checkpoint=str(base)), make_layout(mesh))
-    made, projection = Path(output).expanduser(), read_projection(fitted)
-    write_folded(made, loaded.model, loaded.vocabulary, projection)
-    (made / "README.md").write_text(_CARD.format(description=projection.description))
+    with output_directory(output) as goal:
+        start_devices(mesh)
+        if not (base / "config.json").is_file():
+            write_sixmer_counts(base)
+        embed(
+            config.ModelConfig(checkpoint=str(base)),
+            data,
+            config.SinkConfig(uri=str(table)),
+            COUNTED_AT,
+            mesh,
+            progress=progress,
+        )
+        summary = fit_metric(config.ReferenceConfig(uri=str(table)), str(fitted), metric, mesh=mesh, progress=progress)
+        loaded = load_weights(config.ModelConfig(checkpoint=str(base)), make_layout(mesh))
+        projection = read_projection(fitted)
+        write_folded(goal, loaded.model, loaded.vocabulary, projection)
+        (goal / "README.md").write_text(_CARD.format(description=projection.description))
     return summary
 
 

@@ -1,5 +1,7 @@
 """Export of a training run as a PEFT adapter or as a whole Hugging Face checkpoint."""
 
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +17,10 @@ from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import output_directory
 from bioscan_jax.model.classifier import Classifier, make_classifier, named_arrays
-from bioscan_jax.training.record import LABEL_SPACE_FILE, configs_of, read_record
+from bioscan_jax.training.record import configs_of, read_record
+from bioscan_jax.training.run_directory import LABEL_SPACE_FILE, RunDirectory, open_run_directory
 from bioscan_jax.training.state import restore_params
 from bioscan_jax.training.step import split_trainable
 
@@ -33,8 +37,8 @@ def export(
     """Writes the trained parameters of a run in a format that other libraries read.
 
     Args:
-        run: Directory of the training run.
-        output: Directory to create.
+        run: Directory or URL of the training run.
+        output: Directory or URL to create.
         format: `peft` writes the adapter with heads and label space; `merged` a whole checkpoint, with these beside it.
         which: The parameters with the lowest validation loss, or those of the last checkpoint.
         checkpoint: Location of the run's base weights, if they have moved.
@@ -61,15 +65,29 @@ def export(
         >>> "peft of best parameters, after step 1" in line
         True
     """
-    directory, target = Path(run).expanduser(), Path(output).expanduser()
+    with ExitStack() as held:
+        scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-")))
+        directory = held.enter_context(open_run_directory(run, scratch, flag="run"))
+        target = held.enter_context(output_directory(output))
+        return f"{output}: {_export(directory, target, format, which, checkpoint, mesh or config.MeshConfig())}"
+
+
+def _export(
+    directory: RunDirectory,
+    target: Path,
+    format: Literal["peft", "merged"],
+    which: Literal["best", "last"],
+    checkpoint: str | None,
+    mesh: config.MeshConfig,
+) -> str:
+    """Writes the trained parameters to a directory and returns what they are."""
     record = read_record(directory)
     loss, lora, train = configs_of(record["decided_by"])
     if format == "peft" and lora is None:
-        raise InputError(f"{run} trained the whole model and has no adapter; pass --format merged")
-    mesh = mesh or config.MeshConfig()
+        raise InputError(f"{directory.name} trained the whole model and has no adapter; pass --format merged")
     start_devices(mesh)
     loaded = _base(record, checkpoint, mesh, lm_head=format == "merged" or train.objective == "mlm")
-    space = LabelSpace.load(directory / LABEL_SPACE_FILE) if train.objective == "taxonomy" else None
+    space = LabelSpace.load(directory.local / LABEL_SPACE_FILE) if train.objective == "taxonomy" else None
     step, classifier = _trained(directory, which, loaded, loss, lora, train, space)
     facts = {"objective": train.objective, "which": which, "step": step, "run": record["decided_by"]}
     heads = None
@@ -91,7 +109,7 @@ def export(
             heads=heads,
             facts=facts,
         )
-    return f"{output}: {format} of {which} parameters, after step {step:,}, on {loaded.provenance.model}"
+    return f"{format} of {which} parameters, after step {step:,}, on {loaded.provenance.model}"
 
 
 def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfig, *, lm_head: bool) -> LoadedModel:
@@ -114,7 +132,7 @@ def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfi
 
 
 def _trained(
-    directory: Path,
+    directory: RunDirectory,
     which: Literal["best", "last"],
     loaded: LoadedModel,
     loss: config.LossConfig,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
 from bioscan_jax.embedding.encoder import unit
 from bioscan_jax.embedding.summary import peak_host_bytes, versions
 from bioscan_jax.errors import InputError, logger
+from bioscan_jax.location import output_directory, remove_tree
 from bioscan_jax.model.projection import Projection, ProjectionInputs
 from bioscan_jax.output import whole_directory
 from bioscan_jax.table.reading import check_condition, check_finished, open_existing, schema_metadata
@@ -159,7 +159,7 @@ def fit_metric(
 
     Args:
         reference: A table with labels, as embed makes it.
-        output: Directory to make. A run with a network keeps its checkpoints in OUTPUT.run until it is done.
+        output: Directory or URL to make. A run with a network keeps its checkpoints in OUTPUT.run until it is done.
         settings: How to fit.
         mesh: Which devices compute the products of vectors; on CPU NumPy does, in float64.
         progress: Show progress bars on stderr.
@@ -185,12 +185,27 @@ def fit_metric(
         >>> fitted.dimension
         16
     """
-    clock = _Clock()
     if mesh.distributed:
         raise InputError("--mesh.distributed true: fit-metric runs in one process, on its own devices; leave it out")
-    if Path(output).exists():
-        with whole_directory(Path(output)):  # refuses a directory that is not empty before the work, not after it
-            pass
+    if settings.network and output.startswith("rclone:"):
+        raise InputError(
+            f"--output {output}: a network's checkpoints are kept beside it, which rclone cannot; pass a directory or an "
+            "fsspec URL"
+        )
+    with output_directory(output) as directory:
+        return _fit(reference, output, directory, settings, mesh, progress)
+
+
+def _fit(
+    reference: config.ReferenceConfig,
+    output: str,
+    directory: Path,
+    settings: config.MetricConfig,
+    mesh: config.MeshConfig,
+    progress: bool,
+) -> MetricSummary:
+    """Fits the projection and writes it to a directory, which becomes `output`."""
+    clock = _Clock()
     dataset, condition, inputs = _open(reference, settings)
     rows = _count(dataset, condition)
     features = dataset.schema.field("vector").type.list_size
@@ -228,7 +243,7 @@ def fit_metric(
 
     identity = _fingerprint(dataset, rows, space, settings)
     networks, weights, about, projected = (), (1.0,), None, chosen.accuracy
-    run = Path(f"{output}.run")
+    run = f"{output}.run"
     if settings.network:
         map_ = _whitening(fold, chosen, settings).astype(np.float32)
         whitened = {role: (v[:, : chosen.components] @ map_, s) for role, (v, s) in axes.items()}
@@ -238,7 +253,7 @@ def fit_metric(
                 _blocks(dataset, condition, space, bar), final.mean, linear, space, settings
             )
         length = _length(vectors)
-        trained = Run(run / "final.npz", identity | {"steps": best["step"]}, settings).train(
+        trained = Run(f"{run}/final.npz", identity | {"steps": best["step"]}, settings).train(
             Rows(vectors * length, species, paths), int(best["step"]), description="train", progress=progress
         )
         networks, weights = (as_network(trained, float(length)),), (best["weight"], 1.0)
@@ -279,10 +294,10 @@ def fit_metric(
         seconds=clock.seconds,
         peak_host_bytes=peak_host_bytes(),
     )
-    with whole_directory(Path(output)) as partial:
+    with whole_directory(directory) as partial:
         write_projection(partial, projection)
         (partial / RECORD_FILE).write_text(summary.to_json())
-    shutil.rmtree(run, ignore_errors=True)
+    remove_tree(run)
     return summary
 
 
@@ -460,7 +475,7 @@ def _search_network(
     whitened: dict[int, Part],
     paths: Int32[np.ndarray, "species 7"],
     settings: config.MetricConfig,
-    run: Path,
+    run: str,
     identity: dict[str, Any],
     progress: bool,
 ) -> tuple[dict[str, float], Accuracy, list[dict[str, float]]]:
@@ -484,7 +499,7 @@ def _search_network(
         assert best is not None
         return {"weight": best[0]} | dataclasses.asdict(best[1])
 
-    trial = Run(run / "search.npz", identity, settings)
+    trial = Run(f"{run}/search.npz", identity, settings)
     trial.train(
         Rows(*scaled[KEPT], paths), settings.steps, description="search steps", evaluate=evaluate, progress=progress
     )

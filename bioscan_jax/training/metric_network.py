@@ -4,12 +4,11 @@ The loss is `losses.neighbour_loss`, between one row of each species and another
 """
 
 import functools
+import io
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -21,8 +20,8 @@ from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import read_if_exists, write_whole
 from bioscan_jax.model.projection import ResidualNetwork, unit
-from bioscan_jax.output import whole_file
 from bioscan_jax.table.plan import differences
 from bioscan_jax.training.losses import neighbour_loss
 from bioscan_jax.training.metric_moments import GENUS
@@ -144,8 +143,8 @@ def _step(
 class Run:
     """One training of the network, saved every few steps so that the same command continues it."""
 
-    path: Path
-    """The checkpoint: an .npz file."""
+    path: str
+    """The checkpoint: path or URL of an .npz file."""
     identity: dict[str, Any]
     """Everything that determines the result; a checkpoint of another run is refused."""
     settings: config.MetricConfig
@@ -196,18 +195,19 @@ class Run:
 
     def _restore(self, fresh: tuple[Params, Any]) -> tuple[int, tuple[Params, Any]]:
         leaves, tree = jax.tree.flatten(fresh)
+        data = read_if_exists(self.path)
+        if data is None:
+            return 0, fresh
         try:
-            with np.load(self.path) as saved:
+            with np.load(io.BytesIO(data)) as saved:
                 found = json.loads(str(saved["about"]))
                 changed = differences(found["identity"], self.identity)
                 restored = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(leaves))] if not changed else []
-        except FileNotFoundError:
-            return 0, fresh
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{self.path}: not readable ({error}); remove it to train again") from error
         if changed:
             raise InputError(
-                f"{self.path} is of a run with other settings: {changed}; pass these again, or remove {self.path.parent}"
+                f"{self.path} is of a run with other settings: {changed}; pass these again, or remove {self.path.rpartition('/')[0]}"
             )
         self.history = found["history"]
         return found["step"], jax.tree.unflatten(tree, restored)
@@ -215,12 +215,10 @@ class Run:
     def _save(self, step: int, trees: tuple[Params, Any]) -> None:
         about = json.dumps({"identity": self.identity, "step": step, "history": self.history})
         arrays: dict[str, Any] = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
+        file = io.BytesIO()
+        np.savez(file, about=np.array(about), **arrays)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.path, locked=True) as partial, open(partial, "wb") as file:
-                np.savez(file, about=np.array(about), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
+            write_whole(self.path, file.getvalue())
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error}); free space, then run again") from error
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from bioscan_jax import config
@@ -13,9 +12,7 @@ from bioscan_jax.embedding.summary import versions
 from bioscan_jax.errors import InputError
 from bioscan_jax.output import whole_file
 from bioscan_jax.table.plan import differences
-
-RUN_FILE = "run.json"
-LABEL_SPACE_FILE = "label_space.json"
+from bioscan_jax.training.run_directory import LABEL_SPACE_FILE, RUN_FILE, RunDirectory
 
 
 def run_settings(
@@ -49,14 +46,18 @@ def run_settings(
 
 
 def check_or_write_record(
-    directory: Path, settings: dict[str, Any], model: config.ModelConfig, loaded: LoadedModel, space: LabelSpace | None
+    directory: RunDirectory,
+    settings: dict[str, Any],
+    model: config.ModelConfig,
+    loaded: LoadedModel,
+    space: LabelSpace | None,
 ) -> None:
     """Checks that the directory has a run with the same settings, or writes the record of a new run.
 
     Raises:
         InputError: It has a run with other settings, or a record that cannot be read.
     """
-    path = directory / RUN_FILE
+    path = directory.local / RUN_FILE
     try:
         found = json.loads(path.read_text())["decided_by"]
     except FileNotFoundError:
@@ -72,12 +73,12 @@ def check_or_write_record(
                 else ""
             )
             raise InputError(
-                f"{directory} is the run of another configuration: {changed}; pass these again, or another "
+                f"{directory.name} is the run of another configuration: {changed}; pass these again, or another "
                 f"--train.output_dir{longer}"
             )
         return
     if space is not None:
-        space.save(directory / LABEL_SPACE_FILE)
+        space.save(directory.local / LABEL_SPACE_FILE)
     record = {
         "decided_by": settings,
         "model": {"checkpoint": model.checkpoint, "revision": model.revision, "seed": model.seed},
@@ -86,21 +87,24 @@ def check_or_write_record(
     }
     with whole_file(path, locked=True) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
+    directory.put_files()
 
 
-def read_record(directory: Path) -> dict[str, Any]:
+def read_record(directory: RunDirectory) -> dict[str, Any]:
     """Reads run.json.
 
     Raises:
         InputError: The file is missing or damaged.
     """
-    path = directory / RUN_FILE
+    path = directory.local / RUN_FILE
     try:
         record = json.loads(path.read_text())
         if not {"decided_by", "model", "provenance"} <= record.keys():
             raise ValueError("it lacks the settings of a run")
     except FileNotFoundError:
-        raise InputError(f"{path}: not found; pass the --train.output_dir of bioscan finetune as --run") from None
+        raise InputError(
+            f"{directory.name}/{RUN_FILE}: not found; pass the --train.output_dir of bioscan finetune as --run"
+        ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy the run again") from None
     return record

@@ -25,20 +25,22 @@ from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.devices.sharding import Layout, compute_dtype, make_layout, start_devices
 from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
 from bioscan_jax.errors import InputError, logger
+from bioscan_jax.location import cache_directory
 from bioscan_jax.model.classifier import Arrays, make_classifier, named_arrays
 from bioscan_jax.model.lora import resolve_targets
 from bioscan_jax.table.lock import writer_lock
-from bioscan_jax.table.storage import local_directory, storage_errors
+from bioscan_jax.table.storage import storage_errors
 from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
 from bioscan_jax.training.examples import Examples, prepare_examples
 from bioscan_jax.training.loop import Evaluate, Log, TrainingSetup, TrainState, run
 from bioscan_jax.training.record import check_or_write_record, run_settings
+from bioscan_jax.training.run_directory import open_run_directory
 from bioscan_jax.training.splits import SPLITS
 from bioscan_jax.training.state import Progress, open_checkpoints
 from bioscan_jax.training.step import Evaluation, TrainableModel, init_optimizer, split_trainable
 from bioscan_jax.training.tracking import draw_curves, open_tracking
 
-_FLAG = "--train.output_dir"
+_FLAG = "train.output_dir"
 _SHOWN_CONFLICTS = 5
 
 
@@ -175,18 +177,16 @@ def finetune(
     checkpoint, tracking = checkpoint or config.CheckpointConfig(), tracking or config.TrackingConfig()
     mesh = mesh or config.MeshConfig()
     _check(model, lora, loss, train)
-    directory, output_dir = local_directory(train.output_dir, flag=_FLAG), train.output_dir
-    if directory is None:
-        raise InputError(
-            f"--train.output_dir {output_dir!r} is a URL; pass a directory (mount the bucket, for example with gcsfuse)"
-        )
     start_devices(mesh)
     first, progress = jax.process_index() == 0, progress and jax.process_index() == 0
     with ExitStack() as held:
         profiler = held.enter_context(StepProfiler(profile, "train"))
         if first:
-            held.enter_context(writer_lock(output_dir, "training", kind="run", flag=_FLAG))
-        scratch = held.enter_context(_scratch(directory))
+            held.enter_context(writer_lock(train.output_dir, "training", kind="run", flag=f"--{_FLAG}"))
+        directory = held.enter_context(
+            open_run_directory(train.output_dir, cache_directory(), flag=_FLAG, processes=jax.process_count())
+        )
+        scratch = held.enter_context(_scratch(directory.local))
         source = open_source(_as_data(data), scratch=scratch, for_table=False)
         layout = make_layout(mesh)
         loaded = _load(model, train, layout, progress)
@@ -195,7 +195,7 @@ def finetune(
         trainable = _make_trainable(loaded, lora, loss, train, examples.space)
         batches = TrainingBatches(examples, train, loaded.vocabulary, _max_tokens(data, loaded))
         if first:
-            with storage_errors(str(directory), flag=_FLAG):
+            with storage_errors(directory.name, flag=f"--{_FLAG}"):
                 check_or_write_record(directory, settings, model, loaded, examples.space)
         gather_bytes(b"")  # the other processes wait until process 0 has checked the directory
         checkpoints = held.enter_context(open_checkpoints(directory, keep=checkpoint.keep))
@@ -209,7 +209,7 @@ def finetune(
                 if first:
                     logger.info(f"{train.output_dir}: continues after step {at.step:,} of {len(batches):,}")
                 state = TrainState(**checkpoints.restore(before.step, jax.tree.map(_abstract, vars(state))))
-            log, run_id = _log(held, tracking, directory, settings, at)
+            log, run_id = _log(held, tracking, directory.local, settings, at)
             setup = TrainingSetup(
                 model=trainable,
                 batches=batches,
@@ -225,8 +225,9 @@ def finetune(
             with bar:
                 at = run(setup, state, dataclasses.replace(at, run_id=run_id), stop, bar)
             if first:
-                with storage_errors(str(directory), flag=_FLAG):
-                    draw_curves(directory)
+                with storage_errors(directory.name, flag=f"--{_FLAG}"):
+                    draw_curves(directory.local)
+                    directory.put_files()
     return _summary(at, before, examples, trainable)
 
 

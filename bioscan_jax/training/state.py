@@ -6,19 +6,18 @@ per process, which another number of processes could not restore.
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from bioscan_jax.errors import InputError
+from bioscan_jax.training.run_directory import BEST, LAST, RunDirectory
 
 VERSION = 1
 """Version of the metadata kept beside the arrays."""
-LAST, BEST = "checkpoints", "best"
-"""Subdirectories of a run's directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +56,9 @@ class Progress:
 class Checkpoints:
     """The newest checkpoints and the best one; created by `open_checkpoints`."""
 
-    def __init__(self, directory: Path, last: Any, best: Any):
-        self._directory, self._last, self._best = directory, last, best
-        self._pending: Any = None
+    def __init__(self, directory: RunDirectory, keep: int, last: Any, best: Any, pool: ThreadPoolExecutor):
+        self._directory, self._keep, self._last, self._best, self._pool = directory, keep, last, best, pool
+        self._pending: Future[None] | None = None
 
     def latest(self) -> Progress | None:
         """Returns the progress in the newest complete checkpoint, or None if there is none.
@@ -73,7 +72,7 @@ class Checkpoints:
         record = dict(self._last.metadata(found.step).custom_metadata or {})
         if record.pop("version", None) != VERSION:
             raise InputError(
-                f"{self._directory / LAST}: made by another version of bioscan_jax; pass another --train.output_dir"
+                f"{self._directory.name}/{LAST}: made by another version of bioscan_jax; pass another --train.output_dir"
             )
         return Progress(**record)
 
@@ -83,7 +82,7 @@ class Checkpoints:
         Raises:
             InputError: The checkpoint cannot be read.
         """
-        return _loaded(self._last, step, abstract, self._directory / LAST)
+        return _loaded(self._last, step, abstract, f"{self._directory.name}/{LAST}")
 
     def save(self, progress: Progress, trees: dict[str, Any], *, wait: bool) -> None:
         """Starts to write a checkpoint after the previous one has finished; `wait` also waits for this one.
@@ -92,51 +91,65 @@ class Checkpoints:
             InputError: This checkpoint or the previous one cannot be written.
         """
         self.wait()
-        with _storage(self._directory / LAST):
+        self._directory.put_files()  # with the metrics up to this step, which a run that continues here does not repeat
+        with self._storage(LAST):
             record = {"version": VERSION} | dataclasses.asdict(progress)
-            self._pending = self._last.save_checkpointables_async(
+            writing = self._last.save_checkpointables_async(
                 progress.step, trees, custom_metadata=record, force=True, overwrite=True
             )
+
+        def finish() -> None:
+            writing.result()
+            self._directory.put_checkpoint(LAST, progress.step, keep=self._keep)
+
+        self._pending = self._pool.submit(finish)
         if wait:
             self.wait()
 
     def wait(self) -> None:
         """Waits until the pending save has finished."""
         if self._pending is not None:
-            with _storage(self._directory / LAST):
+            with self._storage(LAST):
                 self._pending.result()
             self._pending = None
 
+    def _storage(self, name: str) -> AbstractContextManager[None]:
+        return _storage(f"{self._directory.name}/{name}")
+
     def save_best(self, step: int, params: Any, record: dict[str, Any]) -> None:
         """Writes the parameters with the lowest validation loss, in place of the previous best ones."""
-        with _storage(self._directory / BEST):
+        with self._storage(BEST):
             self._best.save_checkpointables(
                 step, {"params": params}, custom_metadata={"version": VERSION, "step": step} | record, overwrite=True
             )
+            self._directory.put_checkpoint(BEST, step, keep=1)
 
 
 @contextmanager
-def open_checkpoints(directory: Path, *, keep: int) -> Iterator[Checkpoints]:
+def open_checkpoints(directory: RunDirectory, *, keep: int) -> Iterator[Checkpoints]:
     """Opens a run's checkpoints after removing incomplete ones left by a kill."""
     from orbax.checkpoint import v1 as ocp
 
     def opened(name: str, number: int) -> Any:
         newest: Any = ocp.training.preservation_policies.LatestN(number)
-        path = str((directory / name).absolute())
-        return ocp.training.Checkpointer(path, cleanup_tmp_directories=True, preservation_policy=newest)
+        return ocp.training.Checkpointer(
+            directory.checkpoints(name), cleanup_tmp_directories=True, preservation_policy=newest
+        )
 
-    with _storage(directory):
+    with _storage(directory.name):
+        directory.fetch_newest(LAST)
         last, best = opened(LAST, keep), opened(BEST, 1)
-    checkpoints = Checkpoints(directory, last, best)
     try:
-        yield checkpoints
-        checkpoints.wait()
+        with ThreadPoolExecutor(1, "checkpoint") as pool:
+            checkpoints = Checkpoints(directory, keep, last, best, pool)
+            yield checkpoints
+            checkpoints.wait()
     finally:
         last.close()
         best.close()
 
 
-def restore_params(directory: Path, which: str, abstract: dict[str, Any]) -> tuple[int, dict[str, jax.Array]]:
+def restore_params(directory: RunDirectory, which: str, abstract: dict[str, Any]) -> tuple[int, dict[str, jax.Array]]:
     """Restores the trained parameters of a run.
 
     Args:
@@ -152,25 +165,29 @@ def restore_params(directory: Path, which: str, abstract: dict[str, Any]) -> tup
     """
     from orbax.checkpoint import v1 as ocp
 
-    path = directory / {"best": BEST, "last": LAST}[which]
-    if not path.is_dir():
+    name = {"best": BEST, "last": LAST}[which]
+    path = f"{directory.name}/{name}"
+    if not directory.has(name):
         raise InputError(f"{path}: not found; pass the --train.output_dir of bioscan finetune")
-    with ocp.training.Checkpointer(str(path.absolute())) as checkpointer:
+    directory.fetch_newest(name)
+    with _storage(path), ocp.training.Checkpointer(directory.checkpoints(name)) as checkpointer:
         if checkpointer.latest is None:
             raise InputError(f"{path}: no checkpoint yet; let the run reach one, or pass --which last")
         step = checkpointer.latest.step
         return step, _loaded(checkpointer, step, {"params": abstract}, path)["params"]
 
 
-def _loaded(checkpointer: Any, step: int, abstract: dict[str, Any], path: Path) -> dict[str, Any]:
+def _loaded(checkpointer: Any, step: int, abstract: dict[str, Any], path: str) -> dict[str, Any]:
     with _storage(path):
         return checkpointer.load_checkpointables(step, abstract)
 
 
 @contextmanager
-def _storage(path: Path) -> Iterator[None]:
+def _storage(path: str) -> Iterator[None]:
     try:
         yield
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:300]
         raise InputError(

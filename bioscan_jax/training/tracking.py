@@ -20,13 +20,12 @@ from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.config import TrackingConfig
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.output import whole_file
+from bioscan_jax.training.run_directory import CURVES, METRICS
 
 if TYPE_CHECKING:
     import wandb
     from matplotlib.axes import Axes
 
-METRICS = "metrics.jsonl"
-CURVES = "curves.png"
 STEP = "train/global_step"
 _WANDB = "Weights & Biases"
 

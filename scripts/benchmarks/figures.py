@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.output import whole_file
+from bioscan_jax.location import output_file
 
 Cell = int | float | str | dict[str, float]
 """A number, or a named value with its interval `low` to `high` and perhaps further numbers."""
@@ -54,11 +54,8 @@ def write_json(figures: Figures, path: str) -> None:
     Raises:
         InputError: It cannot be written.
     """
-    try:
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(figures, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--json {path}: cannot be written ({error.strerror}); pass another path") from error
+    with output_file(path, "json") as partial:
+        partial.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def write_picture(figures: Figures, path: str, title: str) -> None:
@@ -69,11 +66,8 @@ def write_picture(figures: Figures, path: str, title: str) -> None:
     """
     rows = {name: row for name, row in figures.items() if isinstance(row, dict)}
     picture = _draw_intervals(rows, title) if rows else _draw_bars(figures, title)
-    try:
-        with whole_file(path) as partial:
-            picture.savefig(partial, dpi=120, format="png")
-    except OSError as error:
-        raise InputError(f"--picture {path}: cannot be written ({error.strerror}); pass another path") from error
+    with output_file(path, "picture") as partial:
+        picture.savefig(partial, dpi=120, format="png")
 
 
 def _draw_bars(figures: Figures, title: str) -> Any:

@@ -18,7 +18,7 @@ from support.commands import call
 from support.killed import run_killed
 from support.tables import make_table, read, same_bits
 
-from bioscan_jax.bundles import location
+from bioscan_jax import location
 from bioscan_jax.bundles.bundle import bundle as export_bundle
 from bioscan_jax.bundles.bundle import parse_bytes
 from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, BundleCheck, Manifest, check_path, verify_bundle
@@ -270,12 +270,12 @@ def test_a_forged_manifest_cannot_plant_a_table(bundle, tmp_path):
 
 
 KILLS = [
-    {"at": "bioscan_jax.bundles.location:Directory.put"},
-    {"at": "bioscan_jax.bundles.location:Directory.put", "after": True},
-    {"at": "bioscan_jax.bundles.location:Directory.put", "nth": 4},
+    {"at": "bioscan_jax.location:Directory.put"},
+    {"at": "bioscan_jax.location:Directory.put", "after": True},
+    {"at": "bioscan_jax.location:Directory.put", "nth": 4},
     {"at": "bioscan_jax.output:os.replace", "nth": 5, "after": True},
     {"at": "pyarrow.parquet:write_table", "nth": 6, "after": True},
-    {"at": "bioscan_jax.bundles.location:Directory.remove"},
+    {"at": "bioscan_jax.location:Directory.remove"},
 ]
 
 

@@ -11,10 +11,10 @@ import pytest
 from support.tables import make_table, read, same_bits
 
 from bioscan_jax.bundles.bundle import bundle as export_bundle
-from bioscan_jax.bundles.location import locate
 from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, BundleCheck, verify_bundle
 from bioscan_jax.bundles.merge import import_bundle
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import locate
 
 PARTS = 20_000
 

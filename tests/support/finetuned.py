@@ -8,6 +8,7 @@ import numpy as np
 
 from bioscan_jax import config
 from bioscan_jax.training.run import TrainingSummary, finetune
+from bioscan_jax.training.run_directory import RunDirectory
 from bioscan_jax.training.state import restore_params
 
 ONE = config.MeshConfig(data=1, compilation_cache=None)
@@ -59,7 +60,12 @@ def best_parameters(directory: Path) -> dict[str, np.ndarray]:
     metadata = ocp.checkpointables_metadata(str(directory / "best" / step)).metadata["params"]
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for n, leaf in metadata.items()}
-    return {name: np.asarray(value) for name, value in restore_params(directory, "best", abstract)[1].items()}
+    return {
+        name: np.asarray(value)
+        for name, value in restore_params(RunDirectory(name=str(directory), local=directory), "best", abstract)[
+            1
+        ].items()
+    }
 
 
 def check_same_run(one: Path, other: Path) -> None:
