@@ -172,7 +172,8 @@ class Bucket:
         """Uploads a file, and removes it here unless it is to be kept."""
         goal = f"{self.root.rstrip('/')}/{path}"
         with _storage_errors(f"{self.name}/{path}"):
-            self.filesystem.makedirs(goal.rsplit("/", 1)[0], exist_ok=True)  # memory:// has directories
+            if not self.filesystem.async_impl:  # the drivers of object stores would make a bucket of that name
+                self.filesystem.makedirs(goal.rsplit("/", 1)[0], exist_ok=True)
             self.filesystem.put_file(str(file), goal)
             if not keep:
                 file.unlink()

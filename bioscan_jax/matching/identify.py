@@ -18,6 +18,7 @@ from bioscan_jax.barcodes.cleaning import REASONS
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.data.fasta import SIZE_COLUMN
 from bioscan_jax.errors import InputError, logger
+from bioscan_jax.location import output_file
 from bioscan_jax.matching.alignment import worker_pool
 from bioscan_jax.matching.answers import ANSWERS, output_format, write
 from bioscan_jax.matching.calibration import (
@@ -47,7 +48,6 @@ from bioscan_jax.matching.novel_groups import group_novel
 from bioscan_jax.matching.partial import BlockAnswers, partial_answers
 from bioscan_jax.matching.queries import check_query_ids, open_queries
 from bioscan_jax.matching.vote import Votes, Voting, default_voting, without_names
-from bioscan_jax.output import output_file
 from bioscan_jax.reports.darwin_core import Method, read_taxon_ids, write_archive
 
 _HEAD_WEIGHT = 0.5

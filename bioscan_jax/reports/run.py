@@ -85,6 +85,7 @@ def report(
     if Path(output).suffix not in (".html", ".htm"):
         raise InputError(f"--output {output}: pass FILE.html")
     check_output(output)
+    place = None if pictures is None else locate(pictures, "pictures")
     if rows < 1:
         raise InputError(f"--rows {rows}: pass how many rows the maps may show, such as {_SHOWN_ROWS}")
     if not 0 <= seed < 2**31:
@@ -102,8 +103,7 @@ def report(
     with output_file(output) as partial:
         partial.write_bytes(page)
     drawn: list[str] = []
-    if pictures is not None:
-        place = locate(pictures, "pictures")
+    if place is not None:
         with place.scratch() as directory:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def report(
             if not isinstance(place, Directory):
                 for name in names:
                     place.put(directory / name, name)
-        drawn = [f"{pictures.rstrip('/')}/{name}" for name in names]
+        drawn = [f"{place.name}/{name}" for name in names]
     return ReportSummary(
         output=output,
         size=len(page),

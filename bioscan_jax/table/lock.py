@@ -38,7 +38,7 @@ def writer_lock(uri: str, table: str, *, kind: str = "table", flag: str = TABLE_
         InputError: Another process, which the message names, holds the lock; or the file system has no locks or cannot
             be written.
     """
-    directory, what = local_directory(uri), f"{uri}: {kind} {table}"
+    directory, what = local_directory(uri, flag=flag.removeprefix("--")), f"{uri}: {kind} {table}"
     if directory is None:
         with held_lease(f"{uri.rstrip('/')}/.{table}.lease", what) as check:
             yield check

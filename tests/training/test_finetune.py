@@ -2,16 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
+import fsspec
 import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.finetuned import check_same_run, metrics_of, train
+from support.finetuned import ONE, check_same_run, metrics_of, train
 from support.killed import run_killed
 from support.places import SCRIPTS
 from support.traces import traced_steps
@@ -21,6 +23,8 @@ from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.simulate import write_simulated
 from bioscan_jax.devices.profiling import TRACED_STEPS, WARM_UP
 from bioscan_jax.errors import InputError, Interrupted
+from bioscan_jax.location import local_copy
+from bioscan_jax.training.export import export
 from bioscan_jax.training.tracking import Tracker
 
 
@@ -99,6 +103,31 @@ def test_a_stopped_run_continues_to_the_same_result(whole, barcodes, tmp_path, m
     check_same_run(tmp_path / "run", directory)
 
 
+def test_a_run_in_a_bucket_continues_on_a_machine_with_an_empty_disk(whole, barcodes, tmp_path, monkeypatch):
+    url = "memory://runs/coi"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 20)
+        with pytest.raises(Interrupted, match="stopped after step 20"):
+            train(barcodes, url)
+    shutil.rmtree(tmp_path / "first")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+    assert train(barcodes, url).before == 20
+    copied = local_copy(url, "run")
+    check_same_run(copied, whole[0])
+    assert {path.name for path in copied.iterdir()} == {
+        *("run.json", "label_space.json", "metrics.jsonl", "curves.png", "checkpoints", "best")
+    }
+    with pytest.raises(InputError, match="memory://runs/coi is the run of another configuration"):
+        train(barcodes, url, learning_rate=0.02)
+    written = export(url, "memory://runs/adapter", mesh=ONE)
+    assert written == export(str(whole[0]), str(tmp_path / "adapter"), mesh=ONE).replace(
+        str(tmp_path / "adapter"), "memory://runs/adapter"
+    )
+    theirs = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert fsspec.filesystem("memory").cat_file("runs/adapter/adapter_model.safetensors") == theirs
+
+
 def test_a_run_killed_at_any_moment_continues_to_the_same_result(whole, barcodes, tmp_path):
     """Before a line of metrics, while a checkpoint is being written, and between an evaluation and its best checkpoint."""
     arguments = {"barcodes": str(barcodes), "directory": str(tmp_path / "run")}
@@ -158,8 +187,8 @@ def test_cosine_and_contrastive_losses_fall_and_a_killed_run_repeats_them(barcod
 
 
 def test_bad_input(barcodes, tmp_path):
-    with pytest.raises(InputError, match="--train.output_dir 'gs://x' is a URL; pass a directory"):
-        train(barcodes, "gs://x")
+    with pytest.raises(InputError, match="--train.output_dir nosuch://x: Protocol not known"):
+        train(barcodes, "nosuch://x")
     with pytest.raises(InputError, match="--data.max_tokens 3000 exceeds the 2048 positions"):
         train(barcodes, tmp_path / "a", data={"max_tokens": 3000})
     with pytest.raises(InputError, match="--lora.targets 'dense' is unknown"):

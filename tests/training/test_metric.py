@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from bioscan_jax.barcodes.lineage import read_lineages
 from bioscan_jax.checkpoints.projection_files import read_projection
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.errors import InputError
+from bioscan_jax.location import local_copy
 from bioscan_jax.training import metric, metric_moments, metric_network
 from bioscan_jax.training.metric import fit_metric
 from bioscan_jax.training.metric_moments import GENUS, KEPT, SEEN_SPECIES, SPECIES, UNSEEN_GENUS, UNSEEN_SPECIES
@@ -206,7 +208,9 @@ def test_rank_columns_serve_as_the_lineage_does(uri, tmp_path):
     assert files(tmp_path / "lineage") == files(tmp_path / "columns")
 
 
-def test_the_network_continues_to_the_same_bits(uri, tmp_path, monkeypatch):
+def test_the_network_continues_to_the_same_bits_in_a_bucket(uri, tmp_path, monkeypatch):
+    parts_url = "memory://metric/parts"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     reference = config.ReferenceConfig(uri=uri)
     whole = fit_metric(reference, str(tmp_path / "whole"), NETWORK, progress=False)
     assert whole.network is not None
@@ -226,13 +230,14 @@ def test_the_network_continues_to_the_same_bits(uri, tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(metric_network.Rows, "draw", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                fit_metric(reference, str(tmp_path / "parts"), NETWORK, progress=False)
+                fit_metric(reference, parts_url, NETWORK, progress=False)
     other = dataclasses.replace(NETWORK, scale=8.0)
     with pytest.raises(InputError, match="other settings.*scale"):
-        fit_metric(reference, str(tmp_path / "parts"), other, progress=False)
-    parts = fit_metric(reference, str(tmp_path / "parts"), NETWORK, progress=False)
+        fit_metric(reference, parts_url, other, progress=False)
+    parts = fit_metric(reference, parts_url, NETWORK, progress=False)
     assert parts.network == whole.network
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert files(local_copy(parts_url, "output")) == files(tmp_path / "whole")
+    assert not fsspec.filesystem("memory").exists("metric/parts.run")
 
 
 def test_the_projection_of_a_network_gives_the_trained_outputs(uri, tmp_path):
