@@ -285,13 +285,13 @@ def local_directory(place: str, *, flag: str = "sink.uri") -> Path | None:
     if not place:
         raise InputError(f"--{flag} is empty; pass a directory or an object-store URL")
     if place.startswith("file://"):
-        return Path(place.removeprefix("file://")).expanduser().absolute()
+        return Path(os.path.expanduser(place.removeprefix("file://"))).absolute()
     if is_remote(place):
         return None
     scheme, colon, path = place.partition(":")
     if colon and scheme in known_implementations and not Path(place).exists():
         raise InputError(f"--{flag} {place}: a URL has two slashes, {scheme}://{path.lstrip('/')}; pass that")
-    return Path(place).expanduser().absolute()
+    return Path(os.path.expanduser(place)).absolute()
 
 
 def is_remote(place: str) -> bool:
@@ -325,7 +325,7 @@ def locate(place: str, flag: str) -> Location:
         filesystem, root = url_to_fs(place)
     except Exception as error:  # each driver has its own for credentials that are missing
         text = " ".join(str(error).split())
-        raise InputError(f"--{flag} {place}: {text}; install or set up that driver, or pass another") from error
+        raise InputError(f"--{flag} {place}: {text}; install that driver or pass another") from error
     return Bucket(place.rstrip("/"), filesystem, root)
 
 
@@ -363,7 +363,7 @@ def local_copy(place: str, flag: str) -> Path:
     found = locate(place, flag) if is_remote(place) else None
     if not isinstance(found, Bucket | Remote):
         local_directory(place, flag=flag)  # refuses what is neither a path nor a URL
-        return Path(place.removeprefix("file://")).expanduser()
+        return Path(os.path.expanduser(place.removeprefix("file://")))
     versions = found.versions()
     if not versions:
         raise InputError(f"--{flag} {place}: nothing is there; check the URL")
