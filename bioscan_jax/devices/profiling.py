@@ -1,13 +1,13 @@
 """Traces what the devices do during a few steps of a run, with JAX's profiler."""
 
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import jax
 
 from bioscan_jax.errors import InputError, logger
+from bioscan_jax.location import local_directory
 
 WARM_UP = 3
 """Steps in a row with nothing new to compile before a trace starts."""
@@ -41,12 +41,12 @@ class StepProfiler:
         Raises:
             InputError: The directory is a URL, or cannot be created.
         """
-        self._name, self._directory = name, None if directory is None else Path(directory).expanduser()
+        self._name, self._directory = name, None if directory is None else local_directory(directory, flag="profile")
         self._compiled: set[Hashable] = set()
         self._steps = self._warm = self._traced = 0
         self._tracing = False
         self._last: object = None
-        if directory is not None and "://" in directory:
+        if directory is not None and self._directory is None:
             raise InputError(f"--profile {directory!r} is a URL; pass a local directory")
         if self._directory is not None:
             try:

@@ -26,16 +26,27 @@ from bioscan_jax.planning.plan import model_size
 URL = "gs://no-such-bucket/x"
 NO_PATHS = {
     *("sequence_column", "id_column", "split_column", "delimiter", "encoding", "revision", "table", "filter", "sql"),
-    *("sequence", "targets", "project", "name", "coordinator"),
+    *("sequence", "targets", "project", "name", "coordinator", "title", "creator", "email", "organization"),
 }
 """Flags that take text which is no path."""
 MODEL, MESH = ("model.checkpoint", "model.adapter", "model.projection"), ("mesh.compilation_cache",)
 PATHS = {
-    "embed": (*MODEL, "data.path", "sink.uri", "simulate.path", *MESH),
+    "embed": (*MODEL, "data.path", "sink.uri", "simulate.path", "profile", *MESH),
     "describe": ("data.path",),
-    "finetune": (*MODEL, "data.path", "train.output_dir", "simulate.path", *MESH),
+    "finetune": (*MODEL, "data.path", "train.output_dir", "simulate.path", "profile", *MESH),
     "export": ("run", "output", "checkpoint", *MESH),
-    "identify": (*MODEL, "reference.uri", "query.path", "output", "heads", "calibration", "groups", *MESH),
+    "identify": (
+        *MODEL,
+        "reference.uri",
+        "query.path",
+        "output",
+        "heads",
+        "calibration",
+        "groups",
+        "archive.taxon_ids",
+        "archive.taxon_ids.path",
+        *MESH,
+    ),
     "calibrate": (*MODEL, "reference.uri", "query.path", "heads", *MESH),
     "default-model": ("data.path", "output", "work", *MESH),
     "fit-metric": ("reference.uri", "output", *MESH),
@@ -85,7 +96,7 @@ def string_flags(kind: object, prefix: str = "") -> set[str]:
         kinds = (hint, *typing.get_args(hint))
         found |= {prefix + name} if str in kinds else set()
         for group in filter(dataclasses.is_dataclass, kinds):
-            found |= string_flags(group, "" if name in ("settings", "fit") else f"{name}.")
+            found |= string_flags(group, "" if name in ("settings", "fit", "archive") else f"{prefix}{name}.")
     return found
 
 
@@ -116,7 +127,7 @@ def settings_of(command: str, world: World, labelled: str, fitted: str, here: Pa
         "describe": {"data.path": barcodes},
         "finetune": model | {"data.path": barcodes, "train.output_dir": here / "out"},
         "export": {"run": here / "run", "output": here / "out"},
-        "identify": model | reference | {"query.path": world.queries, "output": here / "a.tsv"},
+        "identify": model | reference | {"query.path": world.queries, "output": here / "a.dwca.zip"},
         "calibrate": model | reference | {"query.path": world.queries},
         "default-model": {"data.path": barcodes, "output": here / "out", "work": here / "work"},
         "fit-metric": {"reference.uri": labelled, "output": here / "out"},
@@ -147,14 +158,15 @@ def test_a_url_never_becomes_a_local_folder(command, world, labelled, fitted, tm
         if flag == "mesh.compilation_cache":
             monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # the last flag that is tried
         changed = {"data.path": URL} if flag == "simulate.path" else {}
-        flags = {**given, **changed, flag: URL}
-        if "." in flag and flag.split(".")[0] in flags:  # --metadata FILE is short for --metadata.path FILE
-            del flags[flag.split(".")[0]]
+        flags = given | changed
+        flags.pop(flag.removesuffix(".path"), None)  # --metadata FILE is short for --metadata.path FILE
+        flags[flag] = URL
         done = call(name, *mode, *(f"--{key}={value}" for key, value in flags.items()))
         said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2, (flag, done.stdout, done.stderr)
         assert len(said) == 1, (flag, done.stderr)
         assert "no-such-bucket" in said[0] or f"--{flag} cannot" in said[0], (flag, said)
+        assert "--help lists the flags" not in said[0], (flag, said)  # the flag is known
         assert "Traceback" not in done.stderr
         assert not [path for path in tmp_path.rglob("*") if path.name.startswith("gs:")], flag
 
