@@ -20,7 +20,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.location import output_directory
 from bioscan_jax.model.classifier import Classifier, make_classifier, named_arrays
 from bioscan_jax.training.record import configs_of, read_record
-from bioscan_jax.training.run_directory import LABEL_SPACE_FILE, RunDirectory, open_run_directory
+from bioscan_jax.training.run_directory import LABEL_SPACE_FILE, RunDirectory, locate_run, open_run_directory
 from bioscan_jax.training.state import restore_params
 from bioscan_jax.training.step import split_trainable
 
@@ -67,7 +67,7 @@ def export(
     """
     with ExitStack() as held:
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-")))
-        directory = held.enter_context(open_run_directory(run, scratch, flag="run"))
+        directory = held.enter_context(open_run_directory(locate_run(run, flag="run"), scratch))
         target = held.enter_context(output_directory(output))
         return f"{output}: {_export(directory, target, format, which, checkpoint, mesh or config.MeshConfig())}"
 

@@ -34,7 +34,7 @@ from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
 from bioscan_jax.training.examples import Examples, prepare_examples
 from bioscan_jax.training.loop import Evaluate, Log, TrainingSetup, TrainState, run
 from bioscan_jax.training.record import check_or_write_record, run_settings
-from bioscan_jax.training.run_directory import open_run_directory
+from bioscan_jax.training.run_directory import locate_run, open_run_directory
 from bioscan_jax.training.splits import SPLITS
 from bioscan_jax.training.state import Progress, open_checkpoints
 from bioscan_jax.training.step import Evaluation, TrainableModel, init_optimizer, split_trainable
@@ -178,14 +178,14 @@ def finetune(
     mesh = mesh or config.MeshConfig()
     _check(model, lora, loss, train)
     start_devices(mesh)
+    place = locate_run(train.output_dir, flag=_FLAG, processes=jax.process_count())
     first, progress = jax.process_index() == 0, progress and jax.process_index() == 0
     with ExitStack() as held:
         profiler = held.enter_context(StepProfiler(profile, "train"))
-        if first:
-            held.enter_context(writer_lock(train.output_dir, "training", kind="run", flag=f"--{_FLAG}"))
-        directory = held.enter_context(
-            open_run_directory(train.output_dir, cache_directory(), flag=_FLAG, processes=jax.process_count())
-        )
+        lock = writer_lock(train.output_dir, "training", kind="run", flag=f"--{_FLAG}")
+        check = held.enter_context(lock) if first else None
+        copies = cache_directory() / "runs" / str(jax.process_index())
+        directory = held.enter_context(open_run_directory(place, copies, check=check))
         scratch = held.enter_context(_scratch(directory.local))
         source = open_source(_as_data(data), scratch=scratch, for_table=False)
         layout = make_layout(mesh)

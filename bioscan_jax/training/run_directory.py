@@ -7,13 +7,13 @@ continues: the working copy may be lost at any moment.
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.location import UNFINISHED, Bucket, Remote, discard, local_directory, locate, upload
+from bioscan_jax.location import UNFINISHED, Bucket, Directory, Remote, discard, locate, upload
 
 RUN_FILE = "run.json"
 LABEL_SPACE_FILE = "label_space.json"
@@ -31,10 +31,17 @@ class RunDirectory:
     """As the user wrote it."""
     local: Path
     """Holds the files: the directory itself, or the working copy."""
-    _place: Bucket | Remote | None = None
+    _place: Bucket | None = None
     """The bucket; None if `local` is the directory itself."""
+    _check: Callable[[], None] | None = None
+    """Raises InputError once another process writes there; None where this process only reads."""
     _uploaded: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file as it is in the bucket."""
+
+    def check(self) -> None:
+        """Raises InputError if another process writes there by now; called before each checkpoint and upload."""
+        if self._check is not None:
+            self._check()
 
     def checkpoints(self, name: str) -> str:
         """Returns the directory or URL in which orbax keeps the checkpoints of a subdirectory."""
@@ -59,8 +66,9 @@ class RunDirectory:
 
     def put_files(self) -> None:
         """Uploads the files that have changed."""
-        if self._place is None:
+        if self._place is None or self._check is None:
             return
+        self.check()
         for name in (LABEL_SPACE_FILE, RUN_FILE, METRICS, CURVES):
             file = self.local / name
             if file.exists() and self._uploaded.get(name) != (digest := _digest(file)):
@@ -87,6 +95,7 @@ class RunDirectory:
         """Uploads a finished checkpoint, then removes all but the newest `keep`."""
         if self._place is None or self._is_native:
             return
+        self.check()
         upload(self.local / name / str(step), self._place, f"{name}/{step}/", keep=True)
         for old in sorted(self._steps(name))[:-keep]:
             discard(self._place, f"{name}/{old}/")
@@ -103,34 +112,49 @@ class RunDirectory:
         return found
 
 
-@contextmanager
-def open_run_directory(output_dir: str, scratch: Path, *, flag: str, processes: int = 1) -> Iterator[RunDirectory]:
-    """Opens a run's directory, with the files of a bucket in a working copy; its checkpoints are removed at the end.
+def locate_run(output_dir: str, *, flag: str, processes: int = 1) -> Directory | Bucket:
+    """Returns the place of a run's directory.
 
     Args:
         output_dir: A directory or URL.
-        scratch: Directory on this machine for working copies.
         flag: The flag that named it, for messages.
         processes: Processes of the run.
 
     Raises:
-        InputError: The bucket cannot be read, or several processes cannot write checkpoints to this store.
+        InputError: There is no driver for the URL, or several processes cannot write checkpoints to this store.
     """
-    local = local_directory(output_dir, flag=flag)
-    if local is not None:
-        yield RunDirectory(name=output_dir, local=local)
-        return
-    if processes > 1 and not output_dir.startswith("gs://"):
+    place = locate(output_dir, flag)
+    if isinstance(place, Remote):
+        raise InputError(f"--{flag} {output_dir}: a run is kept in a directory or a bucket; pass one, such as gs://...")
+    if isinstance(place, Bucket) and processes > 1 and not output_dir.startswith("gs://"):
         raise InputError(
             f"--{flag} {output_dir}: {processes} processes write checkpoints to gs:// or to a directory that all of them "
             "see; pass one of these"
         )
-    place = locate(output_dir, flag)
-    assert isinstance(place, Bucket | Remote)
-    local = scratch / "runs" / hashlib.sha256(place.name.encode()).hexdigest()[:16] / place.name.rpartition("/")[2]
+    return place
+
+
+@contextmanager
+def open_run_directory(
+    place: Directory | Bucket, scratch: Path, *, check: Callable[[], None] | None = None
+) -> Iterator[RunDirectory]:
+    """Opens a run's directory, with the files of a bucket in a working copy; its checkpoints are removed at the end.
+
+    Args:
+        place: From `locate_run`.
+        scratch: Directory on this machine for working copies.
+        check: Raises InputError once another process writes there; None where this one only reads.
+
+    Raises:
+        InputError: The bucket cannot be read.
+    """
+    if isinstance(place, Directory):
+        yield RunDirectory(name=place.name, local=place.root, _check=check)
+        return
+    local = scratch / hashlib.sha256(place.name.encode()).hexdigest()[:16] / place.name.rpartition("/")[2]
     try:
         local.mkdir(parents=True, exist_ok=True)
-        opened = RunDirectory(name=place.name, local=local, _place=place)
+        opened = RunDirectory(name=place.name, local=local, _check=check, _place=place)
         opened.fetch_files()
         yield opened
     except OSError as error:

@@ -91,6 +91,7 @@ class Checkpoints:
             InputError: This checkpoint or the previous one cannot be written.
         """
         self.wait()
+        self._directory.check()
         self._directory.put_files()  # with the metrics up to this step, which a run that continues here does not repeat
         with self._storage(LAST):
             record = {"version": VERSION} | dataclasses.asdict(progress)
@@ -118,6 +119,7 @@ class Checkpoints:
 
     def save_best(self, step: int, params: Any, record: dict[str, Any]) -> None:
         """Writes the parameters with the lowest validation loss, in place of the previous best ones."""
+        self._directory.check()
         with self._storage(BEST):
             self._best.save_checkpointables(
                 step, {"params": params}, custom_metadata={"version": VERSION, "step": step} | record, overwrite=True
