@@ -1,5 +1,6 @@
 """Keeps the answers of finished blocks beside the output, so that the same command continues after a kill."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bioscan_jax.errors import InputError, logger
-from bioscan_jax.output import output_path, whole_file
+from bioscan_jax.location import cache_directory, check_output, local_directory
+from bioscan_jax.output import whole_file
 
 _FACTS = "run.json"
 _RECALL = b"recall"
@@ -66,7 +68,7 @@ class PartialAnswers:
 
 @contextmanager
 def partial_answers(output: str, facts: dict[str, Any], *, blocks: int) -> Iterator[PartialAnswers]:
-    """Opens what an earlier run of the same command answered, in .NAME.blocks beside the output.
+    """Opens what an earlier run of the same command answered, in .NAME.blocks beside the output, or for a bucket in the cache of this machine.
 
     It is removed at the end, after an error in the input, and where another command made it; after a kill or Ctrl-C it
     stays. An input of one block, or an output that is no file, keeps nothing.
@@ -76,7 +78,11 @@ def partial_answers(output: str, facts: dict[str, Any], *, blocks: int) -> Itera
         facts: All that the answers depend on, as JSON.
         blocks: Number of blocks of queries.
     """
-    path = output_path(output)
+    check_output(output)
+    path = local_directory(output, flag="output")
+    if path is None:
+        path = cache_directory() / "answers" / hashlib.sha256(output.encode()).hexdigest()[:16]
+        path.parent.mkdir(parents=True, exist_ok=True)
     if blocks < 2 or (path.exists() and not path.is_file()):
         yield PartialAnswers(None)
         return
