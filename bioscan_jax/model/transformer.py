@@ -192,13 +192,15 @@ class NucleotideTransformer(nnx.Module):
         attend = attention_function(choose_attention(self.attention, setting, ids.shape[1]), layout)
         assert self.layers is not None
         graph, stack = nnx.split(self.layers)
-        if depth < self.config.num_hidden_layers:
-            stack = jax.tree.map(lambda p: p[:depth], stack)
-
+        # A slice of the stack would be a copy of these layers in each call; a layer taken by its number is none.
+        part = depth < jax.tree.leaves(stack)[0].shape[0]
+        numbers = jnp.arange(depth)
         layer_keys = None if keys is None else split_row_keys(keys, depth)
 
-        def step(x: Array, layer: tuple[nnx.State, RowKeys | None]) -> tuple[Array, Array | None]:
+        def step(x: Array, layer: tuple[nnx.State | Array, RowKeys | None]) -> tuple[Array, Array | None]:
             state, row_keys = layer
+            if part:
+                state = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, state, keepdims=False), stack)
             state = jax.tree.map(_as_bfloat16, state)
             if layout is not None:
                 x, state = layout.on_batch(x), layout.gather(state)
@@ -208,7 +210,29 @@ class NucleotideTransformer(nnx.Module):
 
         with jax.default_matmul_precision(self.matmul_precision):
             body = jax.checkpoint(step) if remat else jax.checkpoint(step, policy=_is_saved, prevent_cse=False)
-            return jax.lax.scan(body, self.embed_tokens(ids, layout), (stack, layer_keys))
+            return jax.lax.scan(body, self.embed_tokens(ids, layout), (numbers if part else stack, layer_keys))
+
+
+def first_layers(model: NucleotideTransformer, depth: int) -> NucleotideTransformer:
+    """Returns a model with copies of the first layers of another, and the rest of its parameters.
+
+    It gives the same states up to layer `depth`; once the other model is gone, the memory of its later layers is free.
+    The arrays may be abstract.
+    """
+    if model.layers is None or depth == model.config.num_hidden_layers:
+        return model
+
+    def cut(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        array = variable.get_value()
+        if "layers" not in path:
+            return variable
+        if isinstance(array, jax.ShapeDtypeStruct):
+            shape = (depth, *array.shape[1:])
+            return variable.replace(jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding))
+        return variable.replace(jax.jit(lambda stack: stack[:depth], out_shardings=array.sharding)(array))
+
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, nnx.from_flat_state([(path, cut(path, one)) for path, one in nnx.to_flat_state(state)]))
 
 
 def _by_rows(rows: int, function: Callable[..., Array], x: Array, *others: Array | None) -> Array:
