@@ -18,6 +18,10 @@ The 2.5B model computes them in 0.7 ms on a core of a v3 at its peak.
 _SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
 _STARTS = (1.0, 0.25)
 _SEARCHED_BLOCKS = 16
+MOST_PADDING = 1.12
+"""Computed over real tokens above which a block may add shapes."""
+LEAST_SAVED = 0.05
+"""Share of a block's computed tokens that a shape must save to be added."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,50 @@ def fixed_shapes(
         per_device = 1 << (needed - 1).bit_length()
         shapes.append(BatchShape(devices * min(per_device, 1 << (budget.bit_length() - 1)), width))
     return tuple(shapes)
+
+
+def spare_shapes(limit: int, *, devices: int, tokens_per_device: int) -> tuple[BatchShape, ...]:
+    """Returns the fixed set of shapes, one for each of `fixed_widths`, from which a block may add some.
+
+    Args:
+        limit: Longest row that the settings allow.
+        devices: Devices along the batch.
+        tokens_per_device: Budget of a batch, padding included; rows per device are the largest power of two within it.
+    """
+    budgets = [(width, max(1, tokens_per_device // width)) for width in fixed_widths(limit)]
+    return tuple(BatchShape(devices << (rows.bit_length() - 1), width) for width, rows in budgets)
+
+
+def fitted_shapes(
+    lengths: Int[np.ndarray, " rows"], shapes: Sequence[BatchShape], spare: Sequence[BatchShape]
+) -> tuple[BatchShape, ...]:
+    """Adds shapes for a block whose rows those of the input fit badly; most blocks get none.
+
+    The result depends on the block alone, not on earlier ones, so that a resumed run batches it in the same way.
+
+    Args:
+        lengths: Tokens of each row of the block, CLS included.
+        shapes: The shapes of the input, ascending in tokens; no row is longer than the last.
+        spare: What may be added; the best first, while it saves `LEAST_SAVED` and more than `MOST_PADDING` is computed.
+    """
+
+    def computed(some: Sequence[BatchShape]) -> int:
+        bucket = np.searchsorted([shape.tokens for shape in some], lengths)
+        return int(_fill_tails(np.bincount(bucket, minlength=len(some))[None], some, 0)[0][0])
+
+    chosen, cost = tuple(shapes), computed(shapes)
+    while cost > MOST_PADDING * lengths.sum():
+        widths = {shape.tokens for shape in chosen}
+        others = [
+            tuple(sorted((*chosen, shape), key=lambda one: one.tokens)) for shape in spare if shape.tokens not in widths
+        ]
+        price, best = min(
+            ((computed(other), other) for other in others), key=lambda one: one[0], default=(cost, chosen)
+        )
+        if price > (1 - LEAST_SAVED) * cost:
+            break
+        chosen, cost = best, price
+    return chosen
 
 
 def choose_shapes(

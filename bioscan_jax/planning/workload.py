@@ -11,7 +11,7 @@ from jaxtyping import Int
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
-from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, choose_widths, make_batches
+from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, choose_widths, fitted_shapes, make_batches
 from bioscan_jax.data.encode import Encoding
 from bioscan_jax.data.parquet import ParquetBlocks, open_source
 from bioscan_jax.embedding.sample import SAMPLED_ROWS, sample_blocks
@@ -22,7 +22,7 @@ from bioscan_jax.training.batches import epoch_order
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The first rows of an input, as batches."""
+    """Some rows of an input, as batches."""
 
     rows: int
     """Rows read."""
@@ -37,7 +37,7 @@ class Workload:
 def embedding_workload(
     data: config.DataConfig, embed: config.EmbedConfig, transformer: TransformerConfig, devices: int
 ) -> Workload:
-    """Forms the batches of `embed` for the first rows: de-duplicated within blocks, cut into views, batched.
+    """Forms the batches of `embed` for rows spread over the input: de-duplicated within blocks, cut into views, batched.
 
     Args:
         data: Where the barcodes are; only the sequences are read.
@@ -62,10 +62,12 @@ def embedding_workload(
         )
         sample = sample_blocks(source, encoding, embed)
     sample.check(source.sequence_column)
-    shapes = sample.shapes(embed, devices)
+    shapes, spare = sample.shapes(embed, devices), sample.spare_shapes(embed, devices)
     ids = {"cls": vocabulary.cls_id, "pad": vocabulary.pad_id}
     batches = Counter(
-        BatchShape(*batch.ids.shape) for tokens in sample.blocks for batch in make_batches(tokens, shapes, **ids)
+        BatchShape(*batch.ids.shape)
+        for tokens in sample.blocks
+        for batch in make_batches(tokens, fitted_shapes(tokens.lengths, shapes, spare), **ids)
     )
     counts, lengths = sample.counts, np.concatenate(sample.lengths)
     return Workload(rows=counts.rows, vectors=counts.vectors, lengths=lengths, batches=dict(batches))

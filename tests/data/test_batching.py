@@ -11,9 +11,11 @@ from bioscan_jax.data.batching import (
     batch_shapes,
     choose_shapes,
     choose_widths,
+    fitted_shapes,
     fixed_shapes,
     fixed_widths,
     make_batches,
+    spare_shapes,
 )
 
 CLS, PAD = 3, 1
@@ -143,3 +145,26 @@ def test_a_width_that_no_row_has_gets_the_smallest_batch():
     assert choose_shapes([np.empty(0, np.int64), np.array([5])], 8, most=8, devices=1, tokens_per_device=2) == (
         BatchShape(1, 8),
     )
+
+
+def computed(lengths, shapes):
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    batches = make_batches(TokenRows(np.zeros(offsets[-1], np.int32), offsets), shapes, cls=3, pad=1)
+    return sum(batch.ids.size for batch in batches)
+
+
+def test_a_block_that_fits_badly_adds_shapes_from_a_fixed_set():
+    shapes = choose_shapes([np.full(512, 110)], 1000, most=4, devices=2, tokens_per_device=2048)
+    spare = spare_shapes(1000, devices=2, tokens_per_device=2048)
+    assert all(shape.rows % 2 == 0 and shape.rows * shape.tokens <= 4096 for shape in spare[:-1])
+    assert fitted_shapes(np.full(512, 109), shapes, spare) == shapes
+    assert fitted_shapes(np.empty(0, np.int64), shapes, spare) == shapes
+    random = np.random.default_rng(0)
+    for lengths in (random.integers(50, 86, 512), random.integers(250, 270, 512), random.integers(2, 1001, 512)):
+        fitted = fitted_shapes(lengths, shapes, spare)
+        assert set(shapes) <= set(fitted) <= {*shapes, *spare}
+        assert [shape.tokens for shape in fitted] == sorted({shape.tokens for shape in fitted})
+        before, after = computed(lengths, shapes), computed(lengths, fitted)
+        assert before > 1.2 * lengths.sum()
+        assert after < 0.95 * before
+        assert after < 1.25 * lengths.sum()
