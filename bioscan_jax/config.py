@@ -74,7 +74,7 @@ class DataConfig:
     overlong: Literal["truncate", "window", "error"] = "truncate"
     """Sequences over max_tokens: truncate cuts them, window averages several pieces, error rejects them."""
     block_rows: int = 8192
-    """Rows read, embedded and saved together; an interrupted run loses at most the blocks in progress."""
+    """Rows read and batched together; long blocks are saved in parts, so that a killed run loses about 20 s of work."""
 
     def __post_init__(self) -> None:
         _at_least("data.max_tokens", self.max_tokens, 2)
@@ -133,7 +133,11 @@ class EmbedConfig:
     batch_tokens: int = 16384
     """Tokens per data device in one batch, with padding; lower it if memory runs out."""
     max_shapes: int = 8
-    """Most batch shapes (rows x tokens) to compile; fewer start faster, more waste less on padding."""
+    """Most batch shapes (rows x tokens) to choose; fewer start faster, more waste less on padding.
+
+    They are chosen from rows sampled evenly. A block that they fit badly adds shapes of a fixed set: one for each of 28
+    widths up to 2,048 tokens, and rarely any.
+    """
     deduplicate: bool = True
     """Embed equal sequences once and copy the vector to each row."""
     cache_rows: int = 65536

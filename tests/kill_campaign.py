@@ -7,6 +7,7 @@ the finish are too short to be hit by chance. Each finished table is compared be
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from functools import partial
@@ -20,12 +21,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=["SIGKILL", "SIGTERM"], default="SIGKILL")
     given, say = parser.parse_args(), partial(print, flush=True)
     with tempfile.TemporaryDirectory(prefix="kill-campaign-") as directory:
         whole = Uninterrupted.make(Path(directory), given.rows, given.seed)
         counts = f"{whole.table.vectors.num_rows} vectors, {whole.table.rejects.num_rows} rejects"
         say(f"uninterrupted: {whole.seconds:.1f} s, {counts}")
-        wrong = campaign(whole, Path(directory), given.kills, given.seed, say)
+        wrong = campaign(whole, Path(directory), given.kills, given.seed, say, signal.Signals[given.signal])
     say(f"{given.kills} kills: {'; '.join(wrong) or 'every table is identical to the uninterrupted one'}")
     sys.exit(bool(wrong))
 

@@ -1,20 +1,26 @@
 """Cleans, deduplicates and tokenises a block of rows, and keeps how to return to row order."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from bioscan_jax.barcodes.cleaning import CleaningCounts, clean, describe_foreign
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.barcodes.views import Views, cut_views
 from bioscan_jax.data.parquet import Block
+from bioscan_jax.errors import InputError
 
 TOO_LONG = "too_long"
-"""Reject reason under `overlong: error`; the others are those of `barcodes.cleaning.REASONS`."""
+"""Reject reason under `overlong: error`; most others are those of `barcodes.cleaning.REASONS`."""
+NOT_FINITE = "not_finite"
+"""Reject reason of a row whose vector has a number that is NaN or infinite."""
+MOST_NOT_FINITE = 0.01
+"""Share of the vectors, beyond the first one, that may be rejected as not finite; more end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,59 @@ def encode_block(block: Block, encoding: Encoding) -> EncodedBlock:
         rejects=_rejects(block, given, rejected, reasons, encoding.max_tokens),
         counts=counts,
     )
+
+
+def reject_not_finite(
+    encoded: EncodedBlock, bad: Bool[np.ndarray, " vectors"], dtype: np.dtype, sequence_column: str
+) -> EncodedBlock:
+    """Moves kept rows to the rejects, because their vectors are not finite.
+
+    Args:
+        encoded: The block.
+        bad: Which of its kept rows.
+        dtype: Type in which their vectors are not finite.
+        sequence_column: Column of the block with the sequences.
+    """
+    rows, rejects, count = encoded.kept[bad], encoded.rejects, int(bad.sum())
+    picked = pa.array(rows)
+    added = pa.table(
+        [
+            encoded.block.table["sequence_id"].take(picked).cast(pa.string()),
+            pa.array(rows + encoded.block.first_row, pa.uint64()),
+            pa.array([NOT_FINITE] * count, pa.string()),
+            pa.array([f"not finite in {dtype}"] * count, pa.string()),
+            encoded.block.table[sequence_column].take(picked).cast(pa.string()),
+        ],
+        schema=REJECTS,
+    )
+    counts = dataclasses.replace(encoded.counts, vectors=encoded.counts.vectors - count)
+    return dataclasses.replace(
+        encoded,
+        kept=encoded.kept[~bad],
+        sequence_of=encoded.sequence_of[~bad],
+        rejects=pa.concat_tables([rejects, added]).sort_by("source_row"),
+        counts=counts + BlockCounts(rejects={NOT_FINITE: count}),
+    )
+
+
+def check_finite(bad: int, vectors: int, name: str, dtype: np.dtype) -> None:
+    """Checks that few enough vectors are not finite.
+
+    Args:
+        bad: How many of them.
+        vectors: How many there are so far, these included.
+        name: One of the rows, for the message.
+        dtype: Type of the vectors.
+
+    Raises:
+        InputError: More than one and `MOST_NOT_FINITE` of the vectors are not finite, or all of them.
+    """
+    if bad > 1 + MOST_NOT_FINITE * vectors or bad == vectors > 0:
+        fix = "--sink.vector_dtype float32" if dtype == np.float16 else "--model.dtype float32"
+        raise InputError(
+            f"the vector of {name} is not finite in {dtype}, and {bad:,} of {vectors:,} so far are not; "
+            f"pass {fix}, or check the weights"
+        )
 
 
 def _rejects(

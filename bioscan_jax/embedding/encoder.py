@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int64
 from tqdm import tqdm
 
 from bioscan_jax.barcodes.cleaning import REASONS
@@ -28,10 +28,11 @@ from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights, reco
 from bioscan_jax.checkpoints.peft import CONFIG_FILE, adapter_base, write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.config import DataConfig, EmbedConfig, MeshConfig, ModelConfig
-from bioscan_jax.data.batching import BatchShape, fixed_shapes, make_batches
-from bioscan_jax.data.encode import EncodedBlock, Encoding, encode_block
+from bioscan_jax.data.batching import BatchShape, fitted_shapes, fixed_shapes, make_batches
+from bioscan_jax.data.encode import EncodedBlock, Encoding, check_finite, encode_block, reject_not_finite
 from bioscan_jax.data.parquet import Block
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
+from bioscan_jax.embedding.dispatch import Dispatcher
 from bioscan_jax.embedding.repeats import VectorCache, Window, window_blocks
 from bioscan_jax.embedding.sample import SAMPLED_ROWS, Blocks, Sample, sample_blocks
 from bioscan_jax.embedding.step import (
@@ -39,9 +40,9 @@ from bioscan_jax.embedding.step import (
     CountingSteps,
     Projector,
     can_count_tokens,
-    collect,
     count_batches,
     make_embed_step,
+    rows_per_call,
     sequence_vectors,
 )
 from bioscan_jax.errors import InputError, logger
@@ -50,7 +51,7 @@ from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.heads import predict
 from bioscan_jax.model.pooling import Pooling
 from bioscan_jax.model.projection import Projection
-from bioscan_jax.model.transformer import NucleotideTransformer
+from bioscan_jax.model.transformer import NucleotideTransformer, first_layers
 from bioscan_jax.table.columns import check_values
 
 MOST_SHAPES = 64
@@ -74,29 +75,60 @@ class BlockEncoder:
     embed: EmbedConfig
     layout: Layout
     shapes: tuple[BatchShape, ...] = ()
+    spare: tuple[BatchShape, ...] = ()
+    """What a block that `shapes` fit badly may add."""
     projector: Projector | None = None
 
-    def batches(self, views: Views, sequences: int) -> list[TokenBatch]:
-        """Packs the views of some sequences into batches, to be passed to `steps`."""
-        if isinstance(self.steps, CountingSteps):
-            return count_batches(views, sequences, self.steps.model.config.vocab_size, self.layout)
-        vocabulary = self.encoding.vocabulary
-        return make_batches(views.tokens, self.shapes, cls=vocabulary.cls_id, pad=vocabulary.pad_id)
+    def batches(self, views: Views, sequences: int, first: int = 0) -> list[TokenBatch]:
+        """Packs the views of some sequences into batches, to be passed to `steps`, in the order of their first rows.
 
-    def collect(
-        self, results: Sequence[tuple[TokenBatch, Array]], views: Views, sequences: int
-    ) -> Float32[np.ndarray, "sequences d"]:
-        """Waits for the batches of some sequences' views and returns one vector per sequence."""
+        Args:
+            views: The views.
+            sequences: Number of sequences.
+            first: Leave out the batches that no sequence from this one on needs.
+        """
         if isinstance(self.steps, CountingSteps):
-            return collect(results, sequences, self.steps.dimension)
-        by_view = collect(results, len(views.owner), self.steps.model.config.hidden_size)
-        vectors = sequence_vectors(by_view, views, sequences, self.embed.pooling)
-        return vectors if self.projector is None else self.projector(vectors)
+            found = count_batches(views, sequences, self.steps.model.config.vocab_size, self.layout)
+            needed = first
+        else:
+            vocabulary = self.encoding.vocabulary
+            shapes = fitted_shapes(views.tokens.lengths, self.shapes, self.spare)
+            found = make_batches(views.tokens, shapes, cls=vocabulary.cls_id, pad=vocabulary.pad_id)
+            needed = int(np.searchsorted(views.owner, self.first_computed(first, sequences)))
+        return sorted((one for one in found if one.rows.max() >= needed), key=lambda one: int(one.rows.min()))
 
-    def computed_tokens(self, results: Sequence[tuple[TokenBatch, Array]]) -> int:
-        """Returns how many tokens batches hold, padding included."""
-        counted = isinstance(self.steps, CountingSteps)
-        return sum(int(batch.ids.sum()) if counted else batch.ids.size for batch, _ in results)
+    def buffer(self, views: Views, sequences: int) -> Float32[np.ndarray, "rows d"]:
+        """Returns where the batches' results go: a row for each view, or for each sequence where tokens are counted."""
+        if isinstance(self.steps, CountingSteps):
+            return np.empty((sequences, self.steps.dimension), np.float32)
+        return np.empty((len(views.owner), self.steps.model.config.hidden_size), np.float32)
+
+    def finished(self, waiting: TokenBatch | None, views: Views, sequences: int) -> int:
+        """Returns how many sequences, from the first, are done when `waiting` is the first batch that is not."""
+        if waiting is None:
+            return sequences
+        row = int(waiting.rows.min())
+        return row if isinstance(self.steps, CountingSteps) else self.first_computed(int(views.owner[row]), sequences)
+
+    def first_computed(self, sequence: int, sequences: int) -> int:
+        """Returns the sequence at which to begin, or end, to compute so that projected groups stay whole."""
+        return sequence if self.projector is None else sequence - sequence % rows_per_call(sequences, self.layout)
+
+    def vectors(
+        self, results: Float32[np.ndarray, "rows d"], views: Views, some: range, sequences: int
+    ) -> Float32[np.ndarray, "some d"]:
+        """Returns one vector for each of `some` of the sequences, whose results are there."""
+        if isinstance(self.steps, CountingSteps):
+            return results[some.start : some.stop]
+        vectors = sequence_vectors(results, views, some, self.embed.pooling)
+        return vectors if self.projector is None else self.projector(vectors, sequences)
+
+    def tokens(self, batch: TokenBatch, views: Views) -> tuple[Int64[np.ndarray, " rows"], int]:
+        """Returns the tokens of each of a batch's views, and how many it holds, padding included."""
+        if not isinstance(self.steps, CountingSteps):
+            return views.tokens.lengths[batch.rows], batch.ids.size
+        bounds = np.searchsorted(views.owner, [batch.rows[0], batch.rows[-1] + 1])
+        return views.tokens.lengths[bounds[0] : bounds[1]], int(batch.ids.sum())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -391,38 +423,46 @@ class Encoder:
             Each block, and one vector per row that was kept.
 
         Raises:
-            InputError: A value cannot be read, or a vector is not finite.
+            InputError: A value cannot be read, or too many vectors are not finite.
         """
         if not len(source):
             return
         blocks = blocks or self.block_encoder(source, encoding, embed, project=project)
         remembered = window_blocks(embed, source.block_rows)
         window, cache, started = Window(remembered), VectorCache(remembered), deque()
+        dtype, bad_rows, rows = np.dtype(np.float32), 0, 0
 
         def finished() -> tuple[EncodedBlock, Float32[np.ndarray, "kept d"]]:
-            prepared, results = started.popleft()
-            vectors = cache.complete(prepared, blocks.collect(results, prepared.views, prepared.fresh))
+            nonlocal bad_rows, rows
+            prepared, results, futures = started.popleft()
+            for future in futures:
+                future.result()
+            fresh = blocks.vectors(results, prepared.views, range(prepared.fresh), prepared.fresh)
             encoded = prepared.encoded
-            finite = np.atleast_1d(np.isfinite(vectors).all(axis=1))
-            bad = np.flatnonzero(~finite[encoded.sequence_of])
-            if len(bad):
-                raise InputError(
-                    f"the vector of {source.locate(encoded.block.first_row + int(encoded.kept[bad[0]]))} is not finite; "
-                    "load the model with dtype float32, or check the weights"
-                )
-            return encoded, vectors[encoded.sequence_of]
+            vectors = cache.complete(prepared, fresh)[encoded.sequence_of]
+            bad = np.atleast_1d(~np.isfinite(vectors).all(axis=1))
+            rows += len(bad)
+            if bad.any():
+                bad_rows += int(bad.sum())
+                name = source.locate(encoded.block.first_row + int(encoded.kept[bad][0]))
+                check_finite(bad_rows, rows, name, dtype)
+                encoded, vectors = reject_not_finite(encoded, bad, dtype, encoding.sequence_column), vectors[~bad]
+                check(encoded)
+            return encoded, vectors
 
-        for index in range(len(source)):
-            block = source[index]
-            check_values(block.table, lambda row, first=block.first_row: source.locate(first + row))
-            prepared = window.prepare(encode_block(block, encoding))
-            check(prepared.encoded)
-            batches = blocks.batches(prepared.views, prepared.fresh)
-            started.append((prepared, [(batch, blocks.steps(batch.ids)) for batch in batches]))
-            if len(started) > _BLOCKS_AHEAD:
+        with Dispatcher(blocks.steps) as dispatcher:
+            for index in range(len(source)):
+                block = source[index]
+                check_values(block.table, lambda row, first=block.first_row: source.locate(first + row))
+                prepared = window.prepare(encode_block(block, encoding))
+                check(prepared.encoded)
+                results = blocks.buffer(prepared.views, prepared.fresh)
+                batches = blocks.batches(prepared.views, prepared.fresh)
+                started.append((prepared, results, [dispatcher.start(batch, results) for batch in batches]))
+                if len(started) > _BLOCKS_AHEAD:
+                    yield finished()
+            while started:
                 yield finished()
-        while started:
-            yield finished()
 
     def encoding(
         self, embed: EmbedConfig, column: str, *, max_tokens: int | None = None, overlong: Overlong | None = None
@@ -495,8 +535,19 @@ class Encoder:
                     f"leave it out, or pass {raw} for raw vectors"
                 )
 
+    def with_layers(self, layer: int) -> "Encoder":
+        """Returns an encoder that has the layers up to one alone, for vectors of that layer or those below it.
+
+        Raises:
+            InputError: The model has no such layer.
+        """
+        model = first_layers(self.loaded.model, self.config.resolve_layer(layer))
+        if model is self.loaded.model:
+            return self
+        return dataclasses.replace(self, loaded=dataclasses.replace(self.loaded, model=model), _steps={})
+
     def sample(self, source: Blocks, encoding: Encoding, embed: EmbedConfig, *, project: bool = True) -> Sample:
-        """Reads the start of an input, as far as `block_encoder` needs it."""
+        """Reads as much of an input as `block_encoder` needs."""
         rows = 1 if self._counts_tokens(embed, project) else SAMPLED_ROWS  # token counts have one shape
         return sample_blocks(source, encoding, embed, rows)
 
@@ -514,7 +565,7 @@ class Encoder:
         project: bool = True,
         sample: Sample | None = None,
     ) -> BlockEncoder:
-        """Settles how an input is computed, and its batch shapes; `sample` is its start, if that was read already."""
+        """Settles how an input is computed, and its batch shapes; `sample` is of it, if there is one already."""
         if self._counts_tokens(embed, project):
             return BlockEncoder(steps=self._counting_steps, encoding=encoding, embed=embed, layout=self.layout)
         sample = sample or self.sample(source, encoding, embed, project=project)
@@ -531,6 +582,7 @@ class Encoder:
             embed=embed,
             layout=self.layout,
             shapes=shapes,
+            spare=sample.spare_shapes(embed, devices),
             projector=self._projector if project and self.projection is not None else None,
         )
 

@@ -103,14 +103,17 @@ def prepare(
     embed: config.EmbedConfig,
     sink: config.SinkConfig,
 ) -> Job:
-    """Settles a job; reads the first rows to choose the batch shapes.
+    """Settles a job; reads some of the rows to choose the batch shapes.
+
+    The job keeps the layers of the model that it needs, and no others.
 
     Raises:
         InputError: The settings do not fit the model, or no sequence of the input can be embedded.
     """
     embed, data = encoder.with_projection(embed, data)
+    encoder = encoder.with_layers(embed.layer)
     encoding = encoder.encoding(embed, source.sequence_column, max_tokens=data.max_tokens, overlong=data.overlong)
-    sample = encoder.sample(source, encoding, embed)
+    sample = encoder.sample(source.select([source.sequence_column], source.block_rows), encoding, embed)
     sample.check(source.sequence_column)
     blocks = encoder.block_encoder(source, encoding, embed, sample=sample)
     return Job(source=source, loaded=encoder.loaded, blocks=blocks, data=data, embed=embed, sink=sink)

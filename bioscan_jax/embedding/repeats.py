@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt64
 from bioscan_jax import config
 from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.barcodes.views import Views
-from bioscan_jax.data.encode import EncodedBlock
+from bioscan_jax.data.encode import NOT_FINITE, EncodedBlock
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
 
@@ -118,13 +118,27 @@ class VectorCache:
         values, copied = fresh, prepared.repeats.copied
         if copied.any():
             values = np.empty((len(copied), fresh.shape[1]), fresh.dtype)
+            self.fill(values, prepared)
             values[~copied] = fresh
-            self._copy_into(values, prepared.repeats)
+        self.keep(prepared, values)
+        return values
+
+    def fill(self, values: Float[np.ndarray, "sequences d"], prepared: PreparedBlock, stored: int = 0) -> None:
+        """Fills in the vectors of a block that are copied, and its first `stored` ones, which the table has.
+
+        Raises:
+            InputError: As `complete`.
+        """
+        self._copy_into(values, prepared.repeats)
+        if stored:
+            values[:stored] = self._read(first_rows(prepared.encoded)[:stored], values.shape[1])
+
+    def keep(self, prepared: PreparedBlock, values: Float[np.ndarray, "sequences d"]) -> None:
+        """Keeps the vectors of a whole block for later ones."""
         if self.blocks:
             self._held[prepared.encoded.block.index] = values
         if len(self._held) > self.blocks:
             del self._held[next(iter(self._held))]
-        return values
 
     def _copy_into(self, values: Float[np.ndarray, "sequences d"], repeats: Repeats) -> None:
         targets = np.flatnonzero(repeats.copied)
@@ -153,15 +167,30 @@ class VectorCache:
             return dataset.to_table(columns=["source_row"])["source_row"].to_numpy()
 
     def _read(self, rows: UInt64[np.ndarray, " copied"], width: int) -> Float[np.ndarray, "copied d"]:
+        """Reads vectors from the table; those of rows that were rejected as not finite are NaN."""
         path = self._table_path
         with storage_errors(path):
             dataset = open_dataset(path)
-            positions = np.minimum(np.searchsorted(self._table_rows, rows), len(self._table_rows) - 1)
-            wanted, back = np.unique(positions, return_inverse=True)
+            there = np.isin(rows, self._table_rows)
+            wanted, back = np.unique(np.searchsorted(self._table_rows, rows[there]), return_inverse=True)
             found = None if dataset is None else dataset.take(wanted.tolist(), columns=["source_row", "vector"])
-        if found is None or not np.array_equal(found["source_row"].to_numpy()[back], rows):
+        same = found is not None and np.array_equal(found["source_row"].to_numpy()[back], rows[there])
+        if found is None or not same or not self._were_rejected(rows[~there]):
             raise InputError(f"{path} was altered during this run; run the same command again")
-        return found["vector"].combine_chunks().flatten().to_numpy().reshape(-1, width)[back]
+        stored = found["vector"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+        vectors = np.full((len(rows), width), np.nan, stored.dtype)
+        vectors[there] = stored[back]
+        return vectors
+
+    def _were_rejected(self, rows: UInt64[np.ndarray, " missing"]) -> bool:
+        if not len(rows):
+            return True
+        assert self.sink is not None
+        path = table_path(self.sink.uri, f"{self.sink.table}_rejects")
+        with storage_errors(path):
+            rejects = open_dataset(path)
+            found = None if rejects is None else rejects.to_table(["source_row"], filter=f"reason = '{NOT_FINITE}'")
+        return found is not None and bool(np.isin(rows, found["source_row"].to_numpy()).all())
 
 
 def window_blocks(embed: config.EmbedConfig, block_rows: int) -> int:

@@ -14,7 +14,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import CleaningCounts
 from bioscan_jax.barcodes.lineage import LineageSurvey, lineage_columns
 from bioscan_jax.checkpoints.load import load_weights
-from bioscan_jax.data.encode import BlockCounts
+from bioscan_jax.data.encode import NOT_FINITE, BlockCounts
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import stop_on_signals
@@ -103,22 +103,24 @@ def embed_with(
             encoder = make_encoder(make_layout(mesh, local=jax.process_count() > 1))
         with clock.stage("open"):
             job = prepare(source, encoder, data, embed, sink)
+            del encoder  # and with it the layers that are not needed
             notes: list[str] = []
             if not table_exists(sink.uri, sink.table):
                 check_unique_ids(source)
                 notes = _notes(source) if jax.process_index() == 0 else []
         table = held.enter_context(_opened_table(job, lock)) if lock is not None else None
-        first = json.loads(gather_bytes(json.dumps(table.next_block if table else None).encode())[0])
-        resumed = min(first * source.block_rows, source.rows)
+        begun_at = [table.safe_rows, table.vectors, table.count_rejects(NOT_FINITE)] if table is not None else None
+        resumed, vectors, not_finite = json.loads(gather_bytes(json.dumps(begun_at).encode())[0])
+        work = Work(resumed, vectors + not_finite, not_finite)
         stop = held.enter_context(stop_on_signals())
         bar = held.enter_context(
             tqdm(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress)
         )
-        work = run_rounds(job, table, first, stop, bar, clock, profiler)
+        run_rounds(job, table, work, stop, bar, clock, profiler)
         bar.close()
-        if work.stopping and work.next_block < len(source):
+        if work.stopping and work.safe_rows < source.rows:
             raise Interrupted(
-                f"stopped with {work.next_block * source.block_rows:,} of {source.rows:,} rows safe in "
+                f"stopped with {work.safe_rows:,} of {source.rows:,} rows safe in "
                 f"{table_path(sink.uri, sink.table)}; the same command continues from there",
                 stop.signal_number,
             )

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -132,9 +132,17 @@ class Projector:
         self._layout, self._projection = layout, jax.device_put(projection, layout.replicated())
         self._apply = jax.jit(lambda projection, vectors: projection(vectors), out_shardings=layout.batched(2))
 
-    def __call__(self, vectors: Float32[np.ndarray, "n features"]) -> Float32[np.ndarray, "n dimension"]:
-        """Projects vectors; waits for the results."""
-        size, started = rows_per_call(len(vectors), self._layout), []
+    def __call__(
+        self, vectors: Float32[np.ndarray, "n features"], block: int | None = None
+    ) -> Float32[np.ndarray, "n dimension"]:
+        """Projects vectors and waits for the results.
+
+        Args:
+            vectors: Any number of them.
+            block: Number of vectors of the block that these are a part of, which decides how many are projected at a
+                time.
+        """
+        size, started = rows_per_call(block or len(vectors), self._layout), []
         for first in range(0, len(vectors), size):
             part = np.zeros((size, vectors.shape[1]), np.float32)
             part[: len(vectors) - first] = vectors[first : first + size]
@@ -210,30 +218,32 @@ class CountingSteps:
         return self.shapes[shape](embeddings, self._projection, jax.device_put(ids, sharding))
 
 
-def collect(batches: Sequence[tuple[TokenBatch, Array]], views: int, width: int) -> Float[np.ndarray, "views d"]:
-    """Waits for the batches' vectors and puts them in the order of the views."""
-    vectors = np.empty((views, width), np.float32)
-    for batch, result in batches:
-        vectors[batch.rows] = np.asarray(result)[: len(batch.rows)]
-    return vectors
+AVERAGED_ROWS = 1024
+"""Views that are averaged at a time, which bounds the float64 copies."""
 
 
 def sequence_vectors(
-    vectors: Float[np.ndarray, "views d"], views: Views, sequences: int, pooling: Pooling
+    vectors: Float[np.ndarray, "views d"], views: Views, sequences: range, pooling: Pooling
 ) -> Float[np.ndarray, "sequences d"]:
     """Averages the vectors of each sequence's views, weighted by the tokens that each was pooled over.
 
-    The sum is formed in float64, so that a single view passes unchanged.
+    The sum is formed in float64, for some sequences at a time, so that a single view passes unchanged.
 
     Args:
         vectors: One per view.
         views: Which sequence each view belongs to, and its tokens.
-        sequences: Number of sequences; each has at least one view.
+        sequences: Consecutive sequences to average; each has at least one view.
         pooling: `mean_no_cls` does not count CLS in the weights.
     """
-    if len(views.owner) == sequences:
-        return vectors
+    start = np.searchsorted(views.owner, np.arange(sequences.start, sequences.stop + 1))
+    if start[-1] - start[0] == len(sequences):
+        return vectors[start[0] : start[-1]]
     weights = views.tokens.lengths - (pooling == "mean_no_cls")
-    first = np.searchsorted(views.owner, np.arange(sequences))
-    total = np.add.reduceat(vectors.astype(np.float64) * weights[:, None], first, axis=0)
-    return (total / np.add.reduceat(weights, first)[:, None]).astype(np.float32)
+    averaged = np.empty((len(sequences), vectors.shape[1]), np.float32)
+    cuts = np.unique(np.searchsorted(start[:-1], np.arange(start[0], start[-1], AVERAGED_ROWS)))
+    cuts = cuts[cuts < len(sequences)]
+    for i, j in zip(cuts, [*cuts[1:], len(sequences)], strict=True):
+        some, first = slice(start[i], start[j]), start[i:j] - start[i]
+        total = np.add.reduceat(vectors[some].astype(np.float64) * weights[some, None], first, axis=0)
+        averaged[i:j] = total / np.add.reduceat(weights[some], first)[:, None]
+    return averaged

@@ -82,11 +82,17 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def ahead_gib(self) -> float:
+        """Memory per device for batches started before this one has ended."""
+        devices = self.tpu.devices // self.hosts // self.mesh.model
+        return self.program.bytes_ahead(self.traced.shape, devices) / _GIB
+
+    @property
     def hbm_gib(self) -> float | None:
-        """Memory needed per device; where the compiler gave up, arguments and temporaries only."""
+        """Memory needed per device; where the compiler gave up, arguments, temporaries and batches ahead only."""
         if isinstance(self.compiled, TooLarge):
-            return (self.traced.argument_bytes + self.compiled.temporaries) / _GIB
-        return None if self.compiled is None else self.compiled.total / _GIB
+            return (self.traced.argument_bytes + self.compiled.temporaries) / _GIB + self.ahead_gib
+        return None if self.compiled is None else self.compiled.total / _GIB + self.ahead_gib
 
     @property
     def fits(self) -> bool | None:
@@ -130,6 +136,7 @@ class Plan:
             "hbm_gib": self.hbm_gib,
             "hbm_available_gib": self.tpu.chip.hbm_gib,
             "arguments_gib": self.traced.argument_bytes / _GIB,
+            "ahead_gib": self.ahead_gib,
             "temporaries_gib": None if self.compiled is None else self.compiled.temporaries / _GIB,
             "fits": self.fits,
             "largest_batch": self.largest and self.largest[0],
@@ -191,7 +198,7 @@ class Plan:
             c = self.compiled
             code, outputs = c.code / _GIB, (c.outputs - c.aliased) / _GIB
             parts = f"arguments {c.arguments / _GIB:.2f}, outputs {outputs:.2f}, temporaries {c.temporaries / _GIB:.2f}"
-            parts += f", code {code:.2f}"
+            parts += f", code {code:.2f}, batches ahead {self.ahead_gib:.2f}"
             free = available - self.hbm_gib
             verdict = f"fits, {free:.2f} GiB free" if self.fits else f"does NOT fit, {-free:.2f} GiB too much"
             return f"{self.hbm_gib:.2f} of {available} GiB per device ({parts}): {verdict}"
@@ -204,7 +211,7 @@ class Plan:
         work = self.workload
         shapes = ", ".join(f"{s.rows} x {s.tokens} ({n})" for s, n in sorted(work.batches.items(), key=_by_tokens))
         return (
-            f"first {work.rows:,} rows: {work.vectors:,} vectors of {len(work.lengths):,} rows of "
+            f"{work.rows:,} rows read: {work.vectors:,} vectors of {len(work.lengths):,} rows of "
             f"{work.lengths.mean():.0f} tokens on average; {100 * (1 - self.not_padding):.1f}% of the FLOPs are padding; at most "
             f"{self._data_vectors_per_hour:,.0f} vectors per hour; batches (rows x tokens) {shapes}"
         )
@@ -244,7 +251,7 @@ def plan(
         topology: v3-8, v4-8, v5e-8, v6e-8, or a larger slice, up to v5e-256.
         model: Which model; its weights are not read.
         step: embed, or finetune (with the optimizer).
-        data: If data.path is given, the lengths of its first rows are read; labels are not.
+        data: If data.path is given, the lengths of some of its rows are read; labels are not.
         embed: Pooling, layer and batching; for embed.
         lora: The adapters; for finetune, as are the next two.
         loss: Objective and heads.
@@ -454,10 +461,11 @@ def _largest(plan: Plan, tpu: Slice, devices: int, hosts: int) -> tuple[int, int
         program = _unaccumulated(plan.program, rows * tokens)
         shape = BatchShape(rows * devices, tokens)
         traced, compiled = trace_and_compile(program, tpu, plan.mesh, [shape], shape)
+        ahead = program.bytes_ahead(shape, devices)
         if isinstance(compiled, TooLarge):
-            return traced[0].argument_bytes + compiled.temporaries
+            return traced[0].argument_bytes + compiled.temporaries + ahead
         assert compiled is not None
-        return compiled.total
+        return compiled.total + ahead
 
     rows, used = -(-plan.shape.rows // (devices * hosts)), round((plan.hbm_gib or 0.0) * _GIB)
     if isinstance(plan.program, FinetuneProgram):

@@ -13,11 +13,13 @@ from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.sharding import Layout, stored_shardings
+from bioscan_jax.embedding.dispatch import bytes_ahead
 from bioscan_jax.embedding.step import make_embed_step
 from bioscan_jax.model.attention import AttentionChoice
 from bioscan_jax.model.classifier import abstract_classifier
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.heads import TaxonTree
+from bioscan_jax.model.transformer import first_layers
 from bioscan_jax.training.step import abstract_arguments, make_train_step, microbatch_shape, split_trainable
 
 SPECIES_PER_TAXON = (24_000, 6_000, 2_000, 400, 80, 5, 1)
@@ -40,10 +42,15 @@ class EmbedProgram:
     embed: config.EmbedConfig
     attention: AttentionChoice = "auto"
 
+    def bytes_ahead(self, shape: BatchShape, devices: int) -> int:
+        """Returns the most bytes that batches started ahead, and vectors not yet copied, occupy on one of the devices."""
+        return -(-bytes_ahead(shape, self.transformer.hidden_size) // devices)
+
     def build(self, layout: Layout, shape: BatchShape) -> tuple[Any, tuple]:
         """Builds the jitted step and its arguments as ShapeDtypeStructs with shardings."""
         graph, state = nnx.split(abstract_model(self.transformer, self.dtype, lm_head=False))
         model = nnx.merge(graph, _placed(state, layout))
+        model = first_layers(model, self.transformer.resolve_layer(self.embed.layer))
         model.attention = self.attention
         step, state = make_embed_step(model, layout, self.embed)
         ids = jax.ShapeDtypeStruct((shape.rows, shape.tokens), jnp.int32, sharding=layout.batched(2))
@@ -66,6 +73,10 @@ class FinetuneProgram:
     species: int
     """Species that the heads distinguish; the higher ranks are in proportion."""
     attention: AttentionChoice = "auto"
+
+    def bytes_ahead(self, shape: BatchShape, devices: int) -> int:
+        """Returns 0: one step runs at a time."""
+        return 0
 
     def build(self, layout: Layout, shape: BatchShape) -> tuple[Any, tuple]:
         """Builds the jitted step and its arguments as ShapeDtypeStructs with shardings.

@@ -1,4 +1,4 @@
-"""The Lance table that holds every input row exactly once: ordered blocks, one atomic commit each.
+"""The Lance table that holds every input row exactly once: ordered blocks, or parts of them, one atomic commit each.
 
 A killed run resumes from the table itself, at whatever instant it was killed. Power cuts are not covered: Lance does
 not force its files to the disk.
@@ -116,7 +116,7 @@ class VectorTable:
         self._fix, self._check, self._run = fix, check, uuid.uuid4().hex
         self._commits = 0
         self._held = ExitStack()
-        self.next_block = self.vectors = self.rejects = 0
+        self.safe_rows = self.vectors = self.rejects = 0
 
     @classmethod
     def open(
@@ -132,7 +132,7 @@ class VectorTable:
         max_bytes_per_file: int,
         lock: Check | None = None,
     ) -> "VectorTable":
-        """Locks the table, creates it if absent, and finds the block to resume from.
+        """Locks the table, creates it if absent, and finds the row to resume from.
 
         Args:
             uri: Database directory or object-store URL.
@@ -190,17 +190,21 @@ class VectorTable:
         last = -1
         for rows in self._source_rows(self._vectors):
             last, self.vectors = int(rows[-1]), self.vectors + len(rows)
-        self.next_block = last // self._block_rows + 1
-        every = kept = 0
+        # The block of the last vector is whole if its last rows are rejects; else the rows up to that vector are safe.
+        stop = min((last // self._block_rows + 1) * self._block_rows, self._rows)
+        every = whole = part = 0
         for rows in self._source_rows(self._rejects):
-            every, kept = every + len(rows), kept + int(np.searchsorted(rows, self._safe_rows))
+            every += len(rows)
+            whole, part = whole + int(np.searchsorted(rows, stop)), part + int(np.searchsorted(rows, last + 1))
         if self.vectors + every == self._rows:
-            self.next_block, kept = -(-self._rows // self._block_rows), every
-        elif self.vectors + kept != self._safe_rows:
-            counts = f"{self.vectors} vectors and {kept} rejects for the first {self._safe_rows} rows"
+            self.safe_rows, kept = self._rows, every
+        else:
+            self.safe_rows, kept = (stop, whole) if self.vectors + whole == stop else (last + 1, part)
+        if self.vectors + kept != self.safe_rows:
+            counts = f"{self.vectors} vectors and {kept} rejects for the first {self.safe_rows} rows"
             raise InputError(f"{self._vectors.uri} has {counts}: it was altered by something else; {self._fix}")
-        if kept < every:  # their writer was killed before it committed the vectors of the same block
-            self._rejects.delete(f"source_row >= {self._safe_rows}")
+        if kept < every:  # their writer was killed before it committed the vectors of the same rows
+            self._rejects.delete(f"source_row >= {self.safe_rows}")
         self.rejects = kept
         self._clean()
 
@@ -216,8 +220,11 @@ class VectorTable:
                     unfinished.unlink()
 
     @property
-    def _safe_rows(self) -> int:
-        return min(self.next_block * self._block_rows, self._rows)
+    def next_block(self) -> int:
+        """Number of the block that holds the next row; the number of blocks once the table is finished."""
+        return (
+            -(-self._rows // self._block_rows) if self.safe_rows == self._rows else self.safe_rows // self._block_rows
+        )
 
     @property
     def finished(self) -> bool:
@@ -228,7 +235,9 @@ class VectorTable:
         """Returns the first input row of consecutive blocks and the row after their last."""
         if list(indices) != list(range(self.next_block, self.next_block + len(indices))) or not indices:
             raise ValueError(f"blocks {list(indices)} were given where block {self.next_block} comes next")
-        return self._safe_rows, min((indices[-1] + 1) * self._block_rows, self._rows)
+        if self.safe_rows % self._block_rows:
+            raise ValueError(f"block {self.next_block} was given, but row {self.safe_rows}, inside it, comes next")
+        return self.safe_rows, min((indices[-1] + 1) * self._block_rows, self._rows)
 
     def append(self, blocks: Sequence[SinkBlock]) -> None:
         """Commits consecutive blocks from `next_block` on, their vectors in one atomic step.
@@ -247,24 +256,24 @@ class VectorTable:
         ordered = all((part[1:] > part[:-1]).all() for part in parts)
         if not ordered or not np.array_equal(np.sort(np.concatenate(parts)), np.arange(first, stop)):
             raise ValueError(f"the blocks do not hold rows {first} to {stop - 1} once each and in order")
-        with storage_errors(self._vectors.uri, self._safe_rows):
+        with storage_errors(self._vectors.uri, self.safe_rows):
             fragments = write_files(self._vectors, vectors, self._max_bytes_per_file)
-        self.append_fragments([block.index for block in blocks], fragments, vectors.num_rows, rejects)
+        self.append_fragments(stop, fragments, vectors.num_rows, rejects)
 
-    def append_fragments(self, indices: Sequence[int], fragments: Sequence[str], rows: int, rejects: pa.Table) -> None:
-        """Commits consecutive blocks whose vectors `write_fragments` wrote, possibly on several hosts.
+    def append_fragments(self, stop: int, fragments: Sequence[str], rows: int, rejects: pa.Table) -> None:
+        """Commits the input rows from `safe_rows` to `stop`, whose vectors `write_fragments` wrote, on one or more hosts.
 
         Args:
-            indices: Numbers of the blocks, from `next_block` on.
+            stop: The input row after the last one; it may lie inside a block.
             fragments: Results of `write_fragments`, in order of `source_row`.
             rows: Number of vectors in the fragments.
-            rejects: Rejected rows of the blocks.
+            rejects: Rejected rows among them.
 
         Raises:
             InputError: The storage failed, or a second process is writing.
-            ValueError: These are not the next blocks, or there are too few or too many rows.
+            ValueError: There are too few or too many rows.
         """
-        first, stop = self._span(indices)
+        first = self.safe_rows
         held = sum(json.loads(fragment)["physical_rows"] for fragment in fragments)
         if held != rows or rows + rejects.num_rows != stop - first:
             given = f"{held} vectors ({rows} announced) and {rejects.num_rows} rejects"
@@ -273,7 +282,11 @@ class VectorTable:
         with storage_errors(self._vectors.uri, first):
             # rejects first: after a kill between the two, opening the table removes them again
             files = write_files(self._rejects, conformed, self._max_bytes_per_file)
-            what = {"run": self._run, "blocks": f"{indices[0]}-{indices[-1]}", "rows": f"{first}-{stop - 1}"}
+            what = {
+                "run": self._run,
+                "blocks": f"{first // self._block_rows}-{(stop - 1) // self._block_rows}",
+                "rows": f"{first}-{stop - 1}",
+            }
             self._rejects = append_files(self._rejects, files, what, self._check)
             self._vectors = append_files(self._vectors, fragments, what, self._check)
             self._expect(self.vectors + rows, self.rejects + rejects.num_rows)
@@ -286,7 +299,7 @@ class VectorTable:
                     dataset.cleanup_old_versions(retain_versions=1, error_if_tagged_old_versions=False)
         self.vectors += rows
         self.rejects += rejects.num_rows
-        self.next_block = indices[-1] + 1
+        self.safe_rows = stop
 
     def _expect(self, vectors: int, rejects: int) -> None:
         for dataset, expected in ((self._vectors, vectors), (self._rejects, rejects)):
@@ -319,6 +332,10 @@ class VectorTable:
             indexes, notes = build_indexes(self._vectors, index)
             self._clean()
         return Finished(self.vectors, self.rejects, indexes, notes)
+
+    def count_rejects(self, reason: str) -> int:
+        """Returns how many rows were rejected for a reason."""
+        return self._rejects.count_rows(filter=f"reason = '{reason}'")
 
     def close(self) -> None:
         """Releases the lock."""

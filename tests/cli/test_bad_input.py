@@ -75,15 +75,15 @@ def refused(tmp_path: Path, data: dict | None = None, **settings) -> str:
 
 @contextmanager
 def spoilt_after(monkeypatch, blocks: int) -> Iterator[list]:
-    """Has the model give NaN once so many blocks have been fetched; yields the calls that fetched."""
-    fetch, calls = encoder.collect, []
+    """Has the model give NaN once so many blocks have been averaged; yields the calls that averaged."""
+    average, calls = encoder.sequence_vectors, []
 
-    def collect(*arguments):
+    def spoilt(*arguments):
         calls.append(arguments)
-        return fetch(*arguments) * (1.0 if len(calls) <= blocks else np.nan)
+        return average(*arguments) * (1.0 if len(calls) <= blocks else np.nan)
 
     with monkeypatch.context() as changed:
-        changed.setattr(encoder, "collect", collect)
+        changed.setattr(encoder, "sequence_vectors", spoilt)
         yield calls
 
 
@@ -210,7 +210,7 @@ def test_a_parquet_file_damaged_inside(tmp_path, monkeypatch):
     whole, group = path.read_bytes(), pq.ParquetFile(path).metadata.row_group(6)
     page = group.column(1).data_page_offset
     path.write_bytes(whole[: page + 30] + bytes(200) + whole[page + 230 :])
-    monkeypatch.setattr(encoder, "SAMPLED_ROWS", 50)
+    monkeypatch.setattr(encoder, "SAMPLED_ROWS", 1)
     monkeypatch.setattr(EMBED, "check_unique_ids", lambda source: None)
     with pytest.raises(InputError) as error:
         embed_here(tmp_path, {"block_rows": 50})

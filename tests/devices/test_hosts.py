@@ -263,7 +263,8 @@ def test_a_block_that_process_1_cannot_embed_ends_both(
     weights["esm.embeddings.word_embeddings.weight"][Vocabulary.published("v2").tokens.index(POISON)] = np.nan
     save_file(weights, checkpoint / "model.safetensors")
     texts = pq.read_table(barcodes).to_pydict()
-    texts["dna_sequence"][failing * BLOCK_ROWS + 1] = POISON
+    for row in range(1, 4):  # more than are rejected
+        texts["dna_sequence"][failing * BLOCK_ROWS + row] = POISON
     pq.write_table(pa.table(texts), tmp_path / "barcodes.parquet")
 
     first, second = wait(embed(tmp_path / "t", 2, checkpoint=checkpoint, data=tmp_path / "barcodes.parquet"))

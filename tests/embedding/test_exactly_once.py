@@ -53,11 +53,17 @@ class Job:
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed"), [(3, 0), pytest.param(10, None, marks=pytest.mark.slow)], ids=["fixed", "random"]
+    ("kills", "seed", "number"),
+    [
+        (3, 0, signal.SIGKILL),
+        pytest.param(10, None, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(20, None, signal.SIGTERM, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+    ids=["fixed", "random", "SIGTERM"],
 )
-def test_kills_leave_the_table_of_an_uninterrupted_run(whole, tmp_path, kills, seed):
+def test_kills_leave_the_table_of_an_uninterrupted_run(whole, tmp_path, kills, seed, number):
     seed, said = int(time.time()) if seed is None else seed, []
-    wrong = campaign(whole, tmp_path, kills, seed, said.append)
+    wrong = campaign(whole, tmp_path, kills, seed, said.append, number)
     assert not wrong, "\n".join([f"seed {seed}", *said])
 
 

@@ -14,9 +14,11 @@ from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.keys import random_model
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.sharding import make_layout
+from bioscan_jax.embedding import dispatch
 from bioscan_jax.embedding.step import make_embed_step
 from bioscan_jax.model.classifier import make_classifier, named_arrays
 from bioscan_jax.model.config import PRESETS
+from bioscan_jax.model.transformer import first_layers
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, argument_bytes, regular_tree
 from bioscan_jax.training.batches import ExampleBatch
 from bioscan_jax.training.step import init_optimizer, make_train_step, place, split_trainable
@@ -28,7 +30,8 @@ def test_the_embedding_program_is_the_step_of_a_real_model():
     layout = make_layout(config.MeshConfig(params="fsdp"))
     program = EmbedProgram(transformer=TINY, dtype="float32", embed=config.EmbedConfig(layer=1, pooling="max"))
     step, arguments = program.build(layout, BatchShape(16, 24))
-    real, state = make_embed_step(random_model(TINY, jnp.float32, layout, seed=0), layout, program.embed)
+    model = first_layers(random_model(TINY, jnp.float32, layout, seed=0), 1)  # as a run keeps of it
+    real, state = make_embed_step(model, layout, program.embed)
     ids = jax.device_put(np.ones((16, 24), np.int32), layout.batched(2))
     assert str(step.trace(*arguments).jaxpr) == str(real.trace(state, ids).jaxpr)
     assert jax.tree.map(lambda leaf: leaf.sharding, arguments[0]) == jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -39,6 +42,13 @@ def test_the_embedding_program_is_the_step_of_a_real_model():
         if shard.device == jax.devices()[0]
     ]
     assert argument_bytes(arguments) == sum(on_first)
+
+
+def test_batches_ahead_are_part_of_the_memory():
+    program = EmbedProgram(transformer=TINY, dtype="float32", embed=config.EmbedConfig())
+    assert program.bytes_ahead(BatchShape(16, 24), 8) == dispatch.BYTES_AHEAD // 8
+    large = BatchShape(1 << 20, 192)
+    assert program.bytes_ahead(large, 8) == (1 << 20) * (192 + 64) * 4 // 8
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -138,14 +140,17 @@ def rows_there(uri: Path) -> int:
     return sum(counts)
 
 
-def kill_once(arguments: list[str], uri: Path, chance: random.Random, seconds: float) -> str | None:
-    """Starts the job and kills it with SIGKILL at a random moment.
+def kill_once(
+    arguments: list[str], uri: Path, chance: random.Random, seconds: float, number: int = signal.SIGKILL
+) -> str | None:
+    """Starts the job and ends it with a signal at a random moment.
 
     Args:
         arguments: The command.
         uri: Database that it writes.
         chance: Source of randomness for the moment.
         seconds: Duration of an uninterrupted run.
+        number: SIGKILL, or SIGTERM, which the job answers with the number of rows that are safe.
 
     Returns:
         When it was killed, or None if it had already finished.
@@ -153,12 +158,12 @@ def kill_once(arguments: list[str], uri: Path, chance: random.Random, seconds: f
     before, process = files(uri), start(arguments)
     kind = chance.choice(["time", "time", "time", "file", "file", "file", "file", "index"])
     wait, delay = chance.uniform(0.1, seconds), chance.choice([0.0, chance.uniform(0, 0.03)])
-    number, begun = chance.randint(1, 40), time.monotonic()
+    file, begun = chance.randint(1, 40), time.monotonic()
     while process.poll() is None:
         new = files(uri) - before if kind != "time" else set()
         if kind == "time" and time.monotonic() - begun > wait:
             break
-        if kind == "file" and len(new) >= number:
+        if kind == "file" and len(new) >= file:
             time.sleep(delay)
             break
         if kind == "index" and any("_indices" in file for file in new):
@@ -166,15 +171,22 @@ def kill_once(arguments: list[str], uri: Path, chance: random.Random, seconds: f
             break
         time.sleep(0.001)
     ended = time.monotonic() - begun
-    process.kill()
+    committed = rows_there(uri) if number == signal.SIGTERM else 0
+    process.send_signal(number)
     _, stderr = process.communicate()
+    stopping = time.monotonic() - begun - ended
     if process.returncode == 0:
         return None
-    if process.returncode != -9:
+    if number == signal.SIGTERM and process.returncode in (-number, 128 + number):
+        found = re.search(r"stopped with ([\d,]+) of", stderr)
+        safe = 0 if found is None else int(found[1].replace(",", ""))
+        if found is not None and not committed <= safe <= rows_there(uri):
+            raise AssertionError(f"{committed} rows were there, then {rows_there(uri)}, but it says {safe} are safe")
+    elif process.returncode != -9:
         raise AssertionError(f"the job ended by itself with code {process.returncode}: {stderr[-2000:]}")
     reached = stderr.replace("\r", "\n").strip().rsplit("\n", 1)[-1].strip().split("|")[0] or "before the first bar"
-    why = {"time": "by the clock", "file": f"at new file {number}", "index": "while indexing"}[kind]
-    return f"{ended:5.1f} s, {why}, {reached}"
+    why = {"time": "by the clock", "file": f"at new file {file}", "index": "while indexing"}[kind]
+    return f"{ended:5.1f} s, {why}, {reached}" + (f", ended {stopping:.1f} s later" * (number == signal.SIGTERM))
 
 
 @dataclass(frozen=True)
@@ -213,8 +225,15 @@ class Uninterrupted:
         return wrong + ["rows are missing or repeated"] * (not whole) + ["rows are out of order"] * (not ordered)
 
 
-def campaign(whole: Uninterrupted, directory: Path, kills: int, seed: int, say: Callable = print) -> list[str]:
-    """Kills `kills` runs, finishes the last one, and compares every finished table.
+def campaign(
+    whole: Uninterrupted,
+    directory: Path,
+    kills: int,
+    seed: int,
+    say: Callable = print,
+    number: int = signal.SIGKILL,
+) -> list[str]:
+    """Ends `kills` runs with a signal, finishes the last one, and compares every finished table.
 
     Returns:
         Descriptions of what is wrong with the tables.
@@ -225,7 +244,7 @@ def campaign(whole: Uninterrupted, directory: Path, kills: int, seed: int, say: 
         uri, unfinished = directory / f"table-{tables}", True
         arguments = command(whole.data, uri, directory / "cache")  # of its own, since a kill may damage it
         while unfinished and killed < kills:
-            when = kill_once(arguments, uri, chance, whole.seconds)
+            when = kill_once(arguments, uri, chance, whole.seconds, number)
             unfinished = when is not None
             killed += unfinished
             say(f"kill {killed:3d}: {when}, {rows_there(uri)} rows there" if unfinished else "ended before its kill")

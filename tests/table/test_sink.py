@@ -431,7 +431,7 @@ def test_old_versions_are_removed_and_files_of_other_hosts_kept(tmp_path):
         for index in range(129):
             table.append([wanted[index]])
         assert len(lance.dataset(f"{tmp_path}/sequences.lance").versions()) < 70
-        table.append_fragments([129], last, wanted[-1].vectors.num_rows, wanted[-1].rejects)
+        table.append_fragments(rows, last, wanted[-1].vectors.num_rows, wanted[-1].rejects)
         table.finish()
     assert_holds(tmp_path, wanted)
     for name in ("sequences", "sequences_rejects"):
@@ -558,7 +558,7 @@ def test_blocks_must_be_complete_and_in_order(tmp_path):
             table.append([block(0, rows, vectors=lambda good: vectors_of(good, dtype=np.float16))])
         short = write_fragments(str(tmp_path), "sequences", zero.vectors[1:], max_bytes_per_file=LARGE)
         with pytest.raises(ValueError, match=r"26 vectors \(27 announced\) and 5 rejects were given for rows 0 to 31"):
-            table.append_fragments([0], short, 27, zero.rejects)
+            table.append_fragments(BLOCK_ROWS, short, 27, zero.rejects)
         with pytest.raises(ValueError, match=r"has columns \['sequence_id', 'vector'") as wrong_columns:
             write_fragments(
                 str(tmp_path), "sequences", zero.vectors.drop_columns("source_row"), max_bytes_per_file=LARGE
@@ -566,7 +566,7 @@ def test_blocks_must_be_complete_and_in_order(tmp_path):
         assert not isinstance(wrong_columns.value, InputError)  # a bug keeps its traceback
         whole = write_fragments(str(tmp_path), "sequences", zero.vectors, max_bytes_per_file=LARGE)
         with pytest.raises(ValueError, match=r"has columns \['sequence_id'\]") as wrong_columns:
-            table.append_fragments([0], whole, zero.vectors.num_rows, zero.rejects.select(["sequence_id"]))
+            table.append_fragments(BLOCK_ROWS, whole, zero.vectors.num_rows, zero.rejects.select(["sequence_id"]))
         assert not isinstance(wrong_columns.value, InputError)
         with pytest.raises(ValueError, match="has 0 vectors and 0 rejects of 96 rows and cannot be finished"):
             table.finish()
@@ -592,7 +592,7 @@ def test_fragments_of_workers_make_the_table_that_append_makes(tmp_path):
             taken = wanted[first : first + 3]
             count = sum(b.vectors.num_rows for b in taken)
             rejects = pa.concat_tables([b.rejects for b in taken])
-            table.append_fragments([b.index for b in taken], fragments, count, rejects)
+            table.append_fragments(min((first + 3) * BLOCK_ROWS, rows), fragments, count, rejects)
         assert lance.dataset(f"{tmp_path}/sequences.lance").version == 3  # made, and one commit a call
         table.finish()
     assert_holds(tmp_path, wanted)
@@ -623,7 +623,7 @@ def test_wrong_rows_of_workers_are_detected_at_the_end(tmp_path):
     wrong = good.vectors.set_column(1, "source_row", shifted)
     with open_table(tmp_path, BLOCK_ROWS) as table:
         fragments = write_fragments(str(tmp_path), "sequences", wrong, max_bytes_per_file=LARGE)
-        table.append_fragments([0], fragments, wrong.num_rows, good.rejects)
+        table.append_fragments(BLOCK_ROWS, fragments, wrong.num_rows, good.rejects)
         with pytest.raises(InputError, match=r"sequences\.lance lacks row 4 and has another twice; pass another"):
             table.finish()
 
