@@ -78,6 +78,9 @@ class Job:
                     "layer": self.depth,
                     "strand": self.embed.strand,
                     "phases": self.embed.phases,
+                    # With one phase no vector depends on it. Tables of several phases without it were made when phases
+                    # applied to the start of a sequence alone: those of sequences with N have other vectors.
+                    **({"phase_of": "stretch"} if self.embed.phases > 1 else {}),
                 },
                 "vector_dtype": self.sink.vector_dtype,
             }

@@ -24,7 +24,7 @@ from bioscan_jax.data.encode import EncodedBlock, Encoding
 from bioscan_jax.data.parquet import Block, ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.embedding.encoder import BlockEncoder, Encoder, SequencesInMemory
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, logger
 from bioscan_jax.matching.reference import Reference
 
 _BLOCK_ROWS = 4096
@@ -63,6 +63,11 @@ def encoder_of_table(
             "as --model.checkpoint, with --model.adapter and --model.projection if there were any)"
         ) from error
     _check_same(loaded, plan["model"], reference)
+    if plan["embed"]["phases"] > 1 and "phase_of" not in plan["embed"]:
+        logger.warning(
+            f"{reference.dataset.uri} was made when start phases applied to the start of a sequence alone: its vectors "
+            "of sequences with N are not like those of the queries; embed it again"
+        )
     settings = {name: plan["embed"][name] for name in ("pooling", "layer", "strand", "phases")}
     return Encoder(
         loaded=loaded,

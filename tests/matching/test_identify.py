@@ -408,6 +408,18 @@ def test_another_model_is_refused(world: World, tmp_path: Path):
         open_table(world.uri, model=config.ModelConfig(checkpoint="random:tiny-v1")).search("ACGT" * 20)
 
 
+def test_a_table_whose_phases_did_not_restart_after_an_n_is_said_to_be_old(world: World, tmp_path: Path, caplog):
+    shutil.copytree(world.uri, tmp_path / "old")
+    open_table(str(tmp_path / "old")).search("ACGT" * 20)
+    assert "embed it again" not in caplog.text
+    table = lance.dataset(str(next((tmp_path / "old").glob("*.lance"))))
+    plan = json.loads(table.schema.metadata[b"plan_facts"])
+    assert plan["embed"].pop("phase_of") == "stretch"
+    table.update_schema_metadata({"plan_facts": json.dumps(plan)})
+    open_table(str(tmp_path / "old")).search("ACGT" * 20)
+    assert "sequences with N are not like those of the queries; embed it again" in caplog.text
+
+
 def test_search_finds_a_row_by_its_dna(world: World):
     table = open_table(world.uri)
     rows = lance.dataset(f"{world.uri}/sequences.lance").to_table(columns=["sequence_id", "dna_sequence"]).slice(0, 2)
