@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from bioscan_jax import config
+from bioscan_jax.checkpoints.hub import DEFAULT, DEFAULT_DIRECTORY
 from bioscan_jax.checkpoints.load import RANDOM
 from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes
 from bioscan_jax.devices.chips import Chip, Slice, find_slice
@@ -336,7 +337,7 @@ def model_size(model: config.ModelConfig) -> TransformerConfig:
     """Returns the sizes of a checkpoint without reading its weights.
 
     Raises:
-        InputError: The sizes are unknown, or an adapter is given.
+        InputError: The sizes are unknown, the model has no layers, or an adapter is given.
     """
     name = model.checkpoint
     preset = name.removeprefix(RANDOM) if name.startswith(RANDOM) else _PUBLISHED.get(name.removeprefix(_HUB))
@@ -344,9 +345,12 @@ def model_size(model: config.ModelConfig) -> TransformerConfig:
         raise InputError("--model.adapter cannot be planned; leave it out, it adds little to the cost of the model")
     if preset in PRESETS:
         return PRESETS[preset]
-    directory = local_copy(name, "model.checkpoint")
+    directory = DEFAULT_DIRECTORY if name == DEFAULT else local_copy(name, "model.checkpoint")
     if directory.is_dir():
-        return read_config(directory)
+        size = read_config(directory)
+        if not size.num_hidden_layers:
+            raise InputError(f"--model.checkpoint {name} has no layers: it fits any device, and there is nothing to plan")
+        return size
     known = ", ".join(f"{RANDOM}{preset}" for preset in PRESETS)
     raise InputError(
         f"--model.checkpoint {name!r} is not a directory here and its size is unknown; pass a directory with "
