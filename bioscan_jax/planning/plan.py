@@ -349,7 +349,9 @@ def model_size(model: config.ModelConfig) -> TransformerConfig:
     if directory.is_dir():
         size = read_config(directory)
         if not size.num_hidden_layers:
-            raise InputError(f"--model.checkpoint {name} has no layers: it fits any device, and there is nothing to plan")
+            raise InputError(
+                f"--model.checkpoint {name} has no layers: it fits any device, and there is nothing to plan"
+            )
         return size
     known = ", ".join(f"{RANDOM}{preset}" for preset in PRESETS)
     raise InputError(
