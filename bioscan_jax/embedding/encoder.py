@@ -116,7 +116,7 @@ class BlockEncoder:
 
     def vectors(
         self, results: Float32[np.ndarray, "rows d"], views: Views, some: range, sequences: int
-    ) -> Float32[np.ndarray, "some d"]:
+    ) -> Float32[np.ndarray, "some dimension"]:
         """Returns one vector for each of `some` of the sequences, whose results are there."""
         if isinstance(self.steps, CountingSteps):
             return results[some.start : some.stop]
