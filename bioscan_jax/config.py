@@ -32,7 +32,7 @@ class ModelConfig:
     """
 
     checkpoint: str
-    """Local directory, Hugging Face hub id, default for the model in the package, or random:PRESET for random weights."""
+    """Directory or URL, Hugging Face hub id, default for the model in the package, or random:PRESET for random weights."""
     revision: str | None = None
     """Commit of the Hugging Face repository; required with a hub id, so that the run can be repeated."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -40,7 +40,7 @@ class ModelConfig:
     seed: int = 0
     """Seed of random:PRESET weights; ignored for a real checkpoint."""
     adapter: str | None = None
-    """Directory of a LoRA adapter (PEFT format) trained on this checkpoint; none if absent."""
+    """Directory or URL of a LoRA adapter (PEFT format) trained on this checkpoint; none if absent."""
     projection: str = "auto"
     """Directory of a projection of the pooled vectors (from fit-metric). auto is the one beside the weights (or beside
     the adapter), if there is one; none stores raw vectors."""
@@ -105,7 +105,7 @@ class MeshConfig:
     process_id: int | None = None
     """Number of this process, from 0; found automatically as above."""
     compilation_cache: str | None = "~/.cache/bioscan_jax/xla"
-    """Directory that keeps compiled programs between runs; null disables it, JAX_COMPILATION_CACHE_DIR overrides it."""
+    """Directory or URL that keeps compiled programs; null disables it, JAX_COMPILATION_CACHE_DIR overrides it."""
 
     def __post_init__(self) -> None:
         _at_least("mesh.model", self.model, 1)
@@ -351,7 +351,7 @@ class TrainConfig:
     """
 
     output_dir: str = "runs/finetune"
-    """Directory for checkpoints, labels, metrics and curves; the same command continues the run there."""
+    """Directory or URL for checkpoints, labels, metrics and curves; the same command continues the run there."""
     objective: Literal["taxonomy", "mlm"] = "taxonomy"
     """taxonomy learns the seven ranks; mlm predicts masked 6-mers and reads no labels."""
     mode: Literal["lora", "full"] = "lora"

@@ -9,7 +9,7 @@ def main(model: config.ModelConfig, output: str, mesh: config.MeshConfig = confi
 
     Args:
         model: Which weights; model.dtype auto keeps bfloat16 on TPU and GPU, float32 on CPU.
-        output: Directory to make.
+        output: Directory or URL to make.
         mesh: Which devices hold the weights meanwhile.
     """
     from bioscan_jax.checkpoints.convert import convert

@@ -17,8 +17,8 @@ def main(
     """Export the result of a training run; the run's directory is not changed.
 
     Args:
-        run: Directory of the training run (--train.output_dir of bioscan finetune).
-        output: Directory to make.
+        run: Directory or URL of the training run (--train.output_dir of bioscan finetune).
+        output: Directory or URL to make.
         format: peft is the adapter, heads and label space; merged a whole checkpoint.
         which: The parameters that did best on the validation rows, or those of the last checkpoint.
         checkpoint: Where the base weights are now, if they have moved.

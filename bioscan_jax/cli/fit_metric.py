@@ -14,7 +14,7 @@ def main(
 
     Args:
         reference: Which table; its vectors must be raw.
-        output: Directory to make, with the projection and a record of how it was fitted.
+        output: Directory or URL to make, with the projection and a record of how it was fitted.
         settings: How to fit; what is absent is chosen by species held out inside the table.
         mesh: Which devices.
     """
