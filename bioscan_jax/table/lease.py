@@ -111,15 +111,21 @@ class _Lease:
         self._path = f"{self._root}/{number:08d}.json"
         self._seen = time.time()
         try:
-            self._filesystem.pipe_file(self._path, self._content(), mode="create")
-        except FileExistsError:
-            self._refuse(self._all() or found)
-        if others := {path: holder for path, holder in self._all().items() if path not in {*found, self._path}}:
-            self.release()  # a third process created another number at the same time
-            self._refuse(others)
-        for path in found:
-            with suppress(FileNotFoundError):
-                self._filesystem.rm_file(path)
+            with suppress(FileExistsError):  # perhaps by this process, if the answer to a first try was lost
+                self._filesystem.pipe_file(self._path, self._content(), mode="create")
+            now = self._all()
+            others = {
+                path: one for path, one in now.items() if path not in found and one["token"] != self._mine["token"]
+            }
+            if others or self._path not in now:  # a third process may have created another number at the same time
+                self._refuse(others or found or {self._path: self._mine | {"beat": self._seen}})
+            for path in found:
+                with suppress(FileNotFoundError):
+                    self._filesystem.rm_file(path)
+        except BaseException:
+            with suppress(Exception):
+                self.release()
+            raise
 
     def keep(self, stop: threading.Event) -> None:
         """Renews the lease until it is lost or `stop` is set."""
@@ -137,7 +143,7 @@ class _Lease:
 
     def release(self) -> None:
         """Deletes the lease if it is this process's."""
-        if self._all().get(self._path, {}).get("token") == self._mine["token"]:
+        if json.loads(self._filesystem.cat_file(self._path))["token"] == self._mine["token"]:
             self._filesystem.rm_file(self._path)
 
     def _renew(self) -> None:
