@@ -284,11 +284,12 @@ def start_at_phase(sequences: pa.LargeStringArray, phase: int) -> pa.LargeString
     if phase == 0:
         return sequences
     started = pc.call_function("utf8_slice_codeunits", [sequences], pc.SliceOptions(start=phase))
-    has_n = pc.match_substring(sequences, "N")
-    if not pc.any(has_n).as_py():
+    has_n = pc.call_function("match_substring", [sequences], pc.MatchSubstringOptions("N"))
+    if not has_n.true_count:
         return started
-    pattern = f"(N|^)[ACGT]{{0,{phase}}}"
-    return pc.replace_with_mask(started, has_n, pc.replace_substring_regex(sequences.filter(has_n), pattern, r"\1"))
+    from_n = pc.ReplaceSubstringOptions(f"(N|^)[ACGT]{{0,{phase}}}", r"\1")
+    with_n = pc.call_function("replace_substring_regex", [sequences.filter(has_n)], from_n)
+    return pc.call_function("replace_with_mask", [started, has_n, with_n])
 
 
 def unclean_character(sequences: pa.LargeStringArray, position: int, function: str) -> InputError:
