@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +90,7 @@ def identify(
         found: Figures = {"input": source, "checkpoint": checkpoint, "references": library.num_rows}
         found |= {"rows": asked.num_rows, "k": k, "processes": processes, "repeats": repeats}
         found |= {"reference_seconds": rounded(time.perf_counter() - begun)}
-        ours = {"uri": uri, "queries": queries, "output": str(at / "ours.parquet"), "cache": str(at / "cache")}
+        ours: dict[str, Any] = {"uri": uri, "queries": queries, "output": str(at / "ours.parquet"), "cache": str(at / "cache")}
 
         def task(name: str) -> Callable[[], object]:
             files = at / "queries.fasta", at / "reference.fasta", at / f"{name}.tsv"

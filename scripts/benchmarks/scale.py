@@ -123,7 +123,7 @@ def _fill(table: VectorTable, uri: str, rows: int, block_rows: int, stop: int, p
             data = _block(block * block_rows, min((block + 1) * block_rows, rows))
             files += write_fragments(uri, "sequences", data, max_bytes_per_file=_LARGE)
             count += len(data)
-        table.append_fragments(blocks, files, count, REJECTS.empty_table())
+        table.append_fragments(min(blocks.stop * block_rows, rows), files, count, REJECTS.empty_table())
 
 
 def _make(uri: str, rows: int, block_rows: int) -> None:
