@@ -90,7 +90,12 @@ def identify(
         found: Figures = {"input": source, "checkpoint": checkpoint, "references": library.num_rows}
         found |= {"rows": asked.num_rows, "k": k, "processes": processes, "repeats": repeats}
         found |= {"reference_seconds": rounded(time.perf_counter() - begun)}
-        ours: dict[str, Any] = {"uri": uri, "queries": queries, "output": str(at / "ours.parquet"), "cache": str(at / "cache")}
+        ours: dict[str, Any] = {
+            "uri": uri,
+            "queries": queries,
+            "output": str(at / "ours.parquet"),
+            "cache": str(at / "cache"),
+        }
 
         def task(name: str) -> Callable[[], object]:
             files = at / "queries.fasta", at / "reference.fasta", at / f"{name}.tsv"
