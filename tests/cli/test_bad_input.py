@@ -535,7 +535,8 @@ def test_each_config_is_one_of_the_command_that_its_first_line_names(path):
     header = re.match(r"(?:#.*\n)+", path.read_text())[0].replace("\\\n#", "").split("\n")[0]
     words = shlex.split(header.removeprefix("# python"))
     flags = [str(path) if word == f"configs/{path.name}" else word for word in words[1:]]
-    assert parse(import_module(f"bioscan_jax.cli.{named[1]}").main, flags, named[1])
+    unprefixed = ["settings"] if named[1] == "default_model" else []
+    assert parse(import_module(f"bioscan_jax.cli.{named[1]}").main, flags, named[1], unprefixed)
 
 
 @pytest.mark.parametrize("given", ["query,value", "[query,value]", "[query, value]"])

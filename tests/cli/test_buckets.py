@@ -52,6 +52,7 @@ PATHS = {
     "fit-metric": ("reference.uri", "output", *MESH),
     "search": (*MODEL, "reference.uri", *MESH),
     "project": ("reference.uri", "projection", "sink.uri", *MESH),
+    "compact": ("uri",),
     "query": ("uri", "output"),
     "annotate": ("uri", "metadata", "metadata.path"),
     "report": ("uri", "output", "identified", "truth", "truth.path", "pictures"),
@@ -133,6 +134,7 @@ def settings_of(command: str, world: World, labelled: str, fitted: str, here: Pa
         "fit-metric": {"reference.uri": labelled, "output": here / "out"},
         "search": model | reference | {"sequence": "ACGTACGTACGT"},
         "project": {"reference.uri": labelled, "projection": fitted, "sink.uri": here / "db"},
+        "compact": {"uri": world.uri},
         "query": {"sql": "SELECT 1 FROM sequences", "uri": world.uri},
         "annotate": {"uri": world.uri, "metadata": barcodes},
         "report": {"uri": world.uri, "output": here / "r.html", "projection": "pca"}

@@ -253,6 +253,7 @@ def test_an_error_in_process_0_ends_both(embed: Start, tmp_path: Path) -> None:
     assert line.startswith(f"error: {tmp_path / 't' / 'sequences.lance'}")
 
 
+@pytest.mark.slow
 def test_a_block_that_process_1_cannot_embed_ends_both(
     embed: Start, barcodes: Path, whole: dict[str, pa.Table], tmp_path: Path
 ) -> None:

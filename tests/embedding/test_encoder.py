@@ -193,6 +193,7 @@ def test_similarity_is_the_cosine(model):
     np.testing.assert_allclose(model.similarity(a, b), [[0.96], [0.6]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_thousand_calls_compile_a_bounded_number_of_shapes():
     """Small calls take their shapes from a fixed set: here widths up to 56 tokens and at most 8 rows."""
     model = bj.load("random:tiny-v2", mesh=MESH)

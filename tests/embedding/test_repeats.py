@@ -155,7 +155,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(barcodes, tmp_path, monkeyp
     assert_same_table(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("phases", [1, 2])
+@pytest.mark.parametrize("phases", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_parts_of_blocks_give_the_same_bits(barcodes, tmp_path, monkeypatch, phases):
     """Committed after every batch, killed inside blocks: what the table has is not computed again, nor changed."""
     whole = embed_companions(barcodes, tmp_path / "whole", phases=phases)

@@ -355,6 +355,7 @@ def test_a_darwin_core_archive_holds_the_answers(judged, tmp_path: Path):
     assert not (tmp_path / "b.tsv").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_after_its_last_block(judged, tmp_path: Path, monkeypatch):
     world, _ = judged
     ask(world, world.queries, whole := tmp_path / "whole.parquet", check_recall=40)

@@ -103,6 +103,7 @@ def test_a_stopped_run_continues_to_the_same_result(whole, barcodes, tmp_path, m
     check_same_run(tmp_path / "run", directory)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_continues_on_a_machine_with_an_empty_disk(whole, barcodes, tmp_path, monkeypatch):
     url = "memory://runs/coi"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
@@ -168,6 +169,7 @@ def test_a_loss_that_is_not_finite_stops(barcodes, tmp_path):
     assert all(np.isfinite(line["train/loss"]) for line in found)
 
 
+@pytest.mark.slow
 def test_cosine_and_contrastive_losses_fall_and_a_killed_run_repeats_them(barcodes, tmp_path):
     """With genera together, shifted starts and substitutions; killed while a checkpoint is being written."""
     settings = {"loss": {"head": "cosine", "scale": 8.0, "contrastive": 0.5}, "batch_size": 8, "sampler": "genera"}
