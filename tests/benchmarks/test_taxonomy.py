@@ -262,6 +262,7 @@ def test_files_are_read_without_rows_that_are_not_dna(tmp_path: Path) -> None:
         read_labelled(reference, str(tmp_path / "bare.parquet"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vsearch, "installed", lambda: False)
     monkeypatch.setattr("benchmarks.identifying._SIMULATED_SPECIES", 40)

@@ -279,7 +279,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("precision", [None, "int8"])
+@pytest.mark.parametrize("precision", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_killed_export_resumes_to_the_same_bundle(made, tmp_path, precision):
     given = {"source": made, "precision": precision, "part_bytes": PARTS, "progress": False}
     export_bundle(**given, target=str(tmp_path / "once"))

@@ -462,6 +462,7 @@ def test_a_failure_after_commits_keeps_them(tmp_path, monkeypatch):
     assert unnamed_files(tmp_path / "db") == []
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """A limit on the size of a file stands for a full disk: the same error from the same call, on any machine."""
     rng = np.random.default_rng(0)
@@ -556,6 +557,7 @@ def test_a_list_without_a_prefix_needs_no_brackets_either():
     assert found["settings"].rank_weights == (0, 0, 1, 0.5)
 
 
+@pytest.mark.slow
 def test_from_another_directory(tmp_path, monkeypatch):
     """One line on stderr, exit code 2, no traceback, no summary on stdout; the script itself once for each outcome."""
     write(tmp_path / "in.parquet", GOOD)
@@ -580,6 +582,7 @@ def test_from_another_directory(tmp_path, monkeypatch):
     assert f"{elsewhere}/db/sequences.lance" in done.stdout
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_and_streams_that_are_closed(tmp_path):
     write(tmp_path / "in.parquet", GOOD)
     flags = [

@@ -198,6 +198,7 @@ def test_two_killed_processes_are_resumed_by_two(embed: Start, whole: dict[str, 
     check_whole(tmp_path / "t", whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_both_and_one_process_continues(
     embed: Start, whole: dict[str, pa.Table], tmp_path: Path
 ) -> None:
@@ -297,6 +298,7 @@ with propagate_failure():
 """
 
 
+@pytest.mark.slow
 def test_payloads_and_failures_reach_the_other_process(start: Start) -> None:
     (code, output), (other_code, other_output) = wait(
         start(["-c", TALK], 2, lambda coordinator, process: [coordinator, str(process)])

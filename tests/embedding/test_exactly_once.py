@@ -55,7 +55,7 @@ class Job:
 @pytest.mark.parametrize(
     ("kills", "seed", "number"),
     [
-        (3, 0, signal.SIGKILL),
+        (2, 0, signal.SIGKILL),
         pytest.param(10, None, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(20, None, signal.SIGTERM, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
@@ -86,6 +86,7 @@ def paused_job(whole: Uninterrupted, tmp_path: Path) -> tuple[Job, Path]:
     return job, resume
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(whole, tmp_path):
     first, resume = paused_job(whole, tmp_path)
     second = run(whole.command(tmp_path / "t"))
@@ -102,6 +103,7 @@ def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(whole, tmp_pa
     assert whole.compare(tmp_path / "t") == []
 
 
+@pytest.mark.slow
 def test_interrupted_runs_say_what_is_safe_and_go_on(whole, tmp_path):
     uri, safe = tmp_path / "t", 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
@@ -155,7 +157,12 @@ def catches_sigterm(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("number", "sign"),
-    [(signal.SIGINT, ""), (signal.SIGTERM, "load weights"), (signal.SIGINT, "load weights"), (signal.SIGINT, "embed:")],
+    [
+        (signal.SIGINT, ""),
+        (signal.SIGTERM, "load weights"),
+        pytest.param(signal.SIGINT, "load weights", marks=pytest.mark.slow),
+        (signal.SIGINT, "embed:"),
+    ],
     ids=["while python starts", "while weights load, SIGTERM", "while weights load", "while a shape compiles"],
 )
 def test_an_early_signal_ends_in_one_line(whole, tmp_path, number, sign):

@@ -155,7 +155,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(barcodes, tmp_path, monkeyp
     assert_same_table(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("phases", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phases", [1, 2])
 def test_parts_of_blocks_give_the_same_bits(barcodes, tmp_path, monkeypatch, phases):
     """Committed after every batch, killed inside blocks: what the table has is not computed again, nor changed."""
     whole = embed_companions(barcodes, tmp_path / "whole", phases=phases)
@@ -263,6 +264,7 @@ def test_a_run_without_a_finite_vector_ends(tmp_path):
     assert not (tmp_path / "t" / "sequences.lance").exists()
 
 
+@pytest.mark.slow
 def test_each_sequence_is_embedded_once_where_all_are_remembered(barcodes, tmp_path):
     """And its vector is, to the last bit, that of a run without copying, where no batch holds more than one row."""
     data, sink, wanted, mesh = settings(barcodes, tmp_path / "copied", batch_tokens=2)

@@ -118,6 +118,7 @@ def test_the_identity_joins_the_similarity_in_the_answers(world: World, tmp_path
     assert score[1].mean() >= max(score[0].mean(), score[2].mean())
 
 
+@pytest.mark.slow
 def test_several_processes_answer_as_one(world: World, tmp_path: Path) -> None:
     one = answer(world, tmp_path / "1.parquet", rerank="alignment", processes=1)
     assert answer(world, tmp_path / "2.parquet", rerank="alignment", processes=2).equals(one)

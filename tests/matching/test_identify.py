@@ -73,7 +73,7 @@ def half_reversed(world: World, directory: Path) -> tuple[str, list[str]]:
     return str(directory / "mixed.fasta"), ["-", "+"] * 20
 
 
-@pytest.mark.parametrize("table", ["as written", "both strands", "no DNA"])
+@pytest.mark.parametrize("table", ["as written", pytest.param("both strands", marks=pytest.mark.slow), "no DNA"])
 def test_queries_of_either_strand_get_the_same_names(world: World, tmp_path: Path, table: str):
     uri, rerank = world.uri, "alignment"
     if table == "both strands":

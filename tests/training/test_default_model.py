@@ -41,6 +41,7 @@ def test_both_strands_have_the_same_vector(counts):
     np.testing.assert_allclose(both[0], both[1], atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_folded_model_gives_the_vectors_of_the_projection(tmp_path):
     """Within the rounding of float16, in which it is stored."""
     data = bj.DataConfig(

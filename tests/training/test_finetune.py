@@ -129,6 +129,7 @@ def test_a_run_in_a_bucket_continues_on_a_machine_with_an_empty_disk(whole, barc
     assert fsspec.filesystem("memory").cat_file("runs/adapter/adapter_model.safetensors") == theirs
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_continues_to_the_same_result(whole, barcodes, tmp_path):
     """Before a line of metrics, while a checkpoint is being written, and between an evaluation and its best checkpoint."""
     arguments = {"barcodes": str(barcodes), "directory": str(tmp_path / "run")}
@@ -156,6 +157,7 @@ def test_another_configuration_is_refused(whole, barcodes, tmp_path):
         train(barcodes, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops(barcodes, tmp_path):
     """A learning rate far too high: earlier checkpoints are kept, and the message names the batch."""
     with pytest.raises(
