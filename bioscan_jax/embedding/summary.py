@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import sys
 import threading
@@ -204,8 +205,15 @@ def _gib(size: int) -> str:
 
 def peak_host_bytes() -> int:
     """Returns the largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        # Linux's ru_maxrss begins with the peak of the process that started this one.
+        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        peak = None
+    if peak is not None:
+        return int(peak[1]) * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def peak_device_bytes() -> int | None:

@@ -25,6 +25,7 @@ from bioscan_jax.model.attention import attention_function, attention_setting, c
 from bioscan_jax.model.classifier import make_classifier, named_arrays
 from bioscan_jax.model.config import PRESETS
 from bioscan_jax.training.batches import ExampleBatch
+from bioscan_jax.training.run_directory import RunDirectory
 from bioscan_jax.training.state import Progress, open_checkpoints
 from bioscan_jax.training.step import init_optimizer, make_train_step, place, split_trainable
 
@@ -144,16 +145,17 @@ def test_adapters_and_heads_learn_and_the_rest_is_kept():
 
 
 def test_a_run_that_is_resumed_continues_as_if_it_had_not_stopped(tmp_path):
+    directory = RunDirectory(name=str(tmp_path), local=tmp_path)
     model = trainable(jnp.bfloat16 if jax.default_backend() != "cpu" else jnp.float32)
     whole, _, losses = trained(model, *start(model), range(4))
     params, state, _ = trained(model, *start(model), range(2))
-    with open_checkpoints(tmp_path, keep=1) as checkpoints:
+    with open_checkpoints(directory, keep=1) as checkpoints:
         checkpoints.save(Progress(step=2), {"params": params, "optimizer": state}, wait=True)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), {"params": params, "optimizer": state}
     )
     del params, state
-    with open_checkpoints(tmp_path, keep=1) as checkpoints:
+    with open_checkpoints(directory, keep=1) as checkpoints:
         assert checkpoints.latest().step == 2
         again = checkpoints.restore(2, shapes)
     params, _, after = trained(model, again["params"], again["optimizer"], range(2, 4))
