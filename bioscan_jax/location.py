@@ -21,7 +21,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.output import exclusive, move_synced, whole_file
 
 MOUNT_POINTS = ("/media", "/mnt", "/run/media", "/Volumes")
@@ -43,15 +43,16 @@ def cache_directory() -> Path:
 
 
 @contextmanager
-def _storage_errors(where: str) -> Iterator[None]:
+def driver_errors(where: str) -> Iterator[None]:
     """Raises failures in its block as a one-line InputError; every fsspec driver has its own exception classes."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        text = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        raise InputError(f"{where}: the storage failed ({text}); fix it and run the same command again") from error
+        raise InputError(
+            f"{where}: the storage failed ({one_line(error)}); fix it and run the same command again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Directory:
         found: dict[str, int | None] = {}
         if not self.root.exists():
             return found
-        with _storage_errors(self.name):
+        with driver_errors(self.name):
             for directory, below, names in os.walk(self.root, onerror=_refuse):
                 below[:] = [name for name in below if not _SYSTEM_DIRECTORY.fullmatch(name)]
                 links = [name for name in below if (Path(directory) / name).is_symlink()]
@@ -84,7 +85,7 @@ class Directory:
     def staging(self) -> Iterator[Path]:
         """Yields an empty directory on the same disk; removes what a killed process left in it."""
         directory = self.root / UNFINISHED
-        with _storage_errors(self.name):
+        with driver_errors(self.name):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
         try:
@@ -100,7 +101,7 @@ class Directory:
     def put(self, file: Path, path: str) -> None:
         """Moves a file to its path once its bytes are on the disk."""
         goal = self.root / path
-        with _storage_errors(str(goal)):
+        with driver_errors(str(goal)):
             goal.parent.mkdir(parents=True, exist_ok=True)
             move_synced(file, goal)
 
@@ -110,12 +111,12 @@ class Directory:
 
     def remove(self, path: str) -> None:
         """Removes a file if it exists."""
-        with _storage_errors(self.name):
+        with driver_errors(self.name):
             (self.root / path).unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
         """Returns the free bytes on the disk for this user."""
-        with _storage_errors(self.name):
+        with driver_errors(self.name):
             return shutil.disk_usage(self.root if self.root.is_dir() else self.root.parent).free
 
 
@@ -154,7 +155,7 @@ class Bucket:
         }
 
     def _files(self) -> dict[str, dict]:
-        with _storage_errors(self.name):
+        with driver_errors(self.name):
             self.filesystem.invalidate_cache()
             if not self.filesystem.exists(self.root):
                 return {}
@@ -171,7 +172,7 @@ class Bucket:
     def put(self, file: Path, path: str, *, keep: bool = False) -> None:
         """Uploads a file, and removes it here unless it is to be kept."""
         goal = f"{self.root.rstrip('/')}/{path}"
-        with _storage_errors(f"{self.name}/{path}"):
+        with driver_errors(f"{self.name}/{path}"):
             if not self.filesystem.async_impl:  # the drivers of object stores would make a bucket of that name
                 self.filesystem.makedirs(goal.rsplit("/", 1)[0], exist_ok=True)
             self.filesystem.put_file(str(file), goal)
@@ -181,13 +182,13 @@ class Bucket:
     def fetch(self, path: str, scratch: Path) -> Path:
         """Downloads a file."""
         local = scratch / "fetched"
-        with _storage_errors(f"{self.name}/{path}"):
+        with driver_errors(f"{self.name}/{path}"):
             self.filesystem.get_file(f"{self.root.rstrip('/')}/{path}".rstrip("/"), str(local))
         return local
 
     def remove(self, path: str) -> None:
         """Removes a file if it exists."""
-        with _storage_errors(self.name), suppress(FileNotFoundError):
+        with driver_errors(self.name), suppress(FileNotFoundError):
             self.filesystem.rm_file(f"{self.root.rstrip('/')}/{path}")
 
     def free_bytes(self) -> int | None:
@@ -536,5 +537,5 @@ def remove_tree(where: str) -> None:
 
 
 def _remote_errors(where: str) -> AbstractContextManager[None]:
-    """Returns `_storage_errors` for a place that is not local; the callers describe errors of the local disk."""
-    return _storage_errors(where) if is_remote(where) else nullcontext()
+    """Returns `driver_errors` for a place that is not local; the callers describe errors of the local disk."""
+    return driver_errors(where) if is_remote(where) else nullcontext()

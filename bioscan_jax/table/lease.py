@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from bioscan_jax.errors import InputError, logger, one_line
+from bioscan_jax.location import driver_errors
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -59,7 +60,7 @@ def held_lease(where: str, what: str) -> Iterator[Callable[[], None]]:
     except (ImportError, ValueError) as error:
         raise InputError(f"{where}: {one_line(error)}; install that driver or pass another URL") from error
     lease = _Lease(filesystem, root, where, what)
-    with _storage_errors(where):
+    with driver_errors(where):
         lease.acquire()
     stop = threading.Event()
     keeper = threading.Thread(target=lease.keep, args=(stop,), name="lease", daemon=True)
@@ -71,19 +72,6 @@ def held_lease(where: str, what: str) -> Iterator[Callable[[], None]]:
         keeper.join()
         with suppress(Exception):  # it then lapses by itself
             lease.release()
-
-
-@contextmanager
-def _storage_errors(where: str) -> Iterator[None]:
-    """Raises failures in its block as a one-line InputError; every fsspec driver has its own exception classes."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{where}: the storage failed ({one_line(error)}); fix it and run the same command again"
-        ) from error
 
 
 class _Lease:
@@ -136,7 +124,7 @@ class _Lease:
     def check(self) -> None:
         """Raises InputError unless this process owns the lease."""
         if time.time() - self._seen > 2 * BEAT_SECONDS:
-            with _storage_errors(self._where):
+            with driver_errors(self._where):
                 self._renew()
         if self._lost:
             raise InputError(f"{self._what}: {self._lost}; what was committed is safe; run the same command again")
