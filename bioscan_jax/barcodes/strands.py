@@ -95,10 +95,10 @@ class StrandSurvey:
 def survey_strands(sequences: pa.LargeStringArray) -> StrandSurvey:
     """Counts how many sequences read like the reverse complements of most others.
 
-    Each half of the sequences is turned to the strand on which its words agree with those of the other half, in turns,
-    until none turns. A score counts only if it exceeds nearly all scores of the sequences read backwards without
-    complement, which have the same bases and no word in common by descent: those of sequences that share no gene with
-    the others do not.
+    The sequences are divided into halves. In turns, each half is oriented by the words it shares with the other, until
+    the scores no longer change, or for a few rounds. As a control, the sequences are also read backwards without
+    complement: these have the same bases, but share words by chance alone. A score counts only if it exceeds nearly all
+    scores of the control; the other sequences, such as those of another gene, are counted as unknown.
 
     Args:
         sequences: Cleaned; a few hundred at least.

@@ -137,8 +137,8 @@ class Files:
 def key_value_folders(path: str, parent: str) -> dict[str, str | None]:
     """Returns names and values of the `key=value` folders of a file, outermost first (Hive layout).
 
-    They are those below `parent`, and those in which it lies directly. Values are text as written, with %-escapes
-    decoded; `__HIVE_DEFAULT_PARTITION__` is None.
+    Folders below `parent` count, and the unbroken run of such folders that ends in `parent`. Values are text as written,
+    with %-escapes decoded; `__HIVE_DEFAULT_PARTITION__` is None.
 
     Example:
         >>> key_value_folders("/data/v=1/in/year=2021/marker=16S%20rRNA/x/a.parquet", "/data/v=1/in/year=2021")

@@ -88,7 +88,7 @@ class _StartedBlock:
     values: Float[np.ndarray, "sequences d"]
     """The vectors as they are stored: copied ones, and computed ones up to `fresh`."""
     fresh: int
-    """Sequences to compute that were computed, from the first one on."""
+    """How many of the sequences to compute are done, counted from the first."""
     row: int
     """Rows of the block that were handed over, or committed by an earlier run."""
     begun: SimpleQueue[Future[None] | None] = field(default_factory=SimpleQueue)

@@ -33,8 +33,8 @@ _LIKELY = 0.2
 """Edits per base that candidates rarely exceed: this bound, tried first, saves about a fifth of the time."""
 _STEP = re.compile(r"(\d+)([=XID])")
 _LEAST_OVERLAP, _ENOUGH_OVERLAP = 32, 100
-"""Bounds of the half of the shorter sequence that must be compared: at 100 bases, the standard error of an identity of
-97 % is 1.7 points, about half the distance between species."""
+"""Half of the shorter sequence must be compared, but never fewer and never more bases than these: at 100 bases, the
+standard error of an identity of 97% is 1.7 points, about half the distance between species."""
 Counts = TypeVar("Counts", int, np.ndarray)
 
 

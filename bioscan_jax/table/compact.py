@@ -25,8 +25,8 @@ class CompactSummary:
 def compact(uri: str, table: str = "sequences") -> CompactSummary:
     """Joins the fragments of a finished table, one per commit of embed, into fragments of a million rows.
 
-    Rows, their order and indexes stay; the data files are written anew, so that the free space of the disk must hold
-    them once more. Readers of the last version before keep theirs.
+    Rows, their order and indexes stay the same. The data files are written again, so the disk needs free space for a
+    second copy. A reader that has the version before open keeps it.
 
     Args:
         uri: Database directory or URL.

@@ -122,7 +122,7 @@ def genus_order(
     position = np.arange(len(owner)) - np.repeat(np.cumsum(slots) - slots, slots)
     groups = shuffled[np.repeat(np.cumsum(counts) - counts, slots) + position % counts[owner]].reshape(-1, individuals)
     owner, turn = owner[::individuals], position[::individuals]
-    # In each genus one group of each species in random order, then the second of each, and so on.
+    # Within a genus: the first group of each species, in random order; then the second group of each; and so on.
     order = np.lexsort((random.random(len(paths))[owner], turn, genus_of[owner]))
     genus = genus_of[owner[order]]
     place = np.arange(len(genus)) - np.searchsorted(genus, genus)

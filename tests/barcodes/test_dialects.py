@@ -12,6 +12,15 @@ from bioscan_jax.barcodes.lineage import RANKS, LineageSurvey, lineage_columns, 
 from bioscan_jax.errors import InputError
 
 unhurried = settings(deadline=None, max_examples=60)
+UNRUHDINIUM = (
+    "Eukaryota",
+    "Dinoflagellata",
+    "Dinophyceae",
+    "Peridiniales",
+    "Kryptoperidiniaceae",
+    "Unruhdinium",
+    "Unruhdinium kevei",
+)
 TUNA = ("Animalia", "Chordata", "Actinopterygii", "Perciformes", "Scombridae", "Sarda", "Sarda sarda")
 
 
@@ -118,15 +127,7 @@ def tuna(**without: None) -> tuple[str | None, ...]:
         ("k__Animalia|p__Chordata", ("Animalia", "Chordata", *[None] * 5), "MetaPhlAn"),
         (
             "Eukaryota;TSAR;Alveolata;Dinoflagellata;Dinophyceae;Peridiniales;Kryptoperidiniaceae;Unruhdinium;Unruhdinium_kevei",
-            (
-                "Eukaryota",
-                "Dinoflagellata",
-                "Dinophyceae",
-                "Peridiniales",
-                "Kryptoperidiniaceae",
-                "Unruhdinium",
-                "Unruhdinium kevei",
-            ),
+            UNRUHDINIUM,
             "PR2",
         ),
         (
@@ -144,15 +145,7 @@ def tuna(**without: None) -> tuple[str | None, ...]:
         ),
         (
             "Eukaryota;Alveolata;Dinoflagellata;Dinophyceae;Peridiniales;Kryptoperidiniaceae;Unruhdinium;Unruhdinium_kevei;",
-            (
-                "Eukaryota",
-                "Dinoflagellata",
-                "Dinophyceae",
-                "Peridiniales",
-                "Kryptoperidiniaceae",
-                "Unruhdinium",
-                "Unruhdinium kevei",
-            ),
+            UNRUHDINIUM,
             "PR2",
         ),
         (
