@@ -39,7 +39,7 @@ from .matching.search import Table, open_table
 from .model.config import PRESETS, TransformerConfig
 from .model.transformer import NucleotideTransformer
 from .planning.plan import Plan, plan
-from .reports.run import ReportSummary, report
+from .reports.run import ReportSummary, map_html, report
 from .table.annotate import annotate
 from .table.compact import compact
 from .table.query import query
@@ -100,6 +100,7 @@ __all__ = [
     "import_bundle",
     "load",
     "make_layout",
+    "map_html",
     "open_table",
     "plan",
     "project",

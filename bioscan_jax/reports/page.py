@@ -51,15 +51,6 @@ def render(
         metrics: Metrics of these results, one for each rank.
         made: When and by what the report was made.
     """
-    assets = resources.files("bioscan_jax.reports")
-    style = assets.joinpath("page.css").read_text("utf-8")
-    for name, dark in (("light", False), ("dark", True)):
-        style = style.replace(f"/* taxa {name} */", charts.palette_css(dark=dark))
-    script = "\n".join(assets.joinpath(name).read_text("utf-8") for name in ("map.js", "page.js"))
-    # Only this script and this style may run, in case others get into the page through the data
-    policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
-    )
     sections = {
         "embedding": ("Map of the embedding", _embedding(contents, projection, identifications)),
         "places": ("Where samples were taken", _places(contents)),
@@ -69,6 +60,29 @@ def render(
         "origin": ("What made the table", _origin(contents)),
     }
     body = "".join(f"<section id={key}><h2>{title}</h2>{inside}</section>" for key, (title, inside) in sections.items())
+    foot = f"{escape(made)} Coastline: Natural Earth, public domain. This file loads nothing from the network."
+    body = f"{_header(contents)}<main>{body}</main><footer>{foot}</footer>"
+    return _document(body, contents, _map_data(contents, projection, identifications))
+
+
+def render_map(contents: TableContents, projection: Projection, identifications: Identifications | None) -> str:
+    """Returns a page of the map of the vectors alone; arguments as those of `render`."""
+    inside = _embedding(contents, projection, identifications)
+    body = f"<main><section id=embedding>{_summary(contents)}{inside}</section></main>"
+    return _document(body, contents, _map_data(contents, projection, identifications))
+
+
+def _document(body: str, contents: TableContents, data: dict[str, Any]) -> str:
+    """A whole page: its policy, style, body, data and script."""
+    assets = resources.files("bioscan_jax.reports")
+    style = assets.joinpath("page.css").read_text("utf-8")
+    for name, dark in (("light", False), ("dark", True)):
+        style = style.replace(f"/* taxa {name} */", charts.palette_css(dark=dark))
+    script = "\n".join(assets.joinpath(name).read_text("utf-8") for name in ("map.js", "page.js"))
+    # Only this script and this style may run, in case others get into the page through the data
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -80,12 +94,8 @@ def render(
 <style>{style}</style>
 </head>
 <body>
-{_header(contents)}
-<main>
 {body}
-</main>
-<footer>{escape(made)} Coastline: Natural Earth, public domain. This file loads nothing from the network.</footer>
-<script type="application/json" id="data">{_json(_map_data(contents, projection, identifications))}</script>
+<script type="application/json" id="data">{_json(data)}</script>
 <script>{script}</script>
 </body>
 </html>
@@ -127,16 +137,22 @@ def _header(contents: TableContents) -> str:
         "embedding": "Embedding", "places": "Places", "answers": "Identification", "taxa": "Taxa", "run": "Run",
         "origin": "Origin",
     }  # fmt: skip
-    shown = "all" if whole else f"a random sample of {len(rows):,}"
     return (
         f"<header><h1>{escape(contents.table)}</h1>"
-        f"<p class=soft>{escape(contents.uri)}: {contents.total:,} rows, {shown} on the maps.</p>"
+        f"{_summary(contents)}"
         f"<p class=licence id=licence>{escape(notice)}</p><dl class=tiles>"
         + "".join(f"<div><dt>{escape(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in tiles.items())
         + '</dl><nav aria-label="Parts of the report">'
         + "".join(f"<a href=#{key}>{name}</a>" for key, name in links.items())
         + "</nav></header>"
     )
+
+
+def _summary(contents: TableContents) -> str:
+    """Where the table is and how many of its rows are shown."""
+    rows = len(contents.rows)
+    shown = "all" if rows == contents.total else f"a random sample of {rows:,}"
+    return f"<p class=soft>{escape(contents.uri)}: {contents.total:,} rows, {shown} on the map.</p>"
 
 
 def _embedding(contents: TableContents, projection: Projection, identifications: Identifications | None) -> str:

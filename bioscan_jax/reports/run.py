@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from html import escape
 from importlib import metadata
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from bioscan_jax.location import Directory, check_output, locate, output_file
 from bioscan_jax.reports.charts import write_pictures
 from bioscan_jax.reports.contents import contains_all, read_contents
 from bioscan_jax.reports.identifications import rank_metrics, read_identifications, read_truth
-from bioscan_jax.reports.page import render
+from bioscan_jax.reports.page import render, render_map
 from bioscan_jax.reports.projection import Method, project
 
 _SHOWN_ROWS = 50_000
+_NOTEBOOK_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,7 @@ def report(
         raise InputError(f"--output {output}: pass FILE.html")
     check_output(output)
     place = None if pictures is None else locate(pictures, "pictures")
-    if rows < 1:
-        raise InputError(f"--rows {rows}: pass how many rows the maps may show, such as {_SHOWN_ROWS}")
-    if not 0 <= seed < 2**31:
-        raise InputError(f"--seed {seed}: pass a number from 0 to {2**31 - 1}")
+    _check(rows, seed)
     if truth is not None and identified is None:
         raise InputError("--truth without --identified: pass the Parquet file that identify wrote")
     results = None if identified is None else read_identifications(identified)
@@ -124,3 +123,52 @@ def report(
         pictures=tuple(drawn),
         left_out=tuple(contents.notes.values()),
     )
+
+
+def map_html(
+    uri: str,
+    table: str = "sequences",
+    *,
+    identified: str | None = None,
+    rows: int = _NOTEBOOK_ROWS,
+    projection: Method = "pacmap",
+    seed: int = 0,
+    height: int = 900,
+) -> str:
+    """Returns the report's map of a vector table as an HTML element for a notebook: a frame that needs no network.
+
+    Args:
+        uri: Database directory or URL.
+        table: Name of the vector table.
+        identified: Parquet file that `identify` wrote, about this table's rows or with this table as reference.
+        rows: Most rows to show; of a larger table a random sample is shown.
+        projection: How vectors become points of a plane: PaCMAP, or the first two principal components.
+        seed: Random seed of the sample and of the map.
+        height: Height of the frame in pixels.
+
+    Raises:
+        InputError: There is no such table, it has no rows, or a setting is wrong.
+
+    Example:
+        >>> import bioscan_jax as bj, lance, numpy as np, pyarrow as pa
+        >>> vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.eye(3, dtype=np.float32).ravel()), 3)
+        >>> rows = pa.table({"sequence_id": ["a", "b", "c"], "vector": vectors})
+        >>> _ = lance.write_dataset(rows, "mapped/sequences.lance")
+        >>> bj.map_html("mapped", projection="pca")[:20]
+        '<iframe title="Map o'
+    """
+    _check(rows, seed)
+    results = None if identified is None else read_identifications(identified)
+    contents = read_contents(uri, table, rows, seed)
+    page = render_map(contents, project(contents.rows.vectors, projection, seed), results)
+    return (
+        f'<iframe title="Map of {escape(table)}" srcdoc="{escape(page)}" width="100%" height="{height}" '
+        'sandbox="allow-scripts allow-downloads" allow="clipboard-write" style="border: 0"></iframe>'
+    )
+
+
+def _check(rows: int, seed: int) -> None:
+    if rows < 1:
+        raise InputError(f"--rows {rows}: pass how many rows the maps may show, such as {_SHOWN_ROWS}")
+    if not 0 <= seed < 2**31:
+        raise InputError(f"--seed {seed}: pass a number from 0 to {2**31 - 1}")
