@@ -53,22 +53,15 @@ def shown(value: object, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def cause_of(error: BaseException, most: int = 150) -> str:
-    """Returns the message of another library's exception as one short line without control characters."""
-    text = " ".join(str(error).split())
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def one_line(error: BaseException) -> str:
-    r"""Returns the type and message of an exception as one line of text.
+def one_line(error: BaseException, most: int = _LONGEST) -> str:
+    r"""Returns the type and message of another library's exception as one short line without control characters.
 
     Example:
         >>> one_line(OSError("disk full:\n/tmp"))
         'OSError disk full: /tmp'
     """
     text = printable(" ".join(f"{type(error).__name__} {error}".split()))
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def printable(text: str) -> str:

@@ -19,7 +19,7 @@ from bioscan_jax.barcodes.schemas import case_clash_between
 from bioscan_jax.bundles.manifest import Entry, Manifest, find_faults, open_bundle, sha256_of
 from bioscan_jax.bundles.parts import read_codes
 from bioscan_jax.bundles.quantise import PRECISIONS, Quantiser
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.location import Directory, Location, locate
 from bioscan_jax.table.commit import append_files, write_files
 from bioscan_jax.table.index import build_indexes
@@ -141,8 +141,9 @@ class _Reader:
         try:
             return pq.ParquetFile(self.file(entry)).read()
         except (pa.ArrowException, OSError) as error:
-            text = " ".join(str(error).split())[:200]
-            raise InputError(f"{self.location.name}: {entry.path} cannot be read ({text}); export it again") from error
+            raise InputError(
+                f"{self.location.name}: {entry.path} cannot be read ({one_line(error, 200)}); export it again"
+            ) from error
 
     def schema(self, found: "lance.LanceDataset | None") -> pa.Schema:
         """Returns the bundle's columns; the metadata records a reduced precision or a filter."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bioscan_jax.checkpoints.readers import FORMATS, weight_files
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.location import is_remote, local_copy
 
 DEFAULT = "default"
@@ -119,7 +119,7 @@ def newest_commit(name: str) -> str:
             return Path(snapshot_download(name, local_files_only=True, allow_patterns=[_NEEDED[0]])).name
         except LocalEntryNotFoundError:
             raise InputError(
-                f"the newest commit of {name} cannot be asked of the hub ({' '.join(str(error).split())[:200]}); pass "
+                f"the newest commit of {name} cannot be asked of the hub ({one_line(error, 200)}); pass "
                 f"revision=COMMIT from https://huggingface.co/{name}/commits/main, or a local directory"
             ) from error
 
@@ -213,7 +213,7 @@ def _download(name: str, commit: str, missing: str) -> Path:
             ) from error
         _raise_unreachable(name, commit, missing, f"it answered {error.response.status_code}", error)
     except TransportError as error:
-        _raise_unreachable(name, commit, missing, " ".join(f"{type(error).__name__} {error}".split()), error)
+        _raise_unreachable(name, commit, missing, one_line(error), error)
     except OSError as error:
         raise InputError(
             f"{name} cannot be stored: {error.strerror} {error.filename or ''}; set HF_HUB_CACHE to a directory "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bioscan_jax.checkpoints.head_files import Heads
 from bioscan_jax.checkpoints.hub import Provenance
-from bioscan_jax.errors import InputError, cause_of, shown
+from bioscan_jax.errors import InputError, one_line, shown
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -101,7 +101,7 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
         if version == FORMAT and not isinstance(base["weights_sha256"] + base["model"], str):
             raise TypeError("base is not text")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__} {cause_of(error)}); export again") from None
+        raise InputError(f"{path}: damaged ({one_line(error)}); export again") from None
     if version != FORMAT:
         raise InputError(f"{path}: has format {shown(version)}, this library reads {FORMAT}; export again")
     return facts

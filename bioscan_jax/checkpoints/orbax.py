@@ -14,7 +14,7 @@ from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.keys import abstract_model
 from bioscan_jax.checkpoints.projection_files import write_projection
 from bioscan_jax.devices.sharding import Layout, stored_shardings
-from bioscan_jax.errors import InputError, cause_of
+from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.model.classifier import named_arrays, with_arrays
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.projection import Projection
@@ -54,7 +54,7 @@ def read_provenance(directory: Path) -> Provenance:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: damaged ({cause_of(error)}); convert the weights again") from None
+        raise InputError(f"{path}: damaged ({one_line(error)}); convert the weights again") from None
 
 
 def save_converted(
@@ -127,8 +127,9 @@ def load_converted(
         with _limited_memory(trees, max(jax.numpy.dtype(d).itemsize for d in (dtype, stored))):
             parts = ocp.load_checkpointables(str(directory.absolute() / "weights"), trees)
     except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise InputError(f"{directory}: the converted weights cannot be read ({line}); convert them again") from None
+        raise InputError(
+            f"{directory}: the converted weights cannot be read ({one_line(error, 200)}); convert them again"
+        ) from None
     values = parts["trunk"] | parts.get("lm_head", {})
     return nnx.merge(graph, with_arrays(state, values))
 

@@ -30,7 +30,7 @@ from bioscan_jax.checkpoints.model_card import read_facts, write_facts
 from bioscan_jax.checkpoints.projection_files import write_projection
 from bioscan_jax.checkpoints.readers import StoredTensor, list_file, read_rows, sha256_of
 from bioscan_jax.devices.sharding import Layout, stored_shardings
-from bioscan_jax.errors import InputError, cause_of, logger, shown
+from bioscan_jax.errors import InputError, logger, one_line, shown
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.lora import TARGETS, LoRALinear, add_adapters, resolve_targets
 from bioscan_jax.model.projection import Projection
@@ -226,7 +226,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         there = ", ".join(sorted(one.name for one in directory.iterdir())[:20]) or "nothing"
         raise InputError(f"--model.adapter {str(directory)!r} has no {CONFIG_FILE}, only {there}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({cause_of(error)}); export or download it again") from None
+        raise InputError(f"{path}: not readable as JSON ({one_line(error)}); export or download it again") from None
     if not isinstance(parsed, dict):
         raise InputError(f"{path}: not a JSON object")
     if parsed.get("peft_type") != "LORA":

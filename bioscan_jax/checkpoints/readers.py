@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from bioscan_jax.checkpoints.pickles import read_views
-from bioscan_jax.errors import InputError, cause_of, shown
+from bioscan_jax.errors import InputError, one_line, shown
 
 FORMATS = (
     "model.safetensors",
@@ -226,7 +226,7 @@ def _list_safetensors(file: Path) -> list[StoredTensor]:
             header_bytes = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(header_bytes))
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not a whole safetensors file ({cause_of(error)}); download it again") from error
+        raise InputError(f"{file} is not a whole safetensors file ({one_line(error)}); download it again") from error
     header.pop("__metadata__", None)
     if set(header) != names:
         raise InputError(f"{file}: its header is ambiguous; download it again")

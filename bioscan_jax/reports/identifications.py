@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float64
 
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns, read_lineages
 from bioscan_jax.config import SideTableConfig
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.location import local_copy
 from bioscan_jax.reports.contents import Taxa
 from bioscan_jax.table.side_tables import read_side_table
@@ -120,8 +120,9 @@ def _read_parquet(path: str) -> pa.Table:
     try:
         return pq.ParquetFile(file).read()
     except (pa.ArrowException, OSError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"--identified {path} cannot be read as Parquet ({text}); pass a Parquet file") from error
+        raise InputError(
+            f"--identified {path} cannot be read as Parquet ({one_line(error, 200)}); pass a Parquet file"
+        ) from error
 
 
 def _floats(table: pa.Table, name: str, path: str) -> Float64[np.ndarray, " rows"]:

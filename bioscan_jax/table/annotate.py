@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from bioscan_jax.barcodes.aliases import find_column
 from bioscan_jax.barcodes.schemas import case_clash_between
 from bioscan_jax.config import SideTableConfig
-from bioscan_jax.errors import InputError, cause_of, shown
+from bioscan_jax.errors import InputError, one_line, shown
 from bioscan_jax.table.columns import check_values, vector_schema
 from bioscan_jax.table.commit import commit
 from bioscan_jax.table.lock import writer_lock
@@ -251,7 +251,7 @@ def _conform(path: str, side: SideTable, schema: pa.Schema) -> pa.Table:
             given[name].cast(kind)
         except pa.ArrowException as error:
             types = f"{shown(str(given[name].type))[1:-1]}, the table's is {shown(str(kind))[1:-1]}"
-            raise InputError(f"{path}: column {shown(name)} is {types} ({cause_of(error, 100)})") from error
+            raise InputError(f"{path}: column {shown(name)} is {types} ({one_line(error, 100)})") from error
     return given.cast(pa.schema(fields)).combine_chunks()
 
 

@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.data.files import key_value_folders
-from bioscan_jax.errors import InputError, cause_of, shown
+from bioscan_jax.errors import InputError, one_line, shown
 from bioscan_jax.location import local_copy
 
 ID = "sequence_id"
@@ -177,7 +177,7 @@ def _read_files(
     try:
         whole = pa.concat_tables(parts, promote_options="default")
     except pa.ArrowException as error:
-        raise InputError(f"{where}: its files differ in a column ({cause_of(error)}); give all one type") from error
+        raise InputError(f"{where}: its files differ in a column ({one_line(error)}); give all one type") from error
 
     def locate_in_all(row: int) -> str:
         for rows, locate in locators:
@@ -232,7 +232,7 @@ def _readable(where: str) -> Iterator[None]:
     except EOFError as error:
         raise InputError(f"{where} is cut short (the compressed data ends early); get it again") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{where} cannot be read: {cause_of(error)}; get it again or fix it") from error
+        raise InputError(f"{where} cannot be read: {one_line(error)}; get it again or fix it") from error
 
 
 def _is_parquet(path: Path) -> bool:

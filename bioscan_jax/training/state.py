@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.training.run_directory import BEST, LAST, RunDirectory
 
 VERSION = 1
@@ -191,7 +191,6 @@ def _storage(path: str) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{path}: a checkpoint cannot be written or read ({line}); free space or fix the path, then run again"
+            f"{path}: a checkpoint cannot be written or read ({one_line(error)}); free space or fix the path, then run again"
         ) from error
