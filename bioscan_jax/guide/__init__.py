@@ -7,4 +7,5 @@
 .. include:: planning.md
 .. include:: measured.md
 .. include:: internals.md
+.. include:: changelog.md
 """
