@@ -25,7 +25,7 @@ from bioscan_jax.table.commit import append_files, write_files
 from bioscan_jax.table.index import build_indexes
 from bioscan_jax.table.lock import Check, writer_lock
 from bioscan_jax.table.reading import check_finished, check_name, schema_metadata, take_rows, vector_index
-from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
+from bioscan_jax.table.storage import create_dataset, open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance
@@ -102,7 +102,7 @@ def import_bundle(source: str, target: str, table: str | None = None) -> ImportS
                 check_finished(target, name, found)
         _place_extra_files(read, target, name)
         with storage_errors(path):
-            dataset = found if found is not None else _create_table(path, read.schema(found))
+            dataset = found if found is not None else create_dataset(path, read.schema(found))
             dataset = _add_missing_columns(dataset, read.schema(found))
             kind = vector_index(dataset)
             kind = manifest.head["index"] if kind == "none" else kind
@@ -238,12 +238,6 @@ def _check_origin(path: str, found: "lance.LanceDataset", manifest: Manifest) ->
         raise InputError(f"{path} has vectors of another length; pass another --table")
 
 
-def _create_table(path: str, schema: pa.Schema) -> "lance.LanceDataset":
-    import lance
-
-    return lance.write_dataset(schema.empty_table(), path, mode="create")
-
-
 def _add_missing_columns(dataset: "lance.LanceDataset", schema: pa.Schema) -> "lance.LanceDataset":
     """Adds the columns that only the bundle has, null in the existing rows."""
     new = [f.with_nullable(True) for f in schema if f.name not in dataset.schema.names]
@@ -334,7 +328,7 @@ def _merge_rejects(read: _Reader, path: str, check: Check) -> int:
         return 0
     schema = _schema(read.manifest.head["rejects_schema"]).with_metadata(read.manifest.head["rejects_metadata"])
     found = open_dataset(path)
-    dataset = found if found is not None else _create_table(path, schema)
+    dataset = found if found is not None else create_dataset(path, schema)
     there = _RowsByKey((ID, "source_row"), dataset, check)
     inserted = 0
     for entry in read.entries("rejects"):

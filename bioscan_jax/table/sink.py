@@ -23,7 +23,7 @@ from bioscan_jax.table.commit import append_files, write_files
 from bioscan_jax.table.index import build_indexes
 from bioscan_jax.table.lock import Check, writer_lock
 from bioscan_jax.table.plan import Plan, check_origin
-from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
+from bioscan_jax.table.storage import create_dataset, open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance
@@ -149,8 +149,6 @@ class VectorTable:
             InputError: Another process is writing the table, it was made by another plan or altered since, or the
                 storage failed.
         """
-        import lance
-
         paths = table_path(uri, table), table_path(uri, f"{table}_rejects")
         fix = f"pass another --sink.table, or remove {paths[0]} and {paths[1]}"
         origin = {"plan": plan.sha256, "plan_facts": plan.canonical, "rows": str(rows), "block_rows": str(block_rows)}
@@ -166,7 +164,7 @@ class VectorTable:
             for i, (path, columns) in enumerate(zip(paths, wanted, strict=True)):
                 if found[i] is None:
                     with storage_errors(path):
-                        found[i] = lance.write_dataset(columns.empty_table(), path, mode="create")
+                        found[i] = create_dataset(path, columns)
             sizes = {"rows": rows, "block_rows": block_rows, "max_bytes_per_file": max_bytes_per_file}
             opened = cls(*found, **sizes, fix=fix, check=check)
             with storage_errors(paths[0]):

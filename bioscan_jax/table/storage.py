@@ -1,10 +1,16 @@
 """Where a Lance table is stored, opening it, and one-line errors when the storage fails."""
 
 import errno
+import functools
+import os
 import re
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import pyarrow as pa
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import local_directory
@@ -44,8 +50,7 @@ def storage_error(where: str, error: Exception, safe_rows: int | None, flag: str
     if code == errno.EFBIG:
         return InputError(f"{where}: a file outgrew this process's limit; raise it (ulimit -f) and {again} ({text})")
     if code in _REFUSED:
-        links = ", on a disk with hard links (FAT and exFAT have none)" if code == errno.EPERM else ""
-        return InputError(f"{where}: not allowed; pass a {flag} that you may write{links} ({text})")
+        return InputError(f"{where}: not allowed; pass a {flag} that you may write ({text})")
     if code in _NOT_A_DIRECTORY:
         return InputError(f"{where}: a file stands where a directory is needed; pass another {flag} ({text})")
     return InputError(f"{where}: the storage failed; fix it and {again} ({text})")
@@ -84,11 +89,44 @@ def open_dataset(path: str) -> "lance.LanceDataset | None":
 
     with storage_errors(path):
         try:
-            return lance.dataset(path)
+            return lance.dataset(path, commit_lock=_commit_lock(path))
         except ValueError as error:
             if "was not found" in str(error):
                 return None
             raise
+
+
+def create_dataset(path: str, schema: pa.Schema) -> "lance.LanceDataset":
+    """Creates a table without rows; the caller holds the table's lock."""
+    import lance
+
+    return lance.write_dataset(schema.empty_table(), path, mode="create", commit_lock=_commit_lock(path))
+
+
+def _commit_lock(path: str) -> type[nullcontext] | None:
+    """Returns the lock that Lance takes to commit: none where it commits by a hard link, which fails if another did.
+
+    Mounts of Google Drive or of a bucket, and FAT32, have no hard links. There Lance renames the new version into
+    place, and the writer's own lock is what keeps others out.
+    """
+    directory = local_directory(path)
+    return nullcontext if directory is not None and not _has_hard_links(directory.parent) else None
+
+
+@functools.cache
+def _has_hard_links(directory: Path) -> bool:
+    """Tries a hard link; a directory that is absent or may not be written counts as one that has them."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tmp", dir=directory) as scratch:
+            file = Path(scratch) / "file"
+            file.touch()
+            try:
+                os.link(file, file.with_name("link"))
+            except OSError:
+                return False
+    except OSError:
+        pass
+    return True
 
 
 def table_exists(uri: str, table: str) -> bool:
