@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import tables
 
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.errors import InputError
@@ -28,7 +29,6 @@ from bioscan_jax.table.index import sub_vectors
 from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.sink import SinkBlock, VectorTable, write_fragments
 from bioscan_jax.table.storage import storage_error, table_exists
-from support import tables
 
 HIDDEN, BLOCK_ROWS = 16, 32
 SOURCE = pa.schema([("genus", pa.dictionary(pa.int32(), pa.string()))])
