@@ -17,6 +17,7 @@ def main(
     groups: str | None = None,
     group_size: int = 3,
     check_recall: int = 0,
+    details: bool = False,
     seed: int = 0,
     model: config.ModelConfig | None = None,
     mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
@@ -35,6 +36,8 @@ def main(
         group_size: Fewest barcodes in a group.
         check_recall: Number of queries for which to measure how often the best alignment is among the k candidates,
             and how many of the nearest references the index finds.
+        details: Also write the DNA of each query as it was compared, its vector and its alignment with the nearest
+            reference to FILE.parquet, for bioscan report; a few kB per query.
         seed: Seed for drawing these queries.
         model: Where the table's model is now, if not where the table records it.
         mesh: Which devices.
@@ -54,6 +57,7 @@ def main(
         groups=groups,
         group_size=group_size,
         check_recall=check_recall,
+        details=details,
         seed=seed,
     )
     print(summary)

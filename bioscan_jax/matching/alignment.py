@@ -80,10 +80,45 @@ def align_pair(one: str, other: str) -> tuple[int, int]:
     distance (a smaller gain could be chance). Overhanging bases at either end of either sequence are not counted.
     """
     found = align_within(one, other)
-    matches, columns = found
-    parts = overlapping_parts(one, other, (columns - matches) / max(columns, 1) / 2)
+    parts = overlapping_parts(one, other, _half_distance(found))
     over = None if parts is None else align_within(*parts)
     return found if over is None or 2 * distance(*over) > distance(*found) else over
+
+
+def align_cigar(query: str, reference: str) -> tuple[int, str]:
+    """Describes the alignment that `align_pair` counts.
+
+    Returns:
+        The position in the reference where it begins, from 0, and a CIGAR as in SAM: = for equal bases, X for different
+        ones and for N, I and D for bases that only the query or only the reference has, S for bases of the query outside
+        the alignment. The CIGAR is empty if no base faces another.
+
+    Example:
+        >>> align_cigar("TTACGTACGTAC", "GGGGACGTCCGTACGG")
+        (4, '2S4=1X5=')
+    """
+    short, long = sorted((query, reference), key=len)
+    found = align_within(short, long)
+    skipped, facing = 0, _overhang(short, long, _half_distance(found))
+    if facing is not None:
+        parts = _facing_parts(short, long, facing)
+        if 2 * distance(*align_within(*parts)) <= distance(*found):
+            (short, long), skipped = parts, facing
+    steps, first = _steps(short, long)
+    faced = [place for place, (_, kind) in enumerate(steps) if kind in "=X"]
+    if not faced:
+        return 0, ""
+    starts = [
+        max(0, -skipped) + sum(length for length, kind in steps[: faced[0]] if kind == "I"),
+        max(0, skipped) + first,
+    ]
+    steps = steps[faced[0] : faced[-1] + 1]
+    if len(reference) < len(query):
+        starts.reverse()
+        steps = [(length, {"I": "D", "D": "I"}.get(kind, kind)) for length, kind in steps]
+    after = len(query) - starts[0] - sum(length for length, kind in steps if kind != "D")
+    whole = [(starts[0], "S"), *steps, (after, "S")]
+    return starts[1], "".join(f"{length}{kind}" for length, kind in whole if length)
 
 
 def overlapping_parts(one: str, other: str, share: float) -> tuple[str, str] | None:
@@ -92,9 +127,15 @@ def overlapping_parts(one: str, other: str, share: float) -> tuple[str, str] | N
     The overlap is found through a half of the shorter sequence that occurs in the longer one with at most `share` edits
     per base, so it spans at least half of the shorter one. None if there is no such half, or nothing overhangs.
     """
+    short, long = sorted((one, other), key=len)
+    facing = _overhang(short, long, share)
+    return None if facing is None else _facing_parts(short, long, facing)
+
+
+def _overhang(short: str, long: str, share: float) -> int | None:
+    """Returns which base of the longer sequence faces the first one of the shorter, which extends past an end of it."""
     import edlib
 
-    short, long = sorted((one, other), key=len)
     middle = len(short) // 2
     for first, half in ((0, short[:middle]), (middle, short[middle:])):
         if not half:
@@ -104,10 +145,13 @@ def overlapping_parts(one: str, other: str, share: float) -> tuple[str, str] | N
         if found["editDistance"] < 0:
             continue
         facing = (found["locations"][0][0] or 0) - first
-        parts = short[max(0, -facing) : len(long) - facing], long[max(0, facing) : len(short) + facing]
-        if len(parts[0]) < len(short):
-            return parts
+        if len(_facing_parts(short, long, facing)[0]) < len(short):
+            return facing
     return None
+
+
+def _facing_parts(short: str, long: str, facing: int) -> tuple[str, str]:
+    return short[max(0, -facing) : len(long) - facing], long[max(0, facing) : len(short) + facing]
 
 
 def align_within(one: str, other: str) -> tuple[int, int]:
@@ -124,12 +168,9 @@ def _place(one: str, other: str, bound: int = -1) -> tuple[int, int, int, int]:
     Edits and known bases, those of the shorter sequence that face no N, include its ends; columns with N are no edits.
     With more than `bound` edits, N included, there are no known bases; -1 is no bound.
     """
-    import edlib
-
     short, long = sorted((one, other), key=len)
-    found = edlib.align(short, _other_n(long), mode="HW", task="path", k=bound)
-    steps = [(int(length), kind) for length, kind in _STEP.findall(found["cigar"] or "")]
-    here, there = 0, (found["locations"] or [(0, 0)])[0][0] or 0
+    steps, there = _steps(short, long, bound)
+    here = 0
     faced = [place for place, (_, kind) in enumerate(steps) if kind in "=X"] or [len(steps)]
     blurred = "N" in one or "N" in other
     matches = columns = edits = known = 0
@@ -144,6 +185,21 @@ def _place(one: str, other: str, bound: int = -1) -> tuple[int, int, int, int]:
         edits += length * (kind != "=")
         known += length * (kind != "D")
     return matches, columns, edits, known
+
+
+def _steps(short: str, long: str, bound: int = -1) -> tuple[list[tuple[int, str]], int]:
+    """Places the shorter sequence inside the longer one; returns lengths and kinds of the steps, and where they begin."""
+    import edlib
+
+    found = edlib.align(short, _other_n(long), mode="HW", task="path", k=bound)
+    steps = [(int(length), kind) for length, kind in _STEP.findall(found["cigar"] or "")]
+    return steps, (found["locations"] or [(0, 0)])[0][0] or 0
+
+
+def _half_distance(counts: tuple[int, int]) -> float:
+    """Returns half of the differences per compared column."""
+    matches, columns = counts
+    return (columns - matches) / max(columns, 1) / 2
 
 
 def _other_n(long: str) -> str:

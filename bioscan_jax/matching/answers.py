@@ -34,6 +34,14 @@ are those of the nearest reference; see `candidates.Evidence`. `strand` is + whe
 the query was compared as written, - where its reverse complement was, null if unknown. `unnamed` tells why a query has no
 names: `overlap` or `identity` is below its floor. Queries with abundances have a column `size`, too.
 """
+DETAILS = (
+    pa.field("sequence", pa.string()),
+    pa.field("alignment_start", pa.int32()),
+    pa.field("alignment", pa.string()),
+)
+"""Columns that `identify` adds on request, for `report`: the cleaned DNA of each query on the strand that was compared,
+where in the nearest reference its alignment begins, and the alignment as a CIGAR (see `alignment.align_cigar`; both null
+where the table has no DNA); and `vector`, a list of float32."""
 
 
 def output_format(output: str, wanted: config.AnswerFormat | None) -> config.AnswerFormat:

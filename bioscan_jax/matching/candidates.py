@@ -23,7 +23,7 @@ from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import local_copy
-from bioscan_jax.matching.alignment import Floors, Pool, compared, edit_distances, none_nearer
+from bioscan_jax.matching.alignment import Floors, Pool, align_cigar, compared, edit_distances, none_nearer
 from bioscan_jax.matching.neighbours import by_index, exact, search_kind
 from bioscan_jax.matching.queries import QueryEncoder, encoder_of_table
 from bioscan_jax.matching.reference import Reference, Taxa, open_reference, sequence_digests
@@ -260,7 +260,7 @@ def nearest_evidence(matcher: Matcher, texts: Sequence[str], ranked: Ranked, poo
     """Aligns each query with its nearest reference in full, and tells where that is no evidence for a name."""
     floors, rows = floors_of(matcher.settings), ranked.rows[:, :1]
     lengths = np.array([len(text) for text in texts], np.int64)
-    if matcher.reference.sequence_column in matcher.reference.dataset.schema.names and len(texts):
+    if has_dna(matcher.reference) and len(texts):
         distinct, sequences = _sequences(matcher, rows)
         matches, overlap = compared(texts, rows, distinct, sequences, pool)[:, 0].T
         of_reference = np.array([len(text) for text in sequences], np.int64)[np.searchsorted(distinct, rows[:, 0])]
@@ -273,6 +273,20 @@ def nearest_evidence(matcher: Matcher, texts: Sequence[str], ranked: Ranked, poo
     unlike = (identity < floors.identity) | np.isinf(ranked.distances.min(axis=1, initial=np.inf))
     lacks = ["overlap" if one else "identity" if other else None for one, other in zip(few, unlike, strict=True)]
     return Evidence(identity.astype(np.float32), overlap, np.minimum(overlap / np.maximum(lengths, 1), 1), lacks)
+
+
+def nearest_alignments(matcher: Matcher, texts: Sequence[str], ranked: Ranked) -> list[tuple[int, str] | None]:
+    """Aligns each query with its nearest reference as `nearest_evidence` does; returns `alignment.align_cigar` of each.
+
+    None where there is no reference, or no DNA of it.
+    """
+    if not has_dna(matcher.reference) or not len(texts):
+        return [None] * len(texts)
+    rows = ranked.rows[:, 0]
+    distinct, sequences = _sequences(matcher, rows)
+    dna = dict(zip(distinct.tolist(), sequences, strict=True))
+    pairs = [(text, dna.get(row)) for text, row in zip(texts, rows.tolist(), strict=True)]
+    return [align_cigar(text, reference) if reference else None for text, reference in pairs]
 
 
 def in_reference(matcher: Matcher, candidates: Candidates) -> Bool[np.ndarray, " queries"]:

@@ -20,7 +20,7 @@ from bioscan_jax.data.fasta import SIZE_COLUMN
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import output_file
 from bioscan_jax.matching.alignment import worker_pool
-from bioscan_jax.matching.answers import ANSWERS, output_format, write
+from bioscan_jax.matching.answers import ANSWERS, DETAILS, output_format, write
 from bioscan_jax.matching.calibration import (
     Calibration,
     answered,
@@ -40,6 +40,7 @@ from bioscan_jax.matching.candidates import (
     count_votes,
     find_candidates,
     index_recall,
+    nearest_alignments,
     nearest_evidence,
     open_matcher,
     rank_candidates,
@@ -132,6 +133,7 @@ def identify(
     groups: str | None = None,
     group_size: int = 3,
     check_recall: int = 0,
+    details: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> IdentifySummary:
@@ -160,6 +162,8 @@ def identify(
         check_recall: Number of random queries for which to measure how often the best alignment with any reference is
             among the k candidates (with `rerank` alignment), and how many of the exact k nearest the index finds (where
             it is used).
+        details: Also write the DNA of each query as it was compared, its vector, and its alignment with the nearest
+            reference (see `answers.DETAILS`), which `report` draws; a few kB per query, in FILE.parquet only.
         seed: Seed for drawing these queries.
         progress: Show a progress bar on the terminal.
 
@@ -186,6 +190,8 @@ def identify(
         raise InputError(f"--groups {groups}: groups are written as FILE.parquet or FILE.tsv")
     if group_size < 2 or check_recall < 0:
         raise InputError(f"--group_size {group_size} must be at least 2, --check_recall {check_recall} at least 0")
+    if details and form != "parquet":
+        raise InputError(f"--details with --output {output}: only Parquet holds vectors; pass FILE.parquet")
     archive = archive or config.ArchiveConfig()
     if form != "dwca" and archive != config.ArchiveConfig():
         raise InputError(
@@ -218,7 +224,7 @@ def identify(
             "settings": dataclasses.asdict(settings),
             "calibration": None if found is None else dataclasses.asdict(found),
             "heads": matcher.heads_sha256,
-            "measured": [groups is not None, check_recall, seed],
+            "measured": [groups is not None, check_recall, details, seed],
             "software": metadata.version("bioscan_jax"),
         }
         kept = held.enter_context(partial_answers(output, facts, blocks=len(source)))
@@ -229,6 +235,8 @@ def identify(
             evidence = nearest_evidence(matcher, block.texts, ranked, pool)
             result = without_names(result, evidence.missing)
             table, sure = answers(matcher, block, ranked, evidence, result, found)
+            if details:
+                table = _with_details(table, matcher, block, ranked)
             arrays = {}
             if block.truth is not None:
                 arrays |= {"taxa": result.taxa, "sure": sure, "truth": block.truth}
@@ -360,6 +368,17 @@ def answers(
     rows = [block.ids, *(column.take(place) for column in columns)]
     table = pa.table([c.cast(f.type) for c, f in zip(rows, ANSWERS, strict=True)], schema=ANSWERS)
     return table if block.size is None else table.append_column(SIZE_COLUMN, block.size), sure
+
+
+def _with_details(table: pa.Table, matcher: Matcher, block: Candidates, ranked: Ranked) -> pa.Table:
+    """Adds the columns DETAILS, and the vectors."""
+    found = nearest_alignments(matcher, block.texts, ranked)
+    starts, cigars = ([None if one is None else one[part] for one in found] for part in (0, 1))
+    place = pa.array(np.cumsum(block.kept) - 1, mask=~block.kept)
+    for field, values in zip(DETAILS, (block.texts, starts, cigars), strict=True):
+        table = table.append_column(field, pa.array(values, field.type).take(place))
+    flat = pa.array(np.ascontiguousarray(block.vectors, np.float32).reshape(-1))
+    return table.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, block.vectors.shape[1]).take(place))
 
 
 def _by_rank(rows: pa.Table, judged: list[dict[str, np.ndarray]], found: Calibration | None) -> list[str]:

@@ -1,5 +1,7 @@
 """Alignments of candidates, compared with plain dynamic programming."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from bioscan_jax.matching.alignment import (
     Floors,
     _edits,
     _place,
+    align_cigar,
     align_pair,
     align_within,
     compared,
@@ -53,6 +56,23 @@ def test_the_alignment_is_one_of_least_distance(one: str, other: str) -> None:
     assert 0 <= len(short) - known <= unknown
     # Bases of the shorter one that overhang at either end are edits, but no columns.
     assert 0 <= edits - (columns - matches) <= known - matches
+
+
+@settings(max_examples=300, deadline=None)
+@given(DNA, DNA)
+def test_the_cigar_describes_the_counted_alignment(query: str, reference: str) -> None:
+    start, cigar = align_cigar(query, reference)
+    pairs, here, there = [], 0, start
+    for length, kind in re.findall(r"(\d+)([=XIDS])", cigar):
+        for _ in range(int(length)):
+            one, other = query[here] if kind != "D" else "-", reference[there] if kind in "=XD" else "-"
+            assert kind != "=" or one == other
+            pairs += [(one, other)] * (kind != "S")
+            here, there = here + (kind != "D"), there + (kind in "=XD")
+    known = [(one, other) for one, other in pairs if "N" not in one + other]
+    matches, columns = align_pair(query, reference)
+    assert (sum(one == other for one, other in known), len(known)) == (matches, columns)
+    assert not cigar or here == len(query)
 
 
 @pytest.mark.parametrize(

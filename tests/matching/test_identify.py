@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,9 +59,18 @@ def test_names_known_species_and_keeps_the_published_columns(world: World, tmp_p
 
 def test_fasta_is_answered_as_parquet(world: World, tmp_path: Path):
     ask(world, world.queries, tmp_path / "a.parquet")
-    ask(world, world.fasta, tmp_path / "b.parquet")
+    ask(world, world.fasta, tmp_path / "b.parquet", details=True)
     whole, some = pq.read_table(tmp_path / "a.parquet"), pq.read_table(tmp_path / "b.parquet")
     assert some.select(["sequence_id", *RANKS]).equals(whole.slice(0, 20).select(["sequence_id", *RANKS]))
+    for row in some.to_pylist():  # the details agree with the evidence
+        steps = re.findall(r"(\d+)([=XIDS])", row["alignment"])
+        compared = sum(int(length) for length, kind in steps if kind != "S")
+        assert compared == row["overlap"]
+        assert sum(int(length) for length, kind in steps if kind == "=") / compared == pytest.approx(row["identity"])
+        assert len(row["sequence"]) == sum(int(length) for length, kind in steps if kind != "D")
+        assert len(row["vector"]) == len(some["vector"][0])
+    with pytest.raises(InputError, match="only Parquet holds vectors"):
+        ask(world, world.fasta, tmp_path / "c.tsv", details=True)
 
 
 def half_reversed(world: World, directory: Path) -> tuple[str, list[str]]:
