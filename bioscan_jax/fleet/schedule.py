@@ -9,7 +9,7 @@ class Schedule:
     """Hands out blocks in order, repeats those of lost workers, and releases results in order for the commit.
 
     A state machine of facts that the caller reports: it starts nothing, waits for nothing and reads no clock. A worker
-    is any hashable identifier; one that was lost may come back under the same identifier.
+    is any hashable identifier; one that comes back after it was lost takes another.
 
     Example:
         >>> schedule = Schedule(range(3), blocks_ahead=2, copies=0)

@@ -6,7 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from bioscan_jax.errors import InputError
 from bioscan_jax.fleet.schedule import Schedule
 
-WORKERS = st.sampled_from("abcd")
+WORKERS = st.integers(0, 3)
 
 
 class Events(RuleBasedStateMachine):
@@ -17,11 +17,13 @@ class Events(RuleBasedStateMachine):
         self.schedule = Schedule(range(first, first + blocks), blocks_ahead=ahead, copies=copies)
         self.first, self.stop, self.ahead, self.copies = first, first + blocks, ahead, copies
         self.committed, self.results = [], {}
+        self.names = list("abcd")  # changed at each loss
         self.work, self.gone = [], []  # (worker, block): still computing; of lost workers
         self.failures = dict.fromkeys(range(first, first + blocks), 0)
 
     @rule(worker=WORKERS)
     def ask(self, worker):
+        worker = self.names[worker]
         block = self.schedule.next_for(worker)
         if block is None:
             return
@@ -61,6 +63,7 @@ class Events(RuleBasedStateMachine):
 
     @rule(worker=WORKERS)
     def lose(self, worker):
+        self.names[worker], worker = self.names[worker] + "'", self.names[worker]
         held = {block for other, block in self.work if other == worker}
         assert self.schedule.holding(worker) == held
         self.work = [(other, block) for other, block in self.work if other != worker]
@@ -86,18 +89,18 @@ class Events(RuleBasedStateMachine):
         """One worker that lives ends the run: the others are lost, it computes whatever it is given."""
         if not hasattr(self, "schedule"):
             return
-        for worker in "abcd":
+        for worker in range(4):
             self.lose(worker)
         self.gone = []
         while not self.schedule.finished:
             before = len(self.committed), len(self.results)
-            self.ask("z")
+            self.ask(0)
             while self.work:
                 self._result(*self.work.pop())
             self.commit(4)
             assert (len(self.committed), len(self.results)) > before
         assert self.committed == list(range(self.first, self.stop))
-        assert self.schedule.next_for("z") is None
+        assert self.schedule.next_for(self.names[0]) is None
 
 
 TestEvents = Events.TestCase
