@@ -19,7 +19,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import tables
 
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.errors import InputError
@@ -792,6 +791,8 @@ compact(sys.argv[1], "sequences")
 
 def test_a_table_is_made_where_there_are_no_hard_links(tmp_path):
     """As on a mount of Google Drive, where Lance's own way to commit fails."""
+    from support import tables  # not above: a child process imports this file without tests/ on its path
+
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     made = [sys.executable, "-c", NO_LINKS, str(tmp_path / "drive")]
     subprocess.run(made, env=environment, check=True, timeout=120)
