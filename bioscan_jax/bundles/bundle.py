@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-from tqdm import tqdm
 
 from bioscan_jax.bundles.manifest import (
     JOURNAL,
@@ -36,6 +35,7 @@ from bioscan_jax.bundles.parts import BLOCK_ROWS, SelectedRows, encode_part, par
 from bioscan_jax.bundles.quantise import PRECISIONS, Precision, Quantiser, bytes_per_vector, fit, recall
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import Directory, Location, check_mounted, local_directory, locate, read_if_exists
+from bioscan_jax.notebook import progress_bar
 from bioscan_jax.table.lock import machine_lock
 from bioscan_jax.table.reading import schema_metadata, vector_index
 from bioscan_jax.table.storage import sidecar_path, storage_errors
@@ -436,7 +436,7 @@ def _write_vectors(draft: _Draft, selected: SelectedRows, quantiser: Quantiser, 
     part_rows = draft.head["part_rows"]
     paths = [f"vectors/part-{number:06d}.parquet" for number in range(-(-selected.rows // part_rows))]
     begin = next((number for number, path in enumerate(paths) if path not in draft.kept), len(paths))
-    with tqdm(total=selected.rows, unit="row", desc="export", disable=not progress) as bar:
+    with progress_bar(total=selected.rows, unit="row", desc="export", disable=not progress) as bar:
         for path in paths[:begin]:
             draft.keep(path)
             bar.update(part_rows)

@@ -15,7 +15,6 @@ import pyarrow as pa
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int64
-from tqdm import tqdm
 
 from bioscan_jax.barcodes.cleaning import REASONS
 from bioscan_jax.barcodes.lineage import RANKS
@@ -52,6 +51,7 @@ from bioscan_jax.model.heads import predict
 from bioscan_jax.model.pooling import Pooling
 from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer, first_layers
+from bioscan_jax.notebook import progress_bar
 from bioscan_jax.table.columns import check_values
 
 MOST_SHAPES = 64
@@ -297,7 +297,7 @@ class Encoder:
         width = self.dimension if project else self.config.hidden_size
         vectors = np.full((len(column), width), np.nan, np.dtype(dtype))
         source = SequencesInMemory(column, block_rows)
-        with tqdm(total=len(column), unit="seq", desc="encode", disable=not progress) as bar:
+        with progress_bar(total=len(column), unit="seq", desc="encode", disable=not progress) as bar:
             for encoded, found in self.encode_blocks(
                 source,
                 encoding,
@@ -380,7 +380,7 @@ class Encoder:
             source = open_source(data, scratch=Path(scratch))
             encoding = self.encoding(embed, source.sequence_column, max_tokens=max_tokens, overlong=overlong)
             check = _refuse_rejects if on_error == "raise" else lambda block: None
-            with tqdm(total=source.rows, unit="row", desc="encode", disable=not progress) as bar:
+            with progress_bar(total=source.rows, unit="row", desc="encode", disable=not progress) as bar:
                 for encoded, vectors in self.encode_blocks(source, encoding, embed, project=project, check=check):
                     rejected.update(encoded.counts.rejects)
                     yield StreamBlock(
@@ -855,7 +855,7 @@ def load(
         )
         wanted = dataclasses.replace(wanted, revision=commit)
     start_devices(mesh)
-    with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
+    with progress_bar(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
         loaded = load_weights(wanted, make_layout(mesh), on_bytes=bar.update)
     beside = [given] if adapter_name is None else [local_copy(adapter_name, "adapter"), given]
     found = next((directory for directory in beside if (directory / HEADS_FILE).is_file()), None)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.schemas import REJECTS
@@ -21,6 +20,7 @@ from bioscan_jax.embedding.summary import versions
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import local_copy
 from bioscan_jax.model.projection import Projection, ProjectionInputs
+from bioscan_jax.notebook import progress_bar
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.reading import check_finished, open_existing, schema_metadata
@@ -134,7 +134,9 @@ def project(
             )
         )
         resumed = min(table.next_block * block_rows, rows)
-        bar = held.enter_context(tqdm(total=rows, initial=resumed, unit="row", desc="project", disable=not progress))
+        bar = held.enter_context(
+            progress_bar(total=rows, initial=resumed, unit="row", desc="project", disable=not progress)
+        )
         try:
             for index, block, rejects in _blocks(reference, dataset, table.next_block, rows, block_rows):
                 values = projector(_raw_vectors(dataset, block)).astype(np.dtype(sink.vector_dtype))

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import jax
-from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import CleaningCounts
@@ -26,6 +25,7 @@ from bioscan_jax.embedding.pipeline import Work, run_rounds
 from bioscan_jax.embedding.summary import RunSummary, StageClock, peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.errors import InputError, Interrupted, logger
 from bioscan_jax.location import write_whole
+from bioscan_jax.notebook import progress_bar
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS, check_values, vector_schema
 from bioscan_jax.table.lock import Check, writer_lock
 from bioscan_jax.table.sink import VectorTable
@@ -70,7 +70,7 @@ def embed(
 
     def make_encoder(layout: Layout) -> Encoder:
         shown = progress and jax.process_index() == 0
-        with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not shown, leave=False) as bar:
+        with progress_bar(unit="B", unit_scale=True, desc="load weights", disable=not shown, leave=False) as bar:
             return Encoder(loaded=load_weights(model, layout, on_bytes=bar.update))
 
     return embed_with(make_encoder, data, sink, embed, mesh, progress=progress, profile=profile)
@@ -114,7 +114,7 @@ def embed_with(
         work = Work(resumed, vectors + not_finite, not_finite)
         stop = held.enter_context(stop_on_signals())
         bar = held.enter_context(
-            tqdm(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress)
+            progress_bar(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress)
         )
         run_rounds(job, table, work, stop, bar, clock, profiler)
         bar.close()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int32
-from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
@@ -32,6 +31,7 @@ from bioscan_jax.matching.candidates import (
 )
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, default_voting
+from bioscan_jax.notebook import progress_bar
 from bioscan_jax.table.storage import sidecar_path, storage_errors
 
 FORMAT = "bioscan_jax calibration 3"
@@ -159,7 +159,7 @@ def calibrate(
         source = open_queries(query, Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-"))))
         pool = held.enter_context(worker_pool(settings.processes if settings.rerank == "alignment" else 1))
         matcher = open_matcher(reference, settings, model, mesh)
-        bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="calibrate", disable=not progress))
+        bar = held.enter_context(progress_bar(total=source.rows, unit="row", desc="calibrate", disable=not progress))
         blocks, shared, labelled = [], 0, 0
         for block in find_candidates(matcher, source, pool, bar.update):
             if block.truth is None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import REASONS
@@ -49,6 +48,7 @@ from bioscan_jax.matching.novel_groups import group_novel
 from bioscan_jax.matching.partial import BlockAnswers, partial_answers
 from bioscan_jax.matching.queries import check_query_ids, open_queries
 from bioscan_jax.matching.vote import Votes, Voting, default_voting, without_names
+from bioscan_jax.notebook import progress_bar
 from bioscan_jax.reports.darwin_core import Method, read_taxon_ids, write_archive
 
 _HEAD_WEIGHT = 0.5
@@ -216,7 +216,7 @@ def identify(
             raise InputError(
                 f"--groups needs a calibration with a novelty threshold: {note}; run bioscan calibrate first"
             )
-        bar = held.enter_context(tqdm(total=source.rows, unit="row", desc="identify", disable=not progress))
+        bar = held.enter_context(progress_bar(total=source.rows, unit="row", desc="identify", disable=not progress))
         sampled, voting = _sample(source.rows, check_recall, seed), _voting(found, matcher)
         facts = {
             "queries": [dataclasses.asdict(query), source.fingerprint],

@@ -24,6 +24,7 @@ from bioscan_jax.embedding.summary import peak_host_bytes, versions
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import output_directory, remove_tree
 from bioscan_jax.model.projection import Projection, ProjectionInputs
+from bioscan_jax.notebook import progress_bar
 from bioscan_jax.output import whole_directory
 from bioscan_jax.table.reading import check_condition, check_finished, open_existing, schema_metadata
 from bioscan_jax.table.storage import storage_errors
@@ -216,7 +217,7 @@ def _fit(
     layout = make_layout(mesh)
     clock.mark("labels")
 
-    with tqdm(total=rows, unit="row", desc="moments", disable=not progress) as bar:
+    with progress_bar(total=rows, unit="row", desc="moments", disable=not progress) as bar:
         found = collect(
             _blocks(dataset, condition, space, bar),
             space,
@@ -248,7 +249,7 @@ def _fit(
         map_ = _whitening(fold, chosen, settings).astype(np.float32)
         whitened = {role: (v[:, : chosen.components] @ map_, s) for role, (v, s) in axes.items()}
         best, projected, history = _search_network(whitened, paths, settings, run, identity, progress)
-        with tqdm(total=rows, unit="row", desc="whiten", disable=not progress) as bar:
+        with progress_bar(total=rows, unit="row", desc="whiten", disable=not progress) as bar:
             vectors, species = _whitened_rows(
                 _blocks(dataset, condition, space, bar), final.mean, linear, space, settings
             )
@@ -440,7 +441,7 @@ def _search(
     at["components"] = min(at["components"], most)
     best: Try | None = None
     tries: list[Try] = []
-    with tqdm(total=None, unit="try", desc="search", disable=not progress) as bar:
+    with progress_bar(total=None, unit="try", desc="search", disable=not progress) as bar:
         for name, values in (*options.items(), ("scatter", options["scatter"])):
             for value in values:
                 wanted = at | {name: value}

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, Int32
-from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import read_if_exists, write_whole
 from bioscan_jax.model.projection import ResidualNetwork, unit
+from bioscan_jax.notebook import progress_bar
 from bioscan_jax.table.plan import differences
 from bioscan_jax.training.losses import neighbour_loss
 from bioscan_jax.training.metric_moments import GENUS
@@ -176,7 +176,7 @@ class Run:
         params = initial_params(rows.vectors.shape[1], self.settings)
         state = _optimizer(self.settings).init(params)
         step, (params, state) = self._restore((params, state))
-        with tqdm(total=steps, initial=step, unit="step", desc=description, disable=not progress) as bar:
+        with progress_bar(total=steps, initial=step, unit="step", desc=description, disable=not progress) as bar:
             while step < steps and not self._stalled():
                 first, second, taxa = rows.draw(self.settings.species_per_batch, self.settings.seed, step)
                 params, state, loss = _step(params, state, first, second, taxa, jnp.int32(step), self.settings)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
@@ -28,6 +27,7 @@ from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import cache_directory
 from bioscan_jax.model.classifier import Arrays, make_classifier, named_arrays
 from bioscan_jax.model.lora import resolve_targets
+from bioscan_jax.notebook import progress_bar
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.storage import storage_errors
 from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
@@ -221,7 +221,7 @@ def finetune(
                 profiler=profiler,
             )
             stop = held.enter_context(stop_on_signals("step"))
-            bar = tqdm(total=len(batches), initial=at.step, unit="step", desc="train", disable=not progress)
+            bar = progress_bar(total=len(batches), initial=at.step, unit="step", desc="train", disable=not progress)
             with bar:
                 at = run(setup, state, dataclasses.replace(at, run_id=run_id), stop, bar)
             if first:
@@ -283,7 +283,7 @@ def _load(model: config.ModelConfig, train: config.TrainConfig, layout: Layout, 
     wanted = dataclasses.replace(model, projection="none")  # training changes the vectors that one was fitted on
     if train.mode == "full":
         wanted = dataclasses.replace(wanted, dtype="float32")
-    with tqdm(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
+    with progress_bar(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
         loaded = load_weights(wanted, layout, lm_head=train.objective == "mlm", on_bytes=bar.update)
     if not loaded.config.num_hidden_layers:
         raise InputError(
@@ -303,7 +303,7 @@ def _prepare(
     scratch: Path,
     progress: bool,
 ) -> Examples:
-    with tqdm(total=source.rows, unit="row", desc="read rows", disable=not progress, leave=False) as bar:
+    with progress_bar(total=source.rows, unit="row", desc="read rows", disable=not progress, leave=False) as bar:
         return prepare_examples(
             source,
             data,
