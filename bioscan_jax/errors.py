@@ -10,7 +10,14 @@ logger = logging.getLogger("bioscan_jax")
 """Takes the library's progress notes and warnings; silent below WARNING unless the program sets its level."""
 
 
-class InputError(ValueError):
+class _OneLine(Exception):
+    """An exception that notebooks show as its message, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class InputError(_OneLine, ValueError):
     """Reports in one line what is wrong with an input, flag, file or table, where, and how to fix it.
 
     The commands print its message and exit with code 2; any other exception is a bug and keeps its traceback.
@@ -26,7 +33,7 @@ class InputError(ValueError):
         super().__init__(printable(message))
 
 
-class Interrupted(Exception):
+class Interrupted(_OneLine):
     """Ends a run that was asked to stop by Ctrl-C or SIGTERM; everything committed before is safe.
 
     Attributes:

@@ -35,7 +35,7 @@ from bioscan_jax.bundles.parts import BLOCK_ROWS, SelectedRows, encode_part, par
 from bioscan_jax.bundles.quantise import PRECISIONS, Precision, Quantiser, bytes_per_vector, fit, recall
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import Directory, Location, check_mounted, local_directory, locate, read_if_exists
-from bioscan_jax.notebook import progress_bar
+from bioscan_jax.notebook import Shown, progress_bar
 from bioscan_jax.table.lock import machine_lock
 from bioscan_jax.table.reading import schema_metadata, vector_index
 from bioscan_jax.table.storage import sidecar_path, storage_errors
@@ -58,7 +58,7 @@ _OURS = re.compile(rf"(\.unfinished|vectors|rejects|beside)/.*|{MANIFEST}|{JOURN
 
 
 @dataclass(frozen=True)
-class BundleSummary:
+class BundleSummary(Shown):
     """A complete bundle, as `bundle` reports it."""
 
     name: str

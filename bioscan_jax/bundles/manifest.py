@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from bioscan_jax.errors import InputError, shown
 from bioscan_jax.location import Directory, Location, locate
+from bioscan_jax.notebook import Shown
 
 FORMAT = "bioscan_jax bundle 1"
 MANIFEST = "manifest.json"
@@ -182,7 +183,7 @@ def find_faults(location: Location, manifest: Manifest, *, contents: bool = True
 
 
 @dataclass(frozen=True)
-class BundleCheck:
+class BundleCheck(Shown):
     """Result of comparing a bundle with its manifest."""
 
     files: int

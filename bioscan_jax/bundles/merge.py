@@ -21,6 +21,7 @@ from bioscan_jax.bundles.parts import read_codes
 from bioscan_jax.bundles.quantise import PRECISIONS, Quantiser
 from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.location import Directory, Location, locate
+from bioscan_jax.notebook import Shown
 from bioscan_jax.table.commit import append_files, write_files
 from bioscan_jax.table.index import build_indexes
 from bioscan_jax.table.lock import Check, writer_lock
@@ -38,7 +39,7 @@ _MAX_BYTES_PER_FILE = 3 << 30
 
 
 @dataclass(frozen=True)
-class ImportSummary:
+class ImportSummary(Shown):
     """Counts of an import."""
 
     path: str

@@ -8,10 +8,11 @@ from bioscan_jax.checkpoints.orbax import save_converted
 from bioscan_jax.config import MeshConfig, ModelConfig
 from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.location import output_directory
+from bioscan_jax.notebook import Shown
 
 
 @dataclass(frozen=True)
-class ConversionSummary:
+class ConversionSummary(Shown):
     """Result of `convert`."""
 
     output: str

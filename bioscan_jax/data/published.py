@@ -26,6 +26,7 @@ from bioscan_jax.barcodes.aliases import KINGDOM_OF_PHYLUM
 from bioscan_jax.barcodes.lineage import RANKS, read_lineages
 from bioscan_jax.data.blast import BlastDatabase
 from bioscan_jax.errors import InputError, printable
+from bioscan_jax.notebook import Shown
 from bioscan_jax.output import move_synced, whole_file
 
 Lineage = tuple[str | None, ...]
@@ -78,7 +79,7 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(Shown):
     """Outcome of `get_published`; printed as a few lines."""
 
     path: Path

@@ -20,7 +20,7 @@ from bioscan_jax.embedding.summary import versions
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import local_copy
 from bioscan_jax.model.projection import Projection, ProjectionInputs
-from bioscan_jax.notebook import progress_bar
+from bioscan_jax.notebook import Shown, progress_bar
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.reading import check_finished, open_existing, schema_metadata
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectSummary:
+class ProjectSummary(Shown):
     """Result of `project`.
 
     Example:

@@ -25,7 +25,7 @@ from bioscan_jax.embedding.pipeline import Work, run_rounds
 from bioscan_jax.embedding.summary import RunSummary, StageClock, peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.errors import InputError, Interrupted, logger
 from bioscan_jax.location import write_whole
-from bioscan_jax.notebook import progress_bar
+from bioscan_jax.notebook import progress_bar, same_again
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS, check_values, vector_schema
 from bioscan_jax.table.lock import Check, writer_lock
 from bioscan_jax.table.sink import VectorTable
@@ -121,7 +121,7 @@ def embed_with(
         if work.stopping and work.safe_rows < source.rows:
             raise Interrupted(
                 f"stopped with {work.safe_rows:,} of {source.rows:,} rows safe in "
-                f"{table_path(sink.uri, sink.table)}; the same command continues from there",
+                f"{table_path(sink.uri, sink.table)}; {same_again()} continues from there",
                 stop.signal_number,
             )
         index = None

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from bioscan_jax.data.encode import BlockCounts
+from bioscan_jax.notebook import facts_html
 
 VERSIONED = ("bioscan_jax", "jax", "jaxlib", "flax", "grain", "pyarrow", "pylance", "lancedb")
 
@@ -158,6 +159,14 @@ class RunSummary:
 
     def __str__(self) -> str:
         """Formats the summary as the lines printed at the end of a run."""
+        return "\n".join(f"{name:>10}  {text}" for name, text in self._lines().items())
+
+    def _repr_html_(self) -> str:
+        lines = self._lines()
+        notes = [name for name in lines if name.startswith("note")]
+        return facts_html(lines, ["table", "model", "rows", "vectors", "rejects", "speed", "devices", *notes])
+
+    def _lines(self) -> dict[str, str]:
         counts, changes = self.counts, self.counts.changes
         rejects = ", ".join(f"{n:,} {reason}" for reason, n in counts.rejects.items()) or "none"
         resumed = f" ({self.resumed_at:,} of them before this run)" if self.resumed_at else ""
@@ -196,7 +205,7 @@ class RunSummary:
             lines = {name: text for name, text in lines.items() if name not in work}
             lines["vectors"], lines["rejects"] = f"{self.vectors:,}", f"{self.rejects:,}"
             lines["rows"] = f"{self.rows:,}, complete before this run: nothing was left to do"
-        return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+        return lines
 
 
 def _gib(size: int) -> str:

@@ -31,7 +31,7 @@ from bioscan_jax.matching.candidates import (
 )
 from bioscan_jax.matching.queries import open_queries
 from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, default_voting
-from bioscan_jax.notebook import progress_bar
+from bioscan_jax.notebook import Shown, progress_bar
 from bioscan_jax.table.storage import sidecar_path, storage_errors
 
 FORMAT = "bioscan_jax calibration 3"
@@ -91,7 +91,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationSummary:
+class CalibrationSummary(Shown):
     """A fitted calibration, and its figures on barcodes that it was not fitted on; prints as a few lines of text.
 
     Example:

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -48,11 +48,15 @@ from bioscan_jax.matching.novel_groups import group_novel
 from bioscan_jax.matching.partial import BlockAnswers, partial_answers
 from bioscan_jax.matching.queries import check_query_ids, open_queries
 from bioscan_jax.matching.vote import Votes, Voting, default_voting, without_names
-from bioscan_jax.notebook import progress_bar
+from bioscan_jax.notebook import progress_bar, rows_html, text_html
 from bioscan_jax.reports.darwin_core import Method, read_taxon_ids, write_archive
 
 _HEAD_WEIGHT = 0.5
 """Weight of a head in the vote without a calibration."""
+_HEAD = 10
+"""Answers that a notebook shows,"""
+_SHOWN = ["sequence_id", *RANKS[2:], "species_confidence", "nearest_id", "similarity", "identity", "novelty"]
+"""and their columns."""
 _BY_ALIGNMENT = "of the best alignments with the whole reference are among the candidates"
 _BY_INDEX = "of the exact nearest neighbours are found by the index"
 
@@ -95,6 +99,8 @@ class IdentifySummary:
     seconds: float
     archive: tuple[str, ...] = ()
     """Lines on what a Darwin Core archive lacks."""
+    head: pa.Table | None = field(default=None, repr=False, compare=False)
+    """The first answers."""
 
     def __str__(self) -> str:
         """Lines for the terminal."""
@@ -117,6 +123,9 @@ class IdentifySummary:
         lines += [f"      recall  {line}" for line in self.recall]
         lines += [f"     archive  {line}" for line in self.archive]
         return "\n".join([*lines, f"     seconds  {self.seconds:.1f}"])
+
+    def _repr_html_(self) -> str:
+        return text_html(str(self)) + ("" if self.head is None else rows_html(self.head.select(_SHOWN)))
 
 
 def identify(
@@ -284,6 +293,7 @@ def identify(
         recall=_recall([block.recall for block in kept.blocks], settings.k),
         seconds=time.perf_counter() - start,
         archive=lacks,
+        head=rows.slice(0, _HEAD),
     )
 
 

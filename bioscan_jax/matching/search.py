@@ -15,9 +15,15 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.matching.queries import encoder_of_table
 from bioscan_jax.matching.reference import Reference, open_reference
 from bioscan_jax.matching.strands import is_strand_invariant, orient
+from bioscan_jax.notebook import facts_html, rows_html, show_arrow_tables
+from bioscan_jax.reports.projection import Method
+from bioscan_jax.reports.run import VectorMap, draw_map
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS
 from bioscan_jax.table.reading import take_rows
 from bioscan_jax.table.storage import table_path
+
+_HEAD = 5
+"""Rows of a table that a notebook shows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,48 @@ class Table:
     def encoder(self) -> Encoder:
         """The model that made the table, with the table's settings."""
         return encoder_of_table(self._reference, self.model, self.mesh)
+
+    def __str__(self) -> str:
+        """The rows, the length of the vectors and what made them, in a few lines."""
+        return "\n".join(f"{name:>10}  {text}" for name, text in self._facts().items())
+
+    def _repr_html_(self) -> str:
+        shown = [name for name in self.columns if name != "vector"]
+        head = self._reference.dataset.head(_HEAD, columns=shown)
+        return facts_html(self._facts()) + rows_html(head)
+
+    def _facts(self) -> dict[str, str]:
+        dataset, facts = self._reference.dataset, self._reference.facts
+        made = ("model", "revision", "adapter", "projection", "dtype", "pooling", "strand", "phases", "license")
+        return {
+            "table": dataset.uri,
+            "rows": f"{dataset.count_rows():,}",
+            "vectors": f"{dataset.schema.field('vector').type.list_size:,} numbers each",
+            "columns": ", ".join(self.columns),
+            **{name: facts[name] for name in made if name in facts},
+        }
+
+    def map(
+        self,
+        *,
+        identified: str | None = None,
+        rows: int = 50_000,
+        projection: Method = "pacmap",
+        seed: int = 0,
+    ) -> VectorMap:
+        """Draws the map of the vectors that `report` has in its page, for a notebook.
+
+        Args:
+            identified: Parquet file of `identify`.
+            rows: Most rows to show; of a larger table a random sample is shown.
+            projection: How vectors become points of a plane: PaCMAP, or the first two principal components.
+            seed: Random seed of the sample and of the map.
+
+        Raises:
+            InputError: The table has no rows, PaCMAP is not installed, or `identified` cannot be read.
+        """
+        uri, table = self.location.uri, self.location.table
+        return draw_map(uri, table, identified=identified, rows=rows, projection=projection, seed=seed)
 
     def search(
         self,
@@ -96,6 +144,7 @@ class Table:
         query, place = np.nonzero(found.rows >= 0)
         taken = take_rows(reference.dataset, found.rows[query, place], wanted).rename_columns(_without_clashes(wanted))
         strands = pa.nulls(len(query), pa.string()) if reverse is None else pa.array(np.where(reverse[query], "-", "+"))
+        show_arrow_tables()
         return (
             taken.add_column(0, "query", pa.array(query))
             .append_column("similarity", pa.array(found.similarity[query, place]))

@@ -22,6 +22,7 @@ from bioscan_jax.barcodes.strands import StrandSurvey, survey_strands
 from bioscan_jax.config import DataConfig
 from bioscan_jax.data.parquet import ParquetBlocks, hash_text, open_source
 from bioscan_jax.errors import InputError, printable
+from bioscan_jax.notebook import facts_html
 from bioscan_jax.table.columns import check_values
 
 _HEADERS = 100
@@ -69,6 +70,12 @@ class Description:
 
     def __str__(self) -> str:
         """Returns the lines for the terminal."""
+        return "\n".join(f"{name:>10}  {printable(text)}" for name, text in self._lines().items())
+
+    def _repr_html_(self) -> str:
+        return facts_html({name: printable(text) for name, text in self._lines().items()})
+
+    def _lines(self) -> dict[str, str]:
         roles = ", ".join(f"{role} = {column}" for role, column in self.roles.items()) or "none"
         other = [f"{name} ({kind})" for name, kind in self.columns.items() if name not in (*self.roles.values(), _ID)]
         changes = self.changes
@@ -94,8 +101,7 @@ class Description:
             )
             or "none",
         }
-        lines |= {f"warning {number}": text for number, text in enumerate(self.warnings, 1)}
-        return "\n".join(f"{name:>10}  {printable(text)}" for name, text in lines.items())
+        return lines | {f"warning {number}": text for number, text in enumerate(self.warnings, 1)}
 
 
 def describe(data: DataConfig) -> Description:

@@ -19,6 +19,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.location import local_copy, output_file
 from bioscan_jax.model.attention import AttentionSetting, choose_attention
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
+from bioscan_jax.notebook import Shown
 from bioscan_jax.planning.aot import INSTALL, Compiled, TooLarge, Traced, has_compiler, trace_and_compile
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, Program
 from bioscan_jax.planning.workload import Workload, embedding_workload, training_workload
@@ -48,7 +49,7 @@ _PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Shown):
     """Memory and least cost of one step on a slice of TPUs; prints as a table.
 
     Example:

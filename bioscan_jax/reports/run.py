@@ -9,6 +9,7 @@ from pathlib import Path
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import Directory, check_output, locate, output_file
+from bioscan_jax.notebook import Shown
 from bioscan_jax.reports.charts import write_pictures
 from bioscan_jax.reports.contents import contains_all, read_contents
 from bioscan_jax.reports.identifications import rank_metrics, read_identifications, read_truth
@@ -20,7 +21,7 @@ _NOTEBOOK_ROWS = 10_000
 
 
 @dataclass(frozen=True)
-class ReportSummary:
+class ReportSummary(Shown):
     """The files that `report` wrote.
 
     Example:

@@ -14,6 +14,7 @@ from bioscan_jax.barcodes.aliases import find_column
 from bioscan_jax.barcodes.schemas import case_clash_between
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError, one_line, shown
+from bioscan_jax.notebook import Shown
 from bioscan_jax.table.columns import check_values, vector_schema
 from bioscan_jax.table.commit import commit
 from bioscan_jax.table.lock import writer_lock
@@ -54,7 +55,7 @@ class ColumnSummary:
 
 
 @dataclass(frozen=True)
-class AnnotateSummary:
+class AnnotateSummary(Shown):
     """Counts of one call of `annotate`, and how its file was read."""
 
     matched: int

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bioscan_jax.notebook import Shown
 from bioscan_jax.table.index import build_indexes
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.reading import check_finished, open_existing, vector_index
@@ -11,7 +12,7 @@ _ROWS_PER_FRAGMENT = 1 << 20
 
 
 @dataclass(frozen=True)
-class CompactSummary:
+class CompactSummary(Shown):
     """Fragments of a table and its rejects together, before and after."""
 
     before: int

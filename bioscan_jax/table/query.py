@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import output_file
+from bioscan_jax.notebook import show_arrow_tables
 from bioscan_jax.table.reading import open_existing
 from bioscan_jax.table.storage import open_dataset, table_path
 
@@ -73,6 +74,7 @@ def query(sql: str, uri: str = "vectors", table: str = "sequences") -> pa.Table:
         >>> bj.query(sql, f"{directory}/vectors").to_pylist()
         [{'n': 6}]
     """
+    show_arrow_tables()
     with stream(sql, uri, table) as reader:
         return reader.read_all()
 

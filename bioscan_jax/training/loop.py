@@ -26,6 +26,7 @@ from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.embedding.summary import device_bytes_in_use, resident_bytes
 from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.classifier import Arrays
+from bioscan_jax.notebook import same_again
 from bioscan_jax.training.batches import ExampleBatch, TrainingBatches, iterate
 from bioscan_jax.training.examples import Examples
 from bioscan_jax.training.metrics import EmbeddingMoments, dashboard_metrics
@@ -109,7 +110,7 @@ def run(setup: TrainingSetup, state: TrainState, progress: Progress, stop: StopR
             if stopping:
                 raise Interrupted(
                     f"stopped after step {progress.step:,} of {total:,}, which is saved in a checkpoint; "
-                    "the same command continues from there",
+                    f"{same_again()} continues from there",
                     stop.signal_number,
                 )
             batch = next(reader)

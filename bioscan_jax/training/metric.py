@@ -24,7 +24,7 @@ from bioscan_jax.embedding.summary import peak_host_bytes, versions
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import output_directory, remove_tree
 from bioscan_jax.model.projection import Projection, ProjectionInputs
-from bioscan_jax.notebook import progress_bar
+from bioscan_jax.notebook import Shown, progress_bar
 from bioscan_jax.output import whole_directory
 from bioscan_jax.table.reading import check_condition, check_finished, open_existing, schema_metadata
 from bioscan_jax.table.storage import storage_errors
@@ -78,7 +78,7 @@ class Try:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricSummary:
+class MetricSummary(Shown):
     """What `fit_metric` did.
 
     Example:

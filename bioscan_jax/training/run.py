@@ -27,14 +27,14 @@ from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import cache_directory
 from bioscan_jax.model.classifier import Arrays, make_classifier, named_arrays
 from bioscan_jax.model.lora import resolve_targets
-from bioscan_jax.notebook import progress_bar
+from bioscan_jax.notebook import facts_html, picture_html, progress_bar
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.storage import storage_errors
 from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
 from bioscan_jax.training.examples import Examples, prepare_examples
 from bioscan_jax.training.loop import Evaluate, Log, TrainingSetup, TrainState, run
 from bioscan_jax.training.record import check_or_write_record, run_settings
-from bioscan_jax.training.run_directory import locate_run, open_run_directory
+from bioscan_jax.training.run_directory import CURVES, locate_run, open_run_directory
 from bioscan_jax.training.splits import SPLITS
 from bioscan_jax.training.state import Progress, open_checkpoints
 from bioscan_jax.training.step import Evaluation, TrainableModel, init_optimizer, split_trainable
@@ -92,6 +92,13 @@ class TrainingSummary:
 
     def __str__(self) -> str:
         """Returns the table printed at the end of a run."""
+        lines = {name: text.replace("\n", f"\n{'':>12}") for name, text in self._lines().items()}
+        return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+    def _repr_html_(self) -> str:
+        return facts_html(self._lines()) + picture_html(f"{self.directory}/{CURVES}")
+
+    def _lines(self) -> dict[str, str]:
         progress, metrics = self.progress, self.progress.evaluation
         resumed = f" ({self.before:,} of them before this run)" if self.before else ""
         if self.before == progress.step:
@@ -110,7 +117,7 @@ class TrainingSummary:
         if self.taxa:
             lines["taxa"] = ", ".join(f"{count:,} {rank}" for rank, count in self.taxa.items())
             lines["conflicts"] = f"{len(self.conflicts):,}" + "".join(
-                f"\n{'':>12}{line}" for line in self.conflicts[:_SHOWN_CONFLICTS]
+                f"\n{line}" for line in self.conflicts[:_SHOWN_CONFLICTS]
             )
         lines["trained"] = f"{self.trained_parameters:,} of {self.all_parameters:,} parameters ({share:.2f}%)"
         lines["best"] = best
@@ -122,7 +129,7 @@ class TrainingSummary:
         if accuracies:
             lines["accuracy"] = "last evaluation: " + ", ".join(accuracies)
         lines["memory"] = f"host {self.peak_host_bytes / 2**30:.2f} GiB{device}"
-        return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+        return lines
 
 
 @propagate_failure()

@@ -1,0 +1,133 @@
+"""What notebooks show: progress bars, and results as HTML, in which every text from the data is escaped."""
+
+import base64
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+_LONGEST_CELL = 60
+"""Characters of a cell that a table shows."""
+
+
+def in_notebook() -> bool:
+    """Returns whether this process is the kernel of a notebook, such as Jupyter's, Colab's or Kaggle's."""
+    return getattr(_shell(), "kernel", None) is not None
+
+
+def _shell() -> Any:
+    """Returns the IPython shell of this process; None outside of one."""
+    ipython = sys.modules.get("IPython")
+    return None if ipython is None else ipython.get_ipython()
+
+
+def same_again() -> str:
+    """Returns what a stopped run asks the user to run again."""
+    return "the same cell" if in_notebook() else "the same command"
+
+
+def progress_bar(**settings: Any) -> tqdm:
+    """Returns a bar of tqdm: a widget in a notebook that has ipywidgets, else text.
+
+    Args:
+        settings: As for `tqdm.tqdm`.
+    """
+    if in_notebook() and find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm as widget
+
+        return widget(**settings)
+    return tqdm(**settings)
+
+
+class Shown:
+    """Shows a result in a notebook as the text that it prints as."""
+
+    def _repr_html_(self) -> str:
+        return text_html(str(self))
+
+
+def text_html(text: str) -> str:
+    """Returns lines of text as HTML that keeps their columns."""
+    return f'<pre style="line-height:1.35">{escape(text)}</pre>'
+
+
+def facts_html(facts: Mapping[str, str], main: Sequence[str] = ()) -> str:
+    """Returns names and values as a table.
+
+    Args:
+        facts: A text for each name.
+        main: Names to show at first, where not all are; the others open at a click.
+    """
+    shown = {name: text for name, text in facts.items() if not main or name in main}
+    rest = {name: text for name, text in facts.items() if name not in shown}
+    more = f"<details><summary>more figures</summary>{_facts(rest)}</details>" if rest else ""
+    return _facts(shown) + more
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    style = "text-align:left;vertical-align:top;white-space:pre-line"
+    rows = "".join(
+        f'<tr><th style="{style}">{escape(name)}</th><td style="{style}">{escape(text)}</td></tr>'
+        for name, text in facts.items()
+    )
+    return f'<table class="dataframe"><tbody>{rows}</tbody></table>'
+
+
+def rows_html(table: pa.Table, most: int = 10) -> str:
+    """Returns the first rows of an Arrow table as a table of HTML, without columns of lists.
+
+    Args:
+        table: The rows.
+        most: How many to show.
+    """
+    kept = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    first = table.slice(0, most).select(kept)
+    left = len(table) - len(first)
+    lines = zip(*(column.to_pylist() for column in first.columns), strict=True)
+    more = f"<p>{left:,} more rows</p>" if left else ""
+    return f'<div style="overflow-x:auto">{_grid(kept, lines)}</div>{more}'
+
+
+def _grid(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    top = "".join(f'<th style="text-align:left">{escape(head)}</th>' for head in heads)
+    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f'<table class="dataframe"><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>'
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f'<td style="text-align:right">{value:.4g}</td>'
+    text = "" if value is None else str(value)
+    cut = text if len(text) <= _LONGEST_CELL else f"{text[: _LONGEST_CELL - 1]}…"
+    side = "right" if isinstance(value, int) and not isinstance(value, bool) else "left"
+    return f'<td style="text-align:{side};white-space:nowrap" title="{escape(text)}">{escape(cut)}</td>'
+
+
+def picture_html(path: str) -> str:
+    """Returns a picture in a local PNG file as an image that needs no other file; nothing if there is no such file."""
+    file = Path(path)
+    if not file.is_file():
+        return ""
+    return f'<img style="max-width:100%" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+
+
+def page_html(page: str, height: int) -> str:
+    """Returns a frame that shows a whole HTML page, whose scripts and styles stay inside it.
+
+    Args:
+        page: The page.
+        height: Of the frame, in pixels.
+    """
+    style = f"width:100%;height:{height}px;border:0"
+    return f'<iframe srcdoc="{escape(page)}" style="{style}" sandbox="allow-scripts allow-downloads"></iframe>'
+
+
+def show_arrow_tables() -> None:
+    """Lets this notebook show Arrow tables as `rows_html` does; pyarrow has only text for them. Else does nothing."""
+    if in_notebook():
+        _shell().display_formatter.formatters["text/html"].for_type(pa.Table, rows_html)
