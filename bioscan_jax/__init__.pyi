@@ -38,6 +38,7 @@ from .matching.identify import IdentifySummary, identify
 from .matching.search import Table, open_table
 from .model.config import PRESETS, TransformerConfig
 from .model.transformer import NucleotideTransformer
+from .planning.describe import describe
 from .planning.plan import Plan, plan
 from .reports.run import ReportSummary, map_html, report
 from .table.annotate import annotate
@@ -91,6 +92,7 @@ __all__ = [
     "calibrate",
     "clean",
     "convert",
+    "describe",
     "embed",
     "encode",
     "export",

@@ -3,6 +3,7 @@
 import base64
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,15 +117,18 @@ def picture_html(path: str) -> str:
     return f'<img style="max-width:100%" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
 
 
-def page_html(page: str, height: int) -> str:
-    """Returns a frame that shows a whole HTML page, whose scripts and styles stay inside it.
+@dataclass(frozen=True)
+class Html:
+    """HTML that a notebook shows, and the text in its place elsewhere."""
 
-    Args:
-        page: The page.
-        height: Of the frame, in pixels.
-    """
-    style = f"width:100%;height:{height}px;border:0"
-    return f'<iframe srcdoc="{escape(page)}" style="{style}" sandbox="allow-scripts allow-downloads"></iframe>'
+    html: str
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return self.html
 
 
 def show_arrow_tables() -> None:

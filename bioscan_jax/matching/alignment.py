@@ -12,6 +12,7 @@ the sequences, N differs from every base, so that a stretch of N attracts nothin
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -295,9 +296,25 @@ def worker_pool(processes: int) -> Iterator[Pool]:
         yield None
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
-        for _ in range(processes):
-            pool.submit(_start)
+        with _without_program():
+            for _ in range(processes):
+                pool.submit(_start)
         yield pool
+
+
+@contextmanager
+def _without_program() -> Iterator[None]:
+    """Hides the running program from processes started meanwhile, which would run it again.
+
+    A script of a few lines has no `if __name__ == "__main__"`, and nothing of it is needed in a worker.
+    """
+    main = vars(sys.modules["__main__"])
+    kept = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main |= dict.fromkeys(kept)
+    try:
+        yield
+    finally:
+        main |= kept
 
 
 def _start() -> None:

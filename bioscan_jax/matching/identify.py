@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class IdentifySummary:
     seconds: float
     archive: tuple[str, ...] = ()
     """Lines on what a Darwin Core archive lacks."""
-    head: pa.Table | None = field(default=None, repr=False, compare=False)
+    head: pa.Table | None = dataclasses.field(default=None, repr=False, compare=False)
     """The first answers."""
 
     def __str__(self) -> str:

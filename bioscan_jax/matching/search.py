@@ -15,9 +15,9 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.matching.queries import encoder_of_table
 from bioscan_jax.matching.reference import Reference, open_reference
 from bioscan_jax.matching.strands import is_strand_invariant, orient
-from bioscan_jax.notebook import facts_html, rows_html, show_arrow_tables
+from bioscan_jax.notebook import Html, facts_html, rows_html, show_arrow_tables
 from bioscan_jax.reports.projection import Method
-from bioscan_jax.reports.run import VectorMap, draw_map
+from bioscan_jax.reports.run import map_html
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS
 from bioscan_jax.table.reading import take_rows
 from bioscan_jax.table.storage import table_path
@@ -83,11 +83,11 @@ class Table:
         self,
         *,
         identified: str | None = None,
-        rows: int = 50_000,
+        rows: int = 10_000,
         projection: Method = "pacmap",
         seed: int = 0,
-    ) -> VectorMap:
-        """Draws the map of the vectors that `report` has in its page, for a notebook.
+    ) -> Html:
+        """Draws the map of the vectors that `report` has in its page; a notebook shows it.
 
         Args:
             identified: Parquet file of `identify`.
@@ -99,7 +99,8 @@ class Table:
             InputError: The table has no rows, PaCMAP is not installed, or `identified` cannot be read.
         """
         uri, table = self.location.uri, self.location.table
-        return draw_map(uri, table, identified=identified, rows=rows, projection=projection, seed=seed)
+        page = map_html(uri, table, identified=identified, rows=rows, projection=projection, seed=seed)
+        return Html(page, f"map of {table_path(uri, table)}: shown in a notebook; bioscan report writes it to a file")
 
     def search(
         self,

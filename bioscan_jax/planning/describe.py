@@ -107,6 +107,9 @@ class Description:
 def describe(data: DataConfig) -> Description:
     """Reads an input once, without a model, and tells how `embed` and the others would read it.
 
+    Args:
+        data: The barcodes.
+
     Raises:
         InputError: The input cannot be read.
 

@@ -1,6 +1,8 @@
 """Alignments of candidates, compared with plain dynamic programming."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -232,3 +234,15 @@ def test_short_or_unlike_alignments_are_no_evidence() -> None:
 def test_half_of_the_shorter_sequence_must_be_compared(shorter: int, required: int) -> None:
     assert Floors().required(np.array([shorter])).tolist() == [required]
     assert Floors(overlap=7).required(np.array([shorter])).tolist() == [7]
+
+
+def test_workers_do_not_run_the_program_again(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "print('once')\n"
+        "from bioscan_jax.matching.alignment import worker_pool\n"
+        "with worker_pool(2) as pool:\n"
+        "    print(list(pool.map(len, ['ACGT'])))\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "once\n[4]\n"), done.stderr
