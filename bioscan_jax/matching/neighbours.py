@@ -23,6 +23,8 @@ REFINE_FACTOR = 2
 """The index proposes REFINE_FACTOR * k rows by quantised vectors; exact vectors choose among them."""
 _PARTITION_ROWS = 256
 _QUERIES = 2048
+_GROUP = 16
+"""Cosines whose maximum is taken before the best are sought: fewer leave more to sort, more let more of the rest pass."""
 _THREADS = 4
 
 
@@ -96,22 +98,45 @@ def exact_in_blocks(
         blocks: Positions of rows and their vectors.
         k: Number of neighbours; at most the number of rows.
     """
-    opposite = -unit(vectors)
-    rows = np.full((len(opposite), k), -1, np.int64)
-    scores = np.full((len(opposite), k), -np.inf, np.float32)
+    asked = unit(vectors)
+    rows = np.full((len(asked), k), -1, np.int64)
+    scores = np.full((len(asked), k), -np.inf, np.float32)
     for positions, block in blocks:
         block = unit(block)
-        for start in range(0, len(opposite), _QUERIES):
+        products = np.empty((min(_QUERIES, len(asked)), len(block)), np.float32)
+        for start in range(0, len(asked), _QUERIES):
             part = slice(start, start + _QUERIES)
-            found = np.empty((len(scores[part]), k + len(block)), np.float32)
-            found[:, :k] = -scores[part]
-            np.matmul(opposite[part], block.T, out=found[:, k:])
-            best = np.argpartition(found, k - 1, axis=1)[:, :k]
-            scores[part] = -np.take_along_axis(found, best, 1)
-            before = np.take_along_axis(rows[part], np.minimum(best, k - 1), 1)
-            rows[part] = np.where(best < k, before, positions[np.maximum(best - k, 0)])
-    order = np.lexsort((rows, -scores), axis=1)
-    return Neighbours(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
+            cosines = np.matmul(asked[part], block.T, out=products[: len(asked[part])])
+            rows[part], scores[part] = _merged(rows[part], scores[part], positions, cosines)
+    return Neighbours(rows, scores)
+
+
+def _merged(
+    rows: Int64[np.ndarray, "queries k"],
+    scores: Float32[np.ndarray, "queries k"],
+    positions: Int64[np.ndarray, " _"],
+    cosines: Float32[np.ndarray, "queries _"],
+) -> tuple[Int64[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
+    """Returns the best k of each query among those found so far and those of a block, best first."""
+    k = rows.shape[1]
+    query, place = np.nonzero(cosines >= np.maximum(_kth_at_least(cosines, k), scores[:, -1])[:, None])
+    query = np.concatenate([np.repeat(np.arange(len(rows)), k), query])
+    found = np.concatenate([scores.reshape(-1), cosines[query[rows.size :], place]])
+    row = np.concatenate([rows.reshape(-1), positions[place]])
+    order = np.lexsort((row, -found, query))
+    best = order[(np.searchsorted(query[order], np.arange(len(rows)))[:, None] + np.arange(k)).reshape(-1)]
+    return row[best].reshape(rows.shape), found[best].reshape(rows.shape)
+
+
+def _kth_at_least(cosines: Float32[np.ndarray, "queries n"], k: int) -> Float32[np.ndarray, " queries"]:
+    """Returns a bound that the k-th largest cosine of each query is not below: the k-th of the maxima of small groups."""
+    n = cosines.shape[1]
+    if n < k:
+        return np.full(len(cosines), -np.inf, np.float32)
+    size = max(min(_GROUP, n // k), 1)
+    groups = n // size
+    maxima = cosines[:, : groups * size].reshape(len(cosines), size, groups).max(axis=1)
+    return np.partition(maxima, groups - k, axis=1)[:, groups - k]
 
 
 def by_index(
