@@ -545,6 +545,8 @@ class IdentifyConfig:
     """Directory of an export whose taxonomic heads were trained on these vectors; they vote too."""
     processes: int = 2
     """Worker processes for alignment."""
+    batch_tokens: int = EmbedConfig.batch_tokens
+    """Tokens per data device in one batch, with padding; lower it if memory runs out."""
 
     def __post_init__(self) -> None:
         _at_least("k", self.k, 1)
@@ -561,6 +563,7 @@ class IdentifyConfig:
         _at_least("nprobes", self.nprobes, 1)
         _at_least("refine_factor", self.refine_factor, 1)
         _at_least("processes", self.processes, 1)
+        _at_least("batch_tokens", self.batch_tokens, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

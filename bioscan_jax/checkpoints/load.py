@@ -20,6 +20,7 @@ from bioscan_jax.checkpoints.orbax import has_converted_head, is_converted, load
 from bioscan_jax.checkpoints.peft import Adapter, read_adapter
 from bioscan_jax.checkpoints.projection_files import has_projection, read_projection
 from bioscan_jax.checkpoints.readers import sha256_of, weight_files
+from bioscan_jax.devices.memory import memory_errors
 from bioscan_jax.devices.sharding import Layout, compute_dtype
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import local_copy
@@ -130,7 +131,9 @@ def load_weights(
         InputError: The checkpoint, the adapter or the projection is wrong, or `--model.attention` is not supported on
             these devices.
     """
-    loaded = _load_base(model, layout, lm_head, on_bytes)
+    split = "--mesh.params fsdp or --mesh.model 2, which split them over the devices"
+    with memory_errors(f"loading the weights of {model.checkpoint}", f"pass --model.dtype bfloat16, or {split}"):
+        loaded = _load_base(model, layout, lm_head, on_bytes)
     loaded.model.attention = model.attention
     if model.adapter is None:
         return _with_projection(loaded, model)

@@ -7,8 +7,8 @@ import re
 import signal
 import sys
 import typing
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def exit_code_of(command: Command, words: Sequence[str]) -> int:
     from bioscan_jax.errors import InputError, Interrupted, printable
 
     try:
-        command(words)
+        with _memory_errors():
+            command(words)
         sys.stdout.flush()
     except (InputError, UsageError) as error:
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
@@ -61,6 +62,20 @@ def exit_code_of(command: Command, words: Sequence[str]) -> int:
         print("the reader of the output has gone; what was committed is safe", file=sys.stderr)
         os._exit(128 + signal.SIGPIPE)  # an orderly exit would try to write once more
     return 0
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turns memory that ran out, where no closer handler says what to change, into one line; imports JAX only then."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        from bioscan_jax.devices.memory import is_out_of_memory, out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        advice = "pass fewer rows, or take a machine with more memory; bioscan doctor shows what there is"
+        raise out_of_memory("running the command", error, advice) from error
 
 
 def from_flags(function: Callable[..., object], name: str, unprefixed: Sequence[str] = ()) -> Command:

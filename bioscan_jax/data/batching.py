@@ -1,6 +1,6 @@
 """Packs rows of tokens into padded batches of a few shapes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,10 @@ _STARTS = (1.0, 0.25)
 _SEARCHED_BLOCKS = 16
 MOST_PADDING = 1.12
 """Computed over real tokens above which a block may add shapes."""
+ATTEMPTS = 7
+"""Most compilations in the search for the largest batch."""
+_GROWTH = 16
+"""Largest step up in that search, as a factor."""
 LEAST_SAVED = 0.05
 """Share of a block's computed tokens that a shape must save to be added."""
 
@@ -301,3 +305,55 @@ def pad_rows(
     index = tokens.offsets[chosen][:, None] + column
     ids[: len(chosen)][real] = tokens.ids[index[real]]
     return ids
+
+
+def step_down(rows: int) -> int:
+    """Rounds rows per device down to a number that batches have: any up to a TPU's eight sublanes, then multiples."""
+    return rows if rows <= WIDTH_STEP else rows - rows % WIDTH_STEP
+
+
+def step_up(rows: int) -> int:
+    """Returns the next larger number of rows per device."""
+    return rows + 1 if rows < WIDTH_STEP else rows + WIDTH_STEP
+
+
+def largest_rows(
+    bytes_of: Callable[[int], int],
+    rows: int,
+    used: int,
+    *,
+    fixed: int,
+    available: int,
+    attempts: int = ATTEMPTS,
+) -> tuple[int, int | None]:
+    """Finds how many rows fit on a device, whose memory use grows about linearly with them.
+
+    Args:
+        bytes_of: Compiles the program for a number of rows per device and returns the bytes it needs.
+        rows: A number of rows for which the bytes are known.
+        used: Bytes needed for these rows.
+        fixed: Bytes needed without any row: a first guess.
+        available: Bytes of memory on the device.
+        attempts: Most compilations.
+
+    Returns:
+        The most rows that fit, 0 if none do, and the fewest tried that do not. If that is None or not the next larger
+        number, so many compilations were not enough to narrow it down.
+    """
+    known = [(0, fixed), (rows, used)]
+    fits, over = (rows, None) if used <= available else (0, rows)
+    for _ in range(attempts):
+        if over is not None and step_up(fits) >= over:
+            break
+        (x, a), (y, b) = known[-2:]
+        slope = max((b - a) / (y - x), 1.0)
+        guess = step_down(int(y + (available - b) / slope))
+        guess = max(guess, step_up(fits))
+        guess = min(guess, step_down(over - 1) if over is not None else fits * _GROWTH)
+        need = bytes_of(guess)
+        known.append((guess, need))
+        if need <= available:
+            fits = guess
+        else:
+            over = guess
+    return fits, over

@@ -1,8 +1,26 @@
-"""The memory that a compiled program needs on each device."""
+"""Memory: what a compiled program needs, what a device and this machine have, and errors where it runs out."""
 
+import os
+import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
+
+from bioscan_jax.errors import InputError, one_line
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+"""Limit, use and statistics of this container's memory, of cgroups 2 and 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +59,84 @@ def needed_memory(compiled: jax.stages.Compiled) -> NeededMemory | None:
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
     )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory that a program may use."""
+
+    total: int
+    free: int
+
+
+def host_memory() -> Memory:
+    """Returns the memory of this machine that this process may use: what a container or `ulimit -v` allows, if less.
+
+    Example:
+        >>> host_memory().total >= host_memory().free > 0
+        True
+    """
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = [Memory(total, total)]
+    with suppress(OSError, TypeError):
+        given = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        found.append(Memory(total, int(given[1]) * 1024))  # pyright: ignore[reportOptionalSubscript]
+    for limit, used, statistics in _CGROUPS:
+        with suppress(OSError, ValueError, TypeError):  # "max" is no limit
+            most, now = int(Path(limit).read_text()), int(Path(used).read_text())
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", Path(statistics).read_text(), re.M)
+            found.append(Memory(most, most - now + int(cached[1])))  # pyright: ignore[reportOptionalSubscript]
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most != resource.RLIM_INFINITY:
+        with suppress(OSError):
+            now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            found.append(Memory(most, most - now))
+    return Memory(min(one.total for one in found), max(0, min(one.free for one in found)))
+
+
+def device_memory(device: jax.Device) -> Memory | None:
+    """Returns the memory of a device, of CPU devices an equal share of the host's; None where that is not known."""
+    if device.platform == "cpu":
+        host, devices = host_memory(), len(jax.local_devices(backend="cpu"))
+        return Memory(host.total // devices, host.free // devices)
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" not in statistics:
+        return None
+    return Memory(statistics["bytes_limit"], statistics["bytes_limit"] - statistics["bytes_in_use"])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an exception of Python, NumPy, Arrow or XLA says that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextmanager
+def memory_errors(task: str, advice: str | Callable[[], str]) -> Iterator[None]:
+    """Raises the error of memory that ran out in its block as a one-line InputError; works as a decorator too.
+
+    Args:
+        task: What was being done.
+        advice: What to change; a function is called after the failure, when the memory is free again.
+
+    Example:
+        >>> with memory_errors("sorting", "pass fewer rows"):
+        ...     raise MemoryError("10 GiB")
+        Traceback (most recent call last):
+        ...
+        bioscan_jax.errors.InputError: out of memory while sorting (MemoryError 10 GiB); pass fewer rows
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(task, error, advice if isinstance(advice, str) else advice()) from error
+
+
+def out_of_memory(task: str, error: BaseException, advice: str) -> InputError:
+    """Returns the one-line error of memory that ran out; for the arguments see `memory_errors`."""
+    return InputError(f"out of memory while {task} ({one_line(error, 120)}); {advice}")

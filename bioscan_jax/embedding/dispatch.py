@@ -2,7 +2,9 @@
 
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from jaxtyping import Float32
 
 from bioscan_jax.barcodes.schemas import TokenBatch
 from bioscan_jax.data.batching import BatchShape
+from bioscan_jax.devices.memory import is_out_of_memory
 from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.embedding.step import CompiledSteps, CountingSteps
 from bioscan_jax.embedding.summary import DeviceActivity
@@ -20,6 +23,25 @@ BYTES_AHEAD = 64 << 20
 """Bytes of token ids and vectors that may be on all devices of a process, beyond `BATCHES_AHEAD`."""
 SECONDS_AHEAD = 4.0
 """Seconds of work that may be on the devices, beyond `BATCHES_AHEAD`; a preempted machine has about 30 to end."""
+
+
+class BatchTooLarge(MemoryError):
+    """The devices had too little memory for a batch of this shape."""
+
+    def __init__(self, shape: BatchShape, cause: str):
+        super().__init__(cause)
+        self.shape = shape
+
+
+@contextmanager
+def _too_large(ids: np.ndarray) -> Iterator[None]:
+    """Raises an out-of-memory error in its block as `BatchTooLarge`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BatchTooLarge(BatchShape(*ids.shape), str(error)) from error
 
 
 class Dispatcher:
@@ -50,13 +72,18 @@ class Dispatcher:
         self._fetcher.shutdown(wait=True, cancel_futures=True)
 
     def start(self, batch: TokenBatch, vectors: Float32[np.ndarray, "rows d"]) -> "Future[None]":
-        """Starts a batch; its vectors are in `vectors`, at `batch.rows`, once the future is done."""
+        """Starts a batch; its vectors are in `vectors`, at `batch.rows`, once the future is done.
+
+        Raises:
+            BatchTooLarge: The devices have too little memory; the future may raise it too.
+        """
         tokens, size = batch.ids.size, batch_bytes(BatchShape(*batch.ids.shape), vectors.shape[1])
         with self._changed:
             self._changed.wait_for(lambda: self._has_room(tokens, size))
             self._add(1, tokens, size)
         try:
-            result, begun = self._launch(batch)
+            with _too_large(batch.ids):
+                result, begun = self._launch(batch)
         except BaseException:
             with self._changed:
                 self._add(-1, -tokens, -size)
@@ -102,7 +129,8 @@ class Dispatcher:
         size: int,
     ) -> None:
         try:
-            vectors[batch.rows] = np.asarray(result)[: len(batch.rows)]
+            with _too_large(batch.ids):
+                vectors[batch.rows] = np.asarray(result)[: len(batch.rows)]
         finally:
             self._activity.batch_finished()
             now = time.perf_counter()

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,8 +31,10 @@ from bioscan_jax.config import DataConfig, EmbedConfig, MeshConfig, ModelConfig
 from bioscan_jax.data.batching import BatchShape, fitted_shapes, fixed_shapes, make_batches
 from bioscan_jax.data.encode import EncodedBlock, Encoding, check_finite, encode_block, reject_not_finite
 from bioscan_jax.data.parquet import Block
+from bioscan_jax.devices.memory import memory_errors, out_of_memory
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
-from bioscan_jax.embedding.dispatch import Dispatcher
+from bioscan_jax.embedding.dispatch import BatchTooLarge, Dispatcher
+from bioscan_jax.embedding.fitting import advise_batch_tokens
 from bioscan_jax.embedding.repeats import VectorCache, Window, window_blocks
 from bioscan_jax.embedding.sample import SAMPLED_ROWS, Blocks, Sample, sample_blocks
 from bioscan_jax.embedding.step import (
@@ -122,6 +125,19 @@ class BlockEncoder:
             return results[some.start : some.stop]
         vectors = sequence_vectors(results, views, some, self.embed.pooling)
         return vectors if self.projector is None else self.projector(vectors, sequences)
+
+    @contextmanager
+    def memory_errors(self) -> Iterator[None]:
+        """Raises `BatchTooLarge` in its block, which is over the dispatcher's, as an InputError with a batch that fits."""
+        try:
+            yield
+        except BatchTooLarge as error:
+            shape, advice = error.shape, "free memory on the devices"
+            if isinstance(self.steps, CompiledSteps):
+                shapes = [shape, *self.shapes[-1:]]
+                advice = advise_batch_tokens(self.steps.compile, shapes, self.layout, "embed.batch_tokens")
+            task = f"embedding a batch of {shape.rows:,} x {shape.tokens} tokens"
+            raise out_of_memory(task, error.__cause__ or error, advice) from error
 
     def tokens(self, batch: TokenBatch, views: Views) -> tuple[Int64[np.ndarray, " rows"], int]:
         """Returns the tokens of each of a batch's views, and how many it holds, padding included."""
@@ -450,7 +466,7 @@ class Encoder:
                 check(encoded)
             return encoded, vectors
 
-        with Dispatcher(blocks.steps) as dispatcher:
+        with blocks.memory_errors(), Dispatcher(blocks.steps) as dispatcher:
             for index in range(len(source)):
                 block = source[index]
                 check_values(block.table, lambda row, first=block.first_row: source.locate(first + row))
@@ -651,8 +667,12 @@ class Encoder:
             )
             ids = {"cls": self.vocabulary.cls_id, "pad": self.vocabulary.pad_id}
             for batch in make_batches(tokens, shapes, **ids):
-                placed = jax.device_put(batch.ids, self.layout.batched(2))
-                states = np.asarray(step(state, placed, layer), np.float32)
+                rows, width = batch.ids.shape
+                with memory_errors(
+                    f"computing the states of {rows} x {width} tokens", "pass fewer or shorter sequences"
+                ):
+                    placed = jax.device_put(batch.ids, self.layout.batched(2))
+                    states = np.asarray(step(state, placed, layer), np.float32)
                 for i, row in enumerate(batch.rows.tolist()):
                     found[block.first_row + row] = states[..., i, : int(tokens.lengths[row]), :]
         return found

@@ -115,6 +115,7 @@ def run_rounds(
     writing: deque[Future] = deque()
     work.activity.resume()
     with (
+        job.blocks.memory_errors(),
         Dispatcher(steps, work.activity, profiler) as dispatcher,
         ThreadPoolExecutor(1, "writer") as thread,
         closing(blocks),

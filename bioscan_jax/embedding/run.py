@@ -17,6 +17,7 @@ from bioscan_jax.data.encode import NOT_FINITE, BlockCounts
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import stop_on_signals
+from bioscan_jax.devices.memory import memory_errors
 from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
 from bioscan_jax.embedding.encoder import Encoder
@@ -76,7 +77,11 @@ def embed(
     return embed_with(make_encoder, data, sink, embed, mesh, progress=progress, profile=profile)
 
 
+_MEMORY = "lower --data.block_rows or --embed.cache_rows, or take a machine with more memory; bioscan doctor compares"
+
+
 @propagate_failure()
+@memory_errors("embedding", _MEMORY)
 def embed_with(
     make_encoder: Callable[[Layout], Encoder],
     data: config.DataConfig,
@@ -183,7 +188,7 @@ def _opened_table(job: Job, lock: Check) -> Iterator[VectorTable]:
     ) as table:
         try:
             yield table
-        except InputError:
+        except (InputError, MemoryError):
             with suppress(InputError):
                 drop_if_empty(job.sink.uri, job.sink.table)
             raise

@@ -101,8 +101,7 @@ class CompiledSteps:
         shape = BatchShape(*ids.shape)
         if shape not in self.shapes:
             start = time.perf_counter()
-            abstract = jax.ShapeDtypeStruct(ids.shape, jnp.int32, sharding=sharding)
-            self.shapes[shape] = self._step.lower(self._state, abstract).compile()
+            self.shapes[shape] = self.compile(shape)
             seconds = time.perf_counter() - start
             self.seconds += seconds
             if logger.isEnabledFor(logging.DEBUG) and (memory := needed_memory(self.shapes[shape])) is not None:
@@ -111,6 +110,12 @@ class CompiledSteps:
                     f"{memory.total / 2**30:.2f} GiB on each device, weights included"
                 )
         return self.shapes[shape](self._state, jax.device_put(ids, sharding))
+
+    def compile(self, shape: BatchShape) -> jax.stages.Compiled:
+        """Returns the executable for a shape, without keeping it."""
+        sharding = self.layout.batched(2)
+        abstract = jax.ShapeDtypeStruct((shape.rows, shape.tokens), jnp.int32, sharding=sharding)
+        return self._step.lower(self._state, abstract).compile()
 
 
 MORE_ROWS, FEW_ROWS = 256, 16

@@ -93,7 +93,7 @@ def open_matcher(
     if settings.rerank == "alignment":
         opened.sequences(opened.chosen[:1])
     opened.lineages  # noqa: B018 - missing labels raise before the model is loaded, which takes longer
-    encoder = encoder_of_table(opened, model, mesh)
+    encoder = encoder_of_table(opened, model, mesh, settings.batch_tokens)
     heads = None if settings.heads is None else open_heads(settings.heads, encoder)
     digest = None if settings.heads is None else sha256_of([local_copy(settings.heads, "heads") / HEADS_FILE])
     taxa = Taxa.of(opened) if heads is None else Taxa.of(opened, heads.space.names)

@@ -16,6 +16,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import REASONS
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.data.fasta import SIZE_COLUMN
+from bioscan_jax.devices.memory import memory_errors
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import output_file
 from bioscan_jax.matching.alignment import worker_pool
@@ -128,6 +129,7 @@ class IdentifySummary:
         return text_html(str(self)) + ("" if self.head is None else rows_html(self.head.select(_SHOWN)))
 
 
+@memory_errors("identifying", "lower --k, or take a machine with more memory; bioscan doctor shows what there is")
 def identify(
     reference: config.ReferenceConfig,
     query: config.QueryConfig,

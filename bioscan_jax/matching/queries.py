@@ -31,7 +31,10 @@ _BLOCK_ROWS = 4096
 
 
 def encoder_of_table(
-    reference: Reference, model: config.ModelConfig | None, mesh: config.MeshConfig | None = None
+    reference: Reference,
+    model: config.ModelConfig | None,
+    mesh: config.MeshConfig | None = None,
+    batch_tokens: int = config.EmbedConfig.batch_tokens,
 ) -> Encoder:
     """Loads the model that made a table's vectors, with the settings that made them, and checks its identity.
 
@@ -39,6 +42,7 @@ def encoder_of_table(
         reference: The table.
         model: Where model and adapter are now, if not where the table says.
         mesh: Devices.
+        batch_tokens: Tokens per data device in one batch.
 
     Raises:
         InputError: The model cannot be loaded, or is not the table's.
@@ -71,7 +75,7 @@ def encoder_of_table(
     settings = {name: plan["embed"][name] for name in ("pooling", "layer", "strand", "phases")}
     return Encoder(
         loaded=loaded,
-        settings=config.EmbedConfig(**settings),
+        settings=config.EmbedConfig(**settings, batch_tokens=batch_tokens),
         max_tokens=plan["data"]["max_tokens"],
         overlong=plan["data"]["overlong"],
         wanted=model or recorded,
@@ -102,11 +106,13 @@ def _short(value: str | None) -> str:
 
 @contextmanager
 def _as_query_flags() -> Iterator[None]:
-    """Replaces the --data flags, which messages about input name, by those of queries."""
+    """Replaces the flags of embed, which messages about the input and its batches name, by those of queries."""
     try:
         yield
     except InputError as error:
-        raise InputError(str(error).replace("--data.", "--query.")) from error
+        raise InputError(
+            str(error).replace("--data.", "--query.").replace("--embed.batch_tokens", "--batch_tokens")
+        ) from error
 
 
 def open_queries(query: config.QueryConfig, scratch: Path) -> ParquetBlocks:

@@ -6,14 +6,13 @@ from the chip's peak rates; real runs take longer.
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from bioscan_jax import config
 from bioscan_jax.checkpoints.hub import DEFAULT, DEFAULT_DIRECTORY
 from bioscan_jax.checkpoints.load import RANDOM
-from bioscan_jax.data.batching import WIDTH_STEP, BatchShape, batch_shapes
+from bioscan_jax.data.batching import BatchShape, batch_shapes, largest_rows
 from bioscan_jax.devices.chips import Chip, Slice, find_slice
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import local_copy, output_file
@@ -29,10 +28,6 @@ Params = Literal["replicated", "fsdp"]
 Step = Literal["embed", "finetune"]
 SPECIES = 10_000
 """Species that the heads distinguish, if not given."""
-ATTEMPTS = 7
-"""Most compilations in the search for the largest batch."""
-_GROWTH = 16
-"""Largest step up in that search, as a factor."""
 _GIB = 2**30
 _HUB = "InstaDeepAI/nucleotide-transformer-"
 _PUBLISHED = {
@@ -368,51 +363,6 @@ def roofline(traced: Traced, chip: Chip, devices: int) -> tuple[float, float]:
     """
     products = traced.matmul_passes / (devices * chip.bf16_tflops * 1e12)
     return products, traced.argument_bytes / (chip.hbm_gb_per_second * 1e9)
-
-
-def step_down(rows: int) -> int:
-    """Rounds rows per device down to a number that batches have: any up to a TPU's eight sublanes, then multiples."""
-    return rows if rows <= WIDTH_STEP else rows - rows % WIDTH_STEP
-
-
-def step_up(rows: int) -> int:
-    """Returns the next larger number of rows per device."""
-    return rows + 1 if rows < WIDTH_STEP else rows + WIDTH_STEP
-
-
-def largest_rows(
-    bytes_of: Callable[[int], int], rows: int, used: int, *, fixed: int, available: int
-) -> tuple[int, int | None]:
-    """Finds how many rows fit on a device, whose memory use grows about linearly with them.
-
-    Args:
-        bytes_of: Compiles the program for a number of rows per device and returns the bytes it needs.
-        rows: A number of rows for which the bytes are known.
-        used: Bytes needed for these rows.
-        fixed: Bytes needed without any row: a first guess.
-        available: Bytes of memory on the device.
-
-    Returns:
-        The most rows that fit, 0 if none do, and the fewest tried that do not. If that is None or not the next larger
-        number, `ATTEMPTS` compilations were not enough to narrow it down.
-    """
-    known = [(0, fixed), (rows, used)]
-    fits, over = (rows, None) if used <= available else (0, rows)
-    for _ in range(ATTEMPTS):
-        if over is not None and step_up(fits) >= over:
-            break
-        (x, a), (y, b) = known[-2:]
-        slope = max((b - a) / (y - x), 1.0)
-        guess = step_down(int(y + (available - b) / slope))
-        guess = max(guess, step_up(fits))
-        guess = min(guess, step_down(over - 1) if over is not None else fits * _GROWTH)
-        need = bytes_of(guess)
-        known.append((guess, need))
-        if need <= available:
-            fits = guess
-        else:
-            over = guess
-    return fits, over
 
 
 def _plan(

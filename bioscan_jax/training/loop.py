@@ -7,8 +7,8 @@ its dropout depend on the step number alone, and a checkpoint holds everything e
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import jax
@@ -19,10 +19,13 @@ from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.chips import peak_flops
 from bioscan_jax.devices.hosts import any_process
 from bioscan_jax.devices.interrupt import StopRequest
+from bioscan_jax.devices.memory import is_out_of_memory, out_of_memory
 from bioscan_jax.devices.profiling import StepProfiler
+from bioscan_jax.embedding.fitting import advise_batch_tokens
 from bioscan_jax.embedding.summary import device_bytes_in_use, resident_bytes
 from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.classifier import Arrays
@@ -31,7 +34,14 @@ from bioscan_jax.training.batches import ExampleBatch, TrainingBatches, iterate
 from bioscan_jax.training.examples import Examples
 from bioscan_jax.training.metrics import EmbeddingMoments, dashboard_metrics
 from bioscan_jax.training.state import Checkpoints, Progress
-from bioscan_jax.training.step import StepMetrics, TrainableModel, make_train_step, place
+from bioscan_jax.training.step import (
+    StepMetrics,
+    TrainableModel,
+    abstract_arguments,
+    make_train_step,
+    microbatch_shape,
+    place,
+)
 
 _STEPS_AHEAD = 2
 """Steps queued on the devices while the host prepares the next batch."""
@@ -78,7 +88,7 @@ def run(setup: TrainingSetup, state: TrainState, progress: Progress, stop: StopR
         bar: Progress bar that counts steps.
 
     Raises:
-        InputError: The loss was not finite; existing checkpoints are kept.
+        InputError: The loss was not finite, or memory ran out; existing checkpoints are kept.
         Interrupted: A stop was requested; the state has been saved.
     """
     train_step = make_train_step(setup.model, len(setup.batches))
@@ -86,7 +96,7 @@ def run(setup: TrainingSetup, state: TrainState, progress: Progress, stop: StopR
     window, started = _MetricsWindow(setup, progress), time.monotonic() - progress.seconds
     pending: deque[tuple[int, ExampleBatch, StepMetrics]] = deque()
     saved = time.monotonic()
-    with closing(iterate(setup.batches, progress.grain)) as reader:
+    with _memory_errors(setup), closing(iterate(setup.batches, progress.grain)) as reader:
         while True:
             progress, over = _evaluate_after_epoch(setup, state, progress, stop)
             if progress.step >= total and (setup.evaluate is None or progress.evaluated == total):
@@ -128,6 +138,29 @@ def run(setup: TrainingSetup, state: TrainState, progress: Progress, stop: StopR
             window.collect(pending, 0 if at_log else _STEPS_AHEAD)
             if at_log:
                 bar.set_postfix(loss=f"{window.log(progress.step):.4f}", refresh=False)
+
+
+@contextmanager
+def _memory_errors(setup: TrainingSetup) -> Iterator[None]:
+    """Raises an error of the devices' memory in its block as an InputError that says which microbatch fits."""
+    model, train, steps = setup.model, setup.train, len(setup.batches)
+
+    def compile_step(shape: BatchShape) -> jax.stages.Compiled:
+        parts = -(-train.batch_size // shape.rows)
+        arguments = abstract_arguments(model, steps, parts, shape.rows, shape.tokens)
+        return make_train_step(model, steps).lower(*arguments).compile()
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        width, layout = setup.batches.widths[-1], model.layout
+        _, rows = microbatch_shape(train.batch_size, width, layout.data_devices, train.batch_tokens)
+        advice = advise_batch_tokens(compile_step, [BatchShape(rows, width)], layout, "train.batch_tokens")
+        if train.remat == "none":
+            advice += ", or --train.remat layer, which recomputes the layers in the backward pass"
+        raise out_of_memory(f"training on {rows:,} x {width} tokens at once", error, advice) from error
 
 
 def _evaluate_after_epoch(

@@ -20,6 +20,7 @@ from bioscan_jax.data.batching import batch_shapes
 from bioscan_jax.data.parquet import ParquetBlocks, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
+from bioscan_jax.devices.memory import memory_errors
 from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.devices.sharding import Layout, compute_dtype, make_layout, start_devices
 from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
@@ -133,6 +134,7 @@ class TrainingSummary:
 
 
 @propagate_failure()
+@memory_errors("training", "take a machine with more memory or fewer rows; bioscan doctor compares")
 def finetune(
     model: config.ModelConfig,
     data: config.ExamplesConfig,
