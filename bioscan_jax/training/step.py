@@ -5,10 +5,10 @@ so that only they are differentiated and summed over the devices.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ from bioscan_jax.training.metrics import (
     no_counts,
 )
 
+_T = TypeVar("_T")
 _ONE_PART = 1 << 62
 """A token budget that no batch exceeds, so that it is never divided."""
 
@@ -323,9 +324,14 @@ class Evaluation:
         model, loss = self._model, self._model.loss
         counts = no_counts(self._taxa)
         sums, known = np.zeros((1, len(RANKS))), np.zeros(len(RANKS))
-        for number, batch in enumerate(batches):
-            placed = place(batch, model.layout, _ONE_PART, pad=model.transformer.pad_token_id)
-            found = jax.device_get(self._evaluate(params, frozen, jnp.uint32(number), placed))
+
+        def start() -> Iterator[tuple[ExampleBatch, EvaluationSums]]:
+            for number, batch in enumerate(batches):
+                placed = place(batch, model.layout, _ONE_PART, pad=model.transformer.pad_token_id)
+                yield batch, self._evaluate(params, frozen, jnp.uint32(number), placed)
+
+        for batch, result in _one_behind(start()):
+            found = jax.device_get(result)
             sums = sums + found.loss_sums.astype(np.float64)
             known += found.counts
             if model.train.objective == "taxonomy":
@@ -341,6 +347,15 @@ class Evaluation:
         metrics = {"eval/loss": float(total)}
         metrics |= {f"eval/loss/{rank}": float(means[0, r]) for r, rank in enumerate(RANKS) if known[r]}
         return metrics | dashboard_metrics(counts)
+
+
+def _one_behind(started: Iterator[_T]) -> Iterator[_T]:
+    """Yields each item after the next was made: the devices have work while the host reads results."""
+    for last in started:
+        for item in started:
+            yield last
+            last = item
+        yield last
 
 
 def _make_evaluation(model: TrainableModel) -> Callable[[Arrays, nnx.State, Array, MicroBatches], EvaluationSums]:
