@@ -137,10 +137,14 @@ def draw_taxa(axes: "Axes", rank: str, taxa: Taxa) -> None:
 
 def draw_embedding(axes: "Axes", contents: TableContents, projection: Projection) -> None:
     """Draws the projected vectors in the colours of the main rank."""
-    order = np.random.default_rng(0).permutation(len(projection.points))  # so that no taxon is always on top
+    order = np.random.default_rng(0).permutation(len(contents.rows))  # so that no taxon is always on top
     codes = _classes(contents.rows.names[order, contents.main_rank])
     sizes = np.full(len(order), np.clip(60_000 / len(order), 2, 20))
     _scatter(axes, contents, projection.points[order], codes, sizes, codes)
+    if len(queries := projection.points[len(order) :]):
+        style = {"marker": "D", "facecolors": "none", "edgecolors": _TEXT, "linewidths": 0.8}
+        axes.scatter(*queries.T, s=sizes[0] + 6, label=f"queries ({len(queries):,})", **style)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xticks=[], yticks=[], xlabel=projection.method)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Float64, Int32, Int64
 
 from bioscan_jax.barcodes.aliases import find_column
+from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, lineage_columns, read_lineages
 from bioscan_jax.barcodes.metadata import METADATA_COLUMNS, find_metadata, split_coordinates
 from bioscan_jax.errors import InputError
@@ -37,6 +38,8 @@ class Rows:
     longitude: Float64[np.ndarray, " rows"]
     """Degrees; NaN where `latitude` is."""
     markers: tuple[str | None, ...]
+    sequences: tuple[str, ...]
+    """Cleaned DNA; empty where the table has none."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -64,6 +67,8 @@ class TableContents:
     table: str
     total: int
     """Rows of the table; `rows` may be a sample of them."""
+    sampled: int
+    """Rows of that sample; the others in `rows` were asked for by their ids."""
     rejects: int
     rows: Rows
     taxa: tuple[Taxa, ...]
@@ -84,7 +89,7 @@ class TableContents:
         return next((index for index, taxa in enumerate(self.taxa) if taxa.names), 0)
 
 
-def read_contents(uri: str, table: str, max_rows: int, seed: int) -> TableContents:
+def read_contents(uri: str, table: str, max_rows: int, seed: int, wanted: Collection[str] = ()) -> TableContents:
     """Reads a vector table.
 
     Args:
@@ -92,6 +97,7 @@ def read_contents(uri: str, table: str, max_rows: int, seed: int) -> TableConten
         table: Name of the table.
         max_rows: Rows to show; from a larger table this many are sampled without replacement.
         seed: Random seed of the sample.
+        wanted: sequence_ids of rows to show beside the sample.
 
     Raises:
         InputError: There is no such table, it has no rows or no vectors, or a vector is not finite.
@@ -109,12 +115,14 @@ def read_contents(uri: str, table: str, max_rows: int, seed: int) -> TableConten
     if total > max_rows:
         chosen = np.sort(np.random.default_rng(seed).choice(total, max_rows, replace=False))
     rejects = open_dataset(table_path(uri, f"{table}_rejects"))
+    rows = _read_rows(dataset, chosen, wanted, taxa, notes)
     return TableContents(
         uri=uri,
         table=table,
         total=total,
+        sampled=min(total, max_rows),
         rejects=0 if rejects is None else rejects.count_rows(),
-        rows=_read_rows(dataset, chosen, taxa, notes),
+        rows=rows,
         taxa=taxa,
         made_by=schema_metadata(dataset),
         run=_run_record(uri, table, notes),
@@ -126,11 +134,16 @@ def contains_all(uri: str, table: str, ids: Sequence[str]) -> bool:
     """Returns whether a table contains all of the given sequence_ids; False if none are given."""
     if not ids:
         return False
-    quoted = ", ".join("'" + key.replace("'", "''") + "'" for key in set(ids))
     dataset = open_existing(uri, table)
     with storage_errors(dataset.uri):
-        found = dataset.to_table(columns=["sequence_id"], filter=f"sequence_id IN ({quoted})")
+        found = dataset.to_table(columns=["sequence_id"], filter=_one_of(ids))
     return set(ids) <= set(found["sequence_id"].to_pylist())
+
+
+def _one_of(ids: Collection[str]) -> str:
+    """Returns the SQL condition for rows with one of the given sequence_ids."""
+    quoted = ", ".join("'" + key.replace("'", "''") + "'" for key in sorted(set(ids)))
+    return f"sequence_id IN ({quoted})"
 
 
 def _count_taxa(dataset: "lance.LanceDataset", notes: dict[str, str]) -> tuple[Taxa, ...]:
@@ -151,6 +164,7 @@ def _count_taxa(dataset: "lance.LanceDataset", notes: dict[str, str]) -> tuple[T
 def _read_rows(
     dataset: "lance.LanceDataset",
     chosen: Int64[np.ndarray, " rows"] | None,
+    wanted: Collection[str],
     taxa: Sequence[Taxa],
     notes: dict[str, str],
 ) -> Rows:
@@ -158,10 +172,13 @@ def _read_rows(
     lineages = lineage_columns(available)
     called = find_metadata(available)
     marker = find_column("marker", available)
-    others = [*called.values(), *([] if marker is None else [marker])]
+    dna = _sequence_column(dataset)
+    others = [*called.values(), *(name for name in (marker, dna) if name is not None)]
     columns = list(dict.fromkeys(["sequence_id", "vector", *lineages, *others]))
     with storage_errors(dataset.uri):
         read = dataset.to_table(columns=columns) if chosen is None else dataset.take(chosen, columns=columns)
+        if chosen is not None and (more := set(wanted).difference(read["sequence_id"].to_pylist())):
+            read = pa.concat_tables([read, dataset.to_table(columns=columns, filter=_one_of(more))])
     names = np.full((len(read), len(RANKS)), -1, np.int32)
     if lineages:
         for rank, (found, column) in enumerate(zip(taxa, read_lineages(read), strict=True)):
@@ -180,7 +197,22 @@ def _read_rows(
         latitude=np.where(placed, latitude, np.nan),
         longitude=np.where(placed, longitude, np.nan),
         markers=tuple(None if marker is None else str(marker) for marker in markers),
+        sequences=("",) * len(read)
+        if dna is None
+        else tuple(text or "" for text in clean(read[dna]).sequences.to_pylist()),
     )
+
+
+def _sequence_column(dataset: "lance.LanceDataset") -> str | None:
+    """Returns the column with the DNA that was embedded, if the table holds it."""
+    try:
+        recorded = json.loads(schema_metadata(dataset).get("plan_facts", "{}"))["data"]["sequence_column"]
+    except (ValueError, KeyError, TypeError):
+        recorded = find_column("sequence", dataset.schema.names)
+    if recorded not in dataset.schema.names:
+        return None
+    kind = dataset.schema.field(recorded).type
+    return recorded if pa.types.is_string(kind) or pa.types.is_large_string(kind) else None
 
 
 def _vectors(read: pa.Table, where: str) -> Float32[np.ndarray, "rows hidden"]:

@@ -1,7 +1,9 @@
 """Results of `identify`, and how accurate they are where the true names are known."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,9 @@ from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.location import local_copy
 from bioscan_jax.reports.contents import Taxa
 from bioscan_jax.table.side_tables import read_side_table
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 _BINS = 10
 _NEAREST = 100
@@ -49,11 +54,13 @@ def read_identifications(path: str) -> Identifications:
     Raises:
         InputError: It cannot be read, lacks a column, or has no rows.
     """
-    table = _read_parquet(path)
+    file = open_parquet(path)
     scores = [f"{rank}_confidence" for rank in RANKS]
     needed = ["sequence_id", *RANKS, *scores, "nearest_id", "novelty", "novel", "abstained_at"]
-    if missing := [name for name in needed if name not in table.column_names]:
+    if missing := [name for name in needed if name not in file.schema_arrow.names]:
         raise InputError(f"--identified {path} has no column {missing[0]!r}; pass a Parquet file that identify wrote")
+    with _one_line(path):
+        table = file.read(needed)
     if not table.num_rows:
         raise InputError(f"--identified {path} has no rows; identify some barcodes first")
     stops, novel = table["abstained_at"].to_pylist(), table["novel"].to_pylist()
@@ -111,17 +118,28 @@ def read_truth(given: str | SideTableConfig, ids: Sequence[str]) -> tuple[tuple[
     return tuple(zip(*(true.get(key, unknown) for key in ids), strict=True))
 
 
-def _read_parquet(path: str) -> pa.Table:
+def open_parquet(path: str) -> "pq.ParquetFile":
+    """Opens the Parquet file that `identify` wrote.
+
+    Raises:
+        InputError: There is none, or it is no Parquet.
+    """
     import pyarrow.parquet as pq
 
     file = local_copy(path, "identified")
     if not file.is_file():
         raise InputError(f"--identified {path}: there is no such file; pass a Parquet file")
+    with _one_line(path):
+        return pq.ParquetFile(file)
+
+
+@contextmanager
+def _one_line(path: str) -> Iterator[None]:
     try:
-        return pq.ParquetFile(file).read()
+        yield
     except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"--identified {path} cannot be read as Parquet ({one_line(error, 200)}); pass a Parquet file"
+            f"--identified {path} cannot be read as Parquet ({one_line(error)}); pass a Parquet file"
         ) from error
 
 

@@ -1,79 +1,4 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const TOP = data.top, OTHER = TOP, UNKNOWN = TOP + 1;
-
-function array(Kind, text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  return new Kind(bytes.buffer);
-}
-
-const rows = {
-  n: data.ids.length,
-  xy: array(Uint16Array, data.xy),
-  lineage: array(Uint32Array, data.lineage),
-  lineages: array(Int32Array, data.lineages),
-  numbers: Object.fromEntries(Object.entries(data.numbers).map(([name, text]) => [name, array(Float32Array, text)])),
-  marker: array(Int32Array, data.marker),
-};
-const number = new Intl.NumberFormat("en");
-const short = (value) => Number(value.toPrecision(4)).toString();
-
-function nameOf(row, rank) {
-  const index = rows.lineages[rows.lineage[row] * data.ranks.length + rank];
-  return index < 0 ? null : data.names[rank][index];
-}
-
-// Classes that rows are coloured by: the class of each row and the name of each class
-function namedClasses(indexOf, names) {
-  const codes = new Uint8Array(rows.n), counts = new Uint32Array(names.length);
-  for (let i = 0; i < rows.n; i++) if (indexOf(i) >= 0) counts[indexOf(i)]++;
-  const order = [...names.keys()].sort((a, b) => counts[b] - counts[a] || a - b);
-  const place = new Uint32Array(names.length);
-  order.forEach((index, position) => { place[index] = position; });
-  for (let i = 0; i < rows.n; i++) {
-    const index = indexOf(i);
-    codes[i] = index < 0 ? UNKNOWN : Math.min(place[index], OTHER);
-  }
-  const others = Math.max(0, order.length - TOP);
-  const labels = order.slice(0, TOP).map((index) => names[index]);
-  return { codes, labels, other: others === 1 ? "1 other name" : `${number.format(others)} other names`, scale: false };
-}
-
-function scaleClasses(values, unit) {
-  const known = values.filter((v) => !Number.isNaN(v)).sort();
-  const bounds = [];
-  for (let k = 1; k < TOP; k++) {
-    const bound = known[Math.floor((known.length * k) / TOP)];
-    if (bound > (bounds.length ? bounds[bounds.length - 1] : known[0])) bounds.push(bound);
-  }
-  // Few classes are spread over the whole colour scale too
-  const color = (k) => Math.round((k * (TOP - 1)) / Math.max(1, bounds.length));
-  const codes = new Uint8Array(rows.n);
-  for (let i = 0; i < rows.n; i++) {
-    let k = 0;
-    while (k < bounds.length && values[i] >= bounds[k]) k++;
-    codes[i] = Number.isNaN(values[i]) ? UNKNOWN : color(k);
-  }
-  const edges = [known[0], ...bounds, known[known.length - 1]], labels = Array(TOP).fill("");
-  edges.slice(1).forEach((edge, k) => { labels[color(k)] = `${short(edges[k])} to ${k < bounds.length ? "below " : ""}${short(edge)}${unit}`; });
-  return { codes, labels, other: "", scale: true };
-}
-
-function classes(field) {
-  const rank = data.ranks.indexOf(field);
-  if (rank >= 0) {
-    const ranks = data.ranks.length;
-    return namedClasses((i) => rows.lineages[rows.lineage[i] * ranks + rank], data.names[rank]);
-  }
-  return field === "marker_gene" ? namedClasses((i) => rows.marker[i], data.markers) : scaleClasses(rows.numbers[field], field === "depth" ? " m" : "");
-}
-
-function colours(scale) {
-  const style = getComputedStyle(document.documentElement);
-  const names = [...Array(TOP).keys()].map((k) => (scale ? `--scale-${k}` : `--taxon-${k}`));
-  return [...names, "--other", "--unknown"].map((name) => style.getPropertyValue(name).trim());
-}
-
+const inkColour = () => getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
 const littleEndian = new Uint8Array(new Uint32Array([1]).buffer)[0] === 1;
 function pixel(hex) {
   const [r, g, b] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -91,15 +16,16 @@ function over(value, below, cover) {
   return mixed >>> 0;
 }
 
-// A map of points: `points` has x, y and radius of each; members(i) lists the rows at point i
+// A map of points: `points` has x, y and radius of each; `of` is the point that shows a row, `diamond` tells queries
 function pointMap(section, points) {
   const stage = section.querySelector(".stage"), tip = section.querySelector(".tip");
   const back = section.querySelector(".back"), front = section.querySelector(".front");
-  const select = section.querySelector("select"), find = section.querySelector("input");
-  const legend = section.querySelector(".legend"), found = section.querySelector(".found");
+  const select = section.querySelector("select"), legend = section.querySelector(".legend");
   const n = points.x.length, smooth = n <= 20000, view = { x: 0, y: 0, scale: 1 };
+  const order = new Uint8Array(n);
   let width = 1, height = 1, ratio = 1, image = null, pixels = null, shown = null, codes = null;
-  let only = -1, text = "", matches = null, waiting = false, home = 1, moved = false;
+  let only = -1, kind = -1, matches = null, selected = null, waiting = false, home = 1, moved = false;
+  let mode = "", outline = null, marks = [], pick = () => {}, drawn = () => {};
 
   const box = [Infinity, Infinity, -Infinity, -Infinity];
   for (let i = 0; i < n; i++) {
@@ -118,8 +44,14 @@ function pointMap(section, points) {
   const next = starts.slice();
   for (let i = 0; i < n; i++) inCells[next[line(points.y[i]) * G + column(points.x[i])]++] = i;
 
-  const toScreen = (i) => [(points.x[i] - view.x) * view.scale + width / 2, height / 2 - (points.y[i] - view.y) * view.scale];
+  const onScreen = ([x, y]) => [(x - view.x) * view.scale + width / 2, height / 2 - (y - view.y) * view.scale];
+  const toScreen = (i) => onScreen([points.x[i], points.y[i]]);
   const toWorld = (px, py) => [(px - width / 2) / view.scale + view.x, (height / 2 - py) / view.scale + view.y];
+
+  const diamond = points.diamond || (() => false);
+  // Points that the legend and the search leave, and of these the ones that are not drawn pale
+  const isOpen = (i) => (only < 0 || codes[i] === only) && (!matches || matches[i]) && (kind < 0 || diamond(i) === (kind === 1));
+  const isLit = (i) => isOpen(i) && (!selected || selected[i]);
 
   function nearest(px, py) {
     const [wx, wy] = toWorld(px, py), reach = (10 + (points.most || 0)) / view.scale;
@@ -127,7 +59,7 @@ function pointMap(section, points) {
     for (let r = line(wy - reach); r <= line(wy + reach); r++) {
       for (let at = starts[r * G + column(wx - reach)]; at < starts[r * G + column(wx + reach) + 1]; at++) {
         const i = inCells[at], d = (points.x[i] - wx) ** 2 + (points.y[i] - wy) ** 2;
-        if (d < least && (!matches || matches[i])) { best = i; least = d; }
+        if (d < least && isOpen(i)) { best = i; least = d; }
       }
     }
     return best;
@@ -138,12 +70,12 @@ function pointMap(section, points) {
     view.x = (bounds[0] + bounds[2]) / 2; view.y = (bounds[1] + bounds[3]) / 2; view.scale = home;
   }
 
-  // The pixels of a disc; for few points also those of its rim, with the fraction of each that is covered
-  function stamp(radius) {
+  // The pixels of a disc or diamond; for few points also those of its rim, with the fraction of each that is covered
+  function stamp(radius, length = Math.hypot) {
     const offsets = [], rim = [], reach = Math.ceil(radius + 0.5);
     for (let dy = -reach; dy <= reach; dy++) {
       for (let dx = -reach; dx <= reach; dx++) {
-        const cover = radius + 0.5 - Math.hypot(dx, dy);
+        const cover = radius + 0.5 - length(dx, dy);
         if (smooth ? cover >= 1 : cover >= 0.5) offsets.push([dx, dy]);
         else if (smooth && cover > 0) rim.push([dx, dy, cover]);
       }
@@ -158,30 +90,63 @@ function pointMap(section, points) {
     const W = front.width, H = front.height, colour = colours(shown.scale).map(pixel);
     const grown = Math.min(2.2, Math.max(1, (view.scale / home) ** 0.25)) * ratio * (points.bounds ? Math.min(1, Math.max(0.6, width / 900)) : 1);
     const stamps = points.radii.map((radius) => stamp(radius * grown));
+    const steps = (dx, dy) => Math.abs(dx) + Math.abs(dy), size = (points.radii[0] + 1.6) * grown;
+    const inner = stamp(size, steps), outer = stamp(size + 1.5 * ratio, steps), edge = pixel(inkColour());
     const scale = view.scale * ratio, left = W / 2 - view.x * scale, top = H / 2 + view.y * scale;
-    const faded = only >= 0 || matches;
-    for (let pass = 0; pass < 3; pass++) {
-      for (let k = 0, i = 0; k < n; k++, i = (i + points.stride) % n) {
-        const code = codes[i], lit = (only < 0 || code === only) && (!matches || matches[i]);
-        if ((faded ? (lit ? 2 : 0) : code === UNKNOWN ? 0 : code === OTHER ? 1 : 2) !== pass) continue;
-        const x = Math.round(points.x[i] * scale + left), y = Math.round(top - points.y[i] * scale);
-        const { offsets, rim, reach, flat } = stamps[points.size[i]], value = lit ? colour[code] : colour[UNKNOWN];
-        if (x < -reach || y < -reach || x >= W + reach || y >= H + reach) continue;
-        if (x >= reach && y >= reach && x < W - reach && y < H - reach) {
-          for (let at = y * W + x, j = 0; j < flat.length; j++) pixels[at + flat[j]] = value;
-        } else {
-          for (const [dx, dy] of offsets) {
-            if (x + dx >= 0 && x + dx < W && y + dy >= 0 && y + dy < H) pixels[(y + dy) * W + x + dx] = value;
-          }
-        }
-        for (const [dx, dy, cover] of rim) {
-          const at = (y + dy) * W + x + dx;
-          if (x + dx >= 0 && x + dx < W && y + dy >= 0 && y + dy < H) pixels[at] = over(value, pixels[at], cover);
+    const faded = only >= 0 || kind >= 0 || matches || selected;
+    const put = ({ offsets, rim, reach, flat }, x, y, value) => {
+      if (x < -reach || y < -reach || x >= W + reach || y >= H + reach) return;
+      if (x >= reach && y >= reach && x < W - reach && y < H - reach) {
+        for (let at = y * W + x, j = 0; j < flat.length; j++) pixels[at + flat[j]] = value;
+      } else {
+        for (const [dx, dy] of offsets) {
+          if (x + dx >= 0 && x + dx < W && y + dy >= 0 && y + dy < H) pixels[(y + dy) * W + x + dx] = value;
         }
       }
+      for (const [dx, dy, cover] of rim) {
+        const at = (y + dy) * W + x + dx;
+        if (x + dx >= 0 && x + dx < W && y + dy >= 0 && y + dy < H) pixels[at] = over(value, pixels[at], cover);
+      }
+    };
+    // Pale points and those without a name of their own lie below the others, and rows below queries
+    for (let k = 0, i = 0; k < n; k++, i = (i + points.stride) % n) {
+      order[i] = (faded ? (isLit(i) ? 2 : 0) : codes[i] === UNKNOWN ? 0 : codes[i] === OTHER ? 1 : 2) + (diamond(i) ? (faded && !isLit(i) ? 0 : 3) : 0);
     }
-    front.getContext("2d").putImageData(image, 0, 0);
+    for (let pass = 0; pass < (points.diamond ? 6 : 3); pass++) {
+      for (let k = 0, i = 0; k < n; k++, i = (i + points.stride) % n) {
+        if (order[i] !== pass) continue;
+        const x = Math.round(points.x[i] * scale + left), y = Math.round(top - points.y[i] * scale);
+        const lit = !faded || pass % 3 === 2, value = colour[lit ? codes[i] : UNKNOWN];
+        if (!diamond(i)) put(stamps[points.size[i]], x, y, value);
+        else { if (lit) put(outer, x, y, edge); put(inner, x, y, value); }
+      }
+    }
+    const context = front.getContext("2d");
+    context.putImageData(image, 0, 0);
+    drawOver(context);
     if (points.background) points.background(back, view, width, height, ratio);
+  }
+
+  // What lies over the points: the ring around marked ones, the outline of a selection, the middle for the keyboard
+  function drawOver(context) {
+    context.save();
+    context.scale(ratio, ratio);
+    context.strokeStyle = inkColour(); context.lineWidth = 2; context.lineJoin = "round";
+    if (marks.length > 1) {
+      context.beginPath(); marks.forEach((i) => context.lineTo(...toScreen(i))); context.setLineDash([4, 4]); context.stroke(); context.setLineDash([]);
+    }
+    marks.forEach((i, k) => { context.beginPath(); context.arc(...toScreen(i), k ? 8 : 11, 0, 7); context.stroke(); });
+    if (outline) {
+      context.beginPath();
+      for (const corner of outline) context.lineTo(...onScreen(corner));
+      context.closePath(); context.setLineDash([6, 4]); context.stroke();
+      context.globalAlpha = 0.06; context.fillStyle = inkColour(); context.fill("evenodd");
+    } else if (front.matches(":focus-visible")) {
+      context.beginPath();
+      for (const [dx, dy] of [[9, 0], [0, 9]]) { context.moveTo(width / 2 - dx, height / 2 - dy); context.lineTo(width / 2 + dx, height / 2 + dy); }
+      context.lineWidth = 1; context.stroke();
+    }
+    context.restore();
   }
 
   function redraw() {
@@ -222,18 +187,26 @@ function pointMap(section, points) {
     tip.style.left = `${inside(x, w, width)}px`; tip.style.top = `${inside(y, h, height)}px`;
   }
 
+  function legendItem(dot, label, pressed, press) {
+    const item = document.createElement("li"), button = document.createElement("button");
+    button.type = "button"; button.append(dot, label);
+    button.setAttribute("aria-pressed", String(pressed));
+    button.addEventListener("click", press);
+    item.append(button);
+    return item;
+  }
+
   function paintLegend() {
     const colour = colours(shown.scale), counts = new Uint32Array(TOP + 2);
+    const kinds = points.diamond ? [["table", rows.own], ["queries", rows.n - rows.own]] : [];
     for (let i = 0; i < rows.n; i++) if (points.holds(i)) counts[shown.codes[i]]++;
     const labels = [...shown.labels.map((label, k) => [k, label]), [OTHER, shown.other], [UNKNOWN, "unknown"]];
-    legend.replaceChildren(...labels.filter(([k]) => counts[k]).map(([k, label]) => {
-      const item = document.createElement("li"), button = document.createElement("button"), dot = document.createElement("span");
-      dot.className = "dot"; dot.style.background = colour[k];
-      button.type = "button"; button.append(dot, `${label} (${number.format(counts[k])})`);
-      button.setAttribute("aria-pressed", String(only === k));
-      button.addEventListener("click", () => { only = only === k ? -1 : k; recolour(); });
-      item.append(button);
-      return item;
+    legend.replaceChildren(...kinds.map(([label, total], k) => legendItem(
+      element("span", { className: k ? "dot diamond" : "dot plain" }), `${label} (${number.format(total)})`, kind === k, () => { kind = kind === k ? -1 : k; recolour(); },
+    )), ...labels.filter(([k]) => counts[k]).map(([k, label]) => {
+      const dot = element("span", { className: "dot" });
+      dot.style.background = colour[k];
+      return legendItem(dot, `${label} (${number.format(counts[k])})`, only === k, () => { only = only === k ? -1 : k; recolour(); });
     }));
   }
 
@@ -243,36 +216,64 @@ function pointMap(section, points) {
     if (focused >= 0) legend.querySelectorAll("button")[focused]?.focus();
   }
 
-  function search() {
-    text = find.value.trim().toLowerCase();
-    matches = null; found.textContent = "";
-    if (text) {
-      const hit = new Uint8Array(data.names.length ? rows.lineages.length / data.ranks.length : 0);
-      for (let k = 0; k < hit.length; k++) {
-        for (let r = 0; r < data.ranks.length && !hit[k]; r++) {
-          const index = rows.lineages[k * data.ranks.length + r];
-          if (index >= 0 && data.names[r][index].toLowerCase().includes(text)) hit[k] = 1;
-        }
+  // Selects the open points inside an outline, given in the coordinates of the points
+  function enclose(path) {
+    const inside = new Uint8Array(n), xs = path.map(([x]) => x), ys = path.map(([, y]) => y);
+    const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+    for (let i = 0; i < n; i++) {
+      const x = points.x[i], y = points.y[i];
+      if (x < left || x > right || y < low || y > high || !isOpen(i)) continue;
+      for (let k = 0, j = path.length - 1; k < path.length; j = k++) {
+        if (ys[k] > y !== ys[j] > y && x < ((xs[j] - xs[k]) * (y - ys[k])) / (ys[j] - ys[k]) + xs[k]) inside[i] ^= 1;
       }
-      let count = 0;
-      matches = new Uint8Array(n);
-      for (let i = 0; i < rows.n; i++) {
-        if (points.holds(i) && (hit[rows.lineage[i]] || data.ids[i].toLowerCase().includes(text))) { matches[points.of(i)] = 1; count++; }
-      }
-      found.textContent = `${number.format(count)} found`;
     }
+    outline = path; drawn(inside);
+  }
+
+  const corners = ([x, y], [u, v]) => [[x, y], [u, y], [u, v], [x, v]];
+  const selectView = () => enclose(corners(toWorld(0, 0), toWorld(width, height)));
+  function drawMode(wanted) {
+    mode = wanted;
+    if (mode || held.size) outline = null;
+    front.classList.toggle("drawing", Boolean(mode));
     tip.hidden = true; redraw();
+  }
+
+  function goTo(list) {
+    const xs = list.map((i) => points.x[i]), ys = list.map((i) => points.y[i]), [x, u, y, v] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+    view.x = (x + u) / 2; view.y = (y + v) / 2;
+    const closest = Math.max(view.scale, home * 6), room = 0.7 * Math.min(width / Math.max(u - x, 1e-9), height / Math.max(v - y, 1e-9));
+    view.scale = Math.min(closest, room);
+    moved = true; tip.hidden = true; redraw();
   }
 
   const at = (event) => { const r = front.getBoundingClientRect(); return [event.clientX - r.left, event.clientY - r.top]; };
   const held = new Map();
-  front.addEventListener("pointerdown", (event) => { held.set(event.pointerId, at(event)); if (event.pointerType === "mouse") front.setPointerCapture(event.pointerId); });
-  for (const kind of ["pointerup", "pointercancel"]) front.addEventListener(kind, (event) => { held.delete(event.pointerId); if (event.pointerType === "touch" && kind === "pointerup") hover(...at(event)); });
+  let pressed = null;
+  front.addEventListener("pointerdown", (event) => {
+    pressed = at(event); held.set(event.pointerId, pressed);
+    if (mode && held.size === 1) outline = [toWorld(...pressed)];
+    if (mode || event.pointerType === "mouse") front.setPointerCapture(event.pointerId);
+  });
+  front.addEventListener("pointercancel", (event) => { held.delete(event.pointerId); if (mode) { outline = null; redraw(); } });
+  front.addEventListener("pointerup", (event) => {
+    const [x, y] = at(event), still = pressed && Math.hypot(x - pressed[0], y - pressed[1]) < 4;
+    if (!held.delete(event.pointerId)) return;
+    if (mode && !still && outline?.length > 2) { enclose(outline); return; }
+    if (mode) outline = null;
+    if (event.pointerType === "touch") hover(x, y);
+    if (still) pick(nearest(x, y));
+  });
   front.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") tip.hidden = true; });
   front.addEventListener("pointermove", (event) => {
     const [x, y] = at(event), before = held.get(event.pointerId);
     if (!before) { hover(x, y); return; }
-    if (event.pointerType === "mouse") pan(x - before[0], y - before[1]);
+    if (mode) {
+      const [fromX, fromY] = onScreen(outline[outline.length - 1]);
+      if (mode === "box") outline = corners(toWorld(...pressed), toWorld(x, y));
+      else if (Math.hypot(x - fromX, y - fromY) > 3) outline.push(toWorld(x, y));
+      redraw();
+    } else if (event.pointerType === "mouse") pan(x - before[0], y - before[1]);
     held.set(event.pointerId, [x, y]);
   });
   let spread = 0;
@@ -295,6 +296,8 @@ function pointMap(section, points) {
     else if (event.key === "+" || event.key === "=") zoom(1.4);
     else if (event.key === "-") zoom(1 / 1.4);
     else if (event.key === "0") { moved = false; fit(); redraw(); }
+    else if (event.key === "Enter") pick(nearest(width / 2, height / 2));
+    else if (event.key.toLowerCase() === "s" && points.diamond && !event.ctrlKey && !event.metaKey) selectView();
     else return;
     event.preventDefault();
     hover(width / 2, height / 2);
@@ -302,9 +305,18 @@ function pointMap(section, points) {
   const buttons = { in: () => zoom(1.5), out: () => zoom(1 / 1.5), all: () => { moved = false; fit(); tip.hidden = true; redraw(); } };
   for (const [name, act] of Object.entries(buttons)) section.querySelector(`.${name}`).addEventListener("click", act);
   select.addEventListener("change", () => { only = -1; recolour(); });
-  find.addEventListener("input", search);
+  for (const focus of ["focus", "blur"]) front.addEventListener(focus, redraw);
   shown = classes(select.value); codes = points.codes(shown.codes, only); paintLegend();
   new ResizeObserver(resize).observe(stage);
   resize();
-  return { draw, hover, pan, zoom, toScreen, recolour, redraw, nearest, get size() { return n; } };
+  return {
+    draw, hover, pan, zoom, toScreen, recolour, redraw, nearest, drawMode, selectView, goTo,
+    show(mask) { matches = mask; tip.hidden = true; redraw(); },
+    mark(list) { marks = list; redraw(); },
+    keep(mask) { selected = mask; if (!mask) outline = null; redraw(); },
+    onPick(act) { pick = act; },
+    onSelect(act) { drawn = act; },
+    get field() { return select.value; },
+    get size() { return n; },
+  };
 }

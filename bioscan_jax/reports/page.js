@@ -7,16 +7,17 @@ const embedding = {
   x: Float32Array.from({ length: rows.n }, (_, i) => rows.xy[2 * i]),
   y: Float32Array.from({ length: rows.n }, (_, i) => rows.xy[2 * i + 1]),
   radii: [rows.n > 20000 ? 1.3 : rows.n > 3000 ? 1.8 : 2.6],
+  diamond: queries ? isQuery : null,
   size: new Uint8Array(rows.n),
   stride: coprime(rows.n),
   codes: (codes) => codes,
   holds: () => true,
   of: (row) => row,
   describe(row) {
-    const lines = [["strong", data.ids[row]], ["div", lineage(row)]];
+    const lines = [["strong", isQuery(row) ? `query ${data.ids[row]}` : data.ids[row]], ["div", lineage(row)]];
     const place = ["latitude", "longitude"].map((name) => rows.numbers[name]?.[row] ?? NaN);
     const depth = rows.numbers.depth?.[row] ?? NaN, novelty = rows.numbers.novelty?.[row] ?? NaN;
-    lines.push(["div", `depth ${Number.isNaN(depth) ? "unknown" : `${short(depth)} m`}`]);
+    if (!isQuery(row)) lines.push(["div", `depth ${Number.isNaN(depth) ? "unknown" : `${short(depth)} m`}`]);
     if (!Number.isNaN(place[0])) lines.push(["div", `${short(place[0])}, ${short(place[1])}`]);
     if (rows.marker[row] >= 0) lines.push(["div", data.markers[rows.marker[row]]]);
     if (data.found[row]) lines.push(["div", `identified as ${data.found[row]}`]);
@@ -103,9 +104,45 @@ function drawLand(canvas, view, width, height, ratio) {
   context.strokeStyle = style.getPropertyValue("--line"); context.lineWidth = ratio; context.stroke();
 }
 
-const maps = { embedding: pointMap(document.getElementById("embedding"), embedding) };
+// The map of the vectors with its search, its selection and the details of a point
+function explore(section) {
+  const map = pointMap(section, embedding), part = (name) => section.querySelector(name);
+  const modes = [part(".lasso"), part(".box")], card = part(".card"), figure = part(".alignment"), panel = part(".picked"), hint = part(".hint");
+  const tidy = () => { hint.hidden = [card, panel, part(".results")].some((one) => !one.hidden); };
+  const press = (button) => {
+    const on = button && button.getAttribute("aria-pressed") !== "true";
+    for (const one of modes) one.setAttribute("aria-pressed", String(on && one === button));
+    map.drawMode(on ? button.className : "");
+  };
+  function choose(point, zoom = false) {
+    const near = isQuery(point) ? queries.nearest[point - rows.own] : -1, both = near < 0 ? [point] : [point, near];
+    map.mark(both);
+    if (zoom) map.goTo([point]);
+    showCard(card, point, { choose, zoom: () => map.goTo(both), close });
+    showAlignment(figure, point);
+    tidy();
+  }
+  function close() { card.hidden = figure.hidden = true; map.mark([]); tidy(); }
+  map.onPick((point) => { if (point >= 0) choose(point); });
+  map.onSelect((mask) => { press(null); map.keep(mask); showSelection(panel, map, mask); tidy(); });
+  panel.addEventListener("cleared", tidy);
+  for (const button of modes) button.addEventListener("click", () => press(button));
+  part(".view").addEventListener("click", () => map.selectView());
+  section.addEventListener("keydown", (event) => { if (event.key === "Escape") press(null); });
+  searchField(section, map, embedding, part(".results"), choose);
+  new MutationObserver(tidy).observe(part(".results"), { attributes: true });
+  let wide = innerWidth;
+  addEventListener("resize", () => { if (!figure.hidden && innerWidth !== wide) showAlignment(figure, Number(figure.dataset.point)); wide = innerWidth; });
+  return map;
+}
+
+const maps = { embedding: explore(document.getElementById("embedding")) };
 const places = document.getElementById("places");
-if (places && data.coast.length) maps.places = pointMap(places, placePoints());
+if (places && data.coast.length) {
+  const points = placePoints();
+  maps.places = pointMap(places, points);
+  searchField(places, maps.places, points);
+}
 const recolourAll = () => Object.values(maps).forEach((map) => map.recolour());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolourAll);
 // A canvas is printed as it is, so it is redrawn in the colours for paper first

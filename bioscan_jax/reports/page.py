@@ -1,6 +1,7 @@
 """The report as one HTML page that loads nothing from the network; every text from the data is escaped here."""
 
 import base64
+import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -13,12 +14,16 @@ import numpy as np
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.reports import charts
 from bioscan_jax.reports.charts import percent
-from bioscan_jax.reports.contents import TableContents, Taxa
+from bioscan_jax.reports.contents import Rows, TableContents, Taxa
 from bioscan_jax.reports.identifications import Identifications, RankMetrics
 from bioscan_jax.reports.projection import Projection
+from bioscan_jax.reports.queries import Queries, fitting_cigars
 
 _XY_LEVELS = 65535
 """Steps of a coordinate on the map of the vectors."""
+_MAX_BASES = 20_000_000
+"""Most bases of DNA in a page, which can be searched there; about 30,000 COI barcodes."""
+_SCRIPTS = ("data.js", "map.js", "details.js", "search.js", "selection.js", "page.js")
 _MAIN_FIGURES = {
     "vectors": "vectors",
     "rejects": "rejected sequences",
@@ -39,6 +44,7 @@ def render(
     contents: TableContents,
     projection: Projection,
     identifications: Identifications | None,
+    queries: Queries | None,
     metrics: Sequence[RankMetrics],
     made: str,
 ) -> str:
@@ -46,13 +52,15 @@ def render(
 
     Args:
         contents: The table.
-        projection: A point for each of its rows.
+        projection: A point for each of its rows, then one for each query.
         identifications: Results of `identify`, if there are any.
+        queries: The queries on the map, if their vectors are known.
         metrics: Metrics of these results, one for each rank.
         made: When and by what the report was made.
     """
+    data = _map_data(contents, projection, identifications, queries)
     sections = {
-        "embedding": ("Map of the embedding", _embedding(contents, projection, identifications)),
+        "embedding": ("Map of the embedding", _embedding(contents, projection, identifications, data)),
         "places": ("Where samples were taken", _places(contents)),
         "answers": ("Identification", _identification(identifications, metrics)),
         "taxa": ("Counts by taxon", _taxa(contents)),
@@ -62,14 +70,19 @@ def render(
     body = "".join(f"<section id={key}><h2>{title}</h2>{inside}</section>" for key, (title, inside) in sections.items())
     foot = f"{escape(made)} Coastline: Natural Earth, public domain. This file loads nothing from the network."
     body = f"{_header(contents)}<main>{body}</main><footer>{foot}</footer>"
-    return _document(body, contents, _map_data(contents, projection, identifications))
+    return _document(body, contents, data)
 
 
-def render_map(contents: TableContents, projection: Projection, identifications: Identifications | None) -> str:
+def render_map(
+    contents: TableContents,
+    projection: Projection,
+    identifications: Identifications | None,
+    queries: Queries | None,
+) -> str:
     """Returns a page of the map of the vectors alone; arguments as those of `render`."""
-    inside = _embedding(contents, projection, identifications)
-    body = f"<main><section id=embedding>{_summary(contents)}{inside}</section></main>"
-    return _document(body, contents, _map_data(contents, projection, identifications))
+    data = _map_data(contents, projection, identifications, queries)
+    inside = _embedding(contents, projection, identifications, data)
+    return _document(f"<main><section id=embedding>{_summary(contents)}{inside}</section></main>", contents, data)
 
 
 def _document(body: str, contents: TableContents, data: dict[str, Any]) -> str:
@@ -78,7 +91,7 @@ def _document(body: str, contents: TableContents, data: dict[str, Any]) -> str:
     style = assets.joinpath("page.css").read_text("utf-8")
     for name, dark in (("light", False), ("dark", True)):
         style = style.replace(f"/* taxa {name} */", charts.palette_css(dark=dark))
-    script = "\n".join(assets.joinpath(name).read_text("utf-8") for name in ("map.js", "page.js"))
+    script = "\n".join(assets.joinpath(name).read_text("utf-8") for name in _SCRIPTS)
     # Only this script and this style may run, in case others get into the page through the data
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
@@ -150,19 +163,50 @@ def _header(contents: TableContents) -> str:
 
 def _summary(contents: TableContents) -> str:
     """Where the table is and how many of its rows are shown."""
-    rows = len(contents.rows)
-    shown = "all" if rows == contents.total else f"a random sample of {rows:,}"
+    more = len(contents.rows) - contents.sampled
+    shown = "all" if contents.sampled == contents.total else f"a random sample of {contents.sampled:,}"
+    shown += f" and {more:,} nearest references of the queries" * (more > 0)
     return f"<p class=soft>{escape(contents.uri)}: {contents.total:,} rows, {shown} on the map.</p>"
 
 
-def _embedding(contents: TableContents, projection: Projection, identifications: Identifications | None) -> str:
-    """The map of the vectors."""
+def _embedding(
+    contents: TableContents,
+    projection: Projection,
+    identifications: Identifications | None,
+    data: dict[str, Any],
+) -> str:
+    """The map of the vectors, with what can be searched, selected and compared on it."""
+    queries, rows = data["queries"], len(contents.rows)
     text = (
         f"Each point is a sequence; points close together have similar vectors. Made by {projection.method}. Distances "
         "between far groups and the sizes of groups mean little on such a map."
     )
-    notes = "".join(_note(contents.notes[part]) for part in ("taxa", "depth") if part in contents.notes)
-    return f"<p>{escape(text)}</p>{notes}{_map('Map of the embedding', contents, identifications)}"
+    if queries:
+        shown, total = len(queries["nearest_id"]), queries["total"]
+        some = f"all {total:,}" if shown == total else f"a random sample of {shown:,} of the {total:,}"
+        text += f" Diamonds are queries ({some} with a vector), placed by their own vectors together with the table's."
+    with_dna = data["dna_rows"]
+    if with_dna:
+        some = "all rows on the map" if with_dna == rows else f"{with_dna:,} of the {rows:,} rows on the map"
+        text += f" The page holds the DNA of {some}{' and of the queries' * bool(queries)}, to search in."
+    parts = ("taxa", "depth", "queries", "dna", "alignments")
+    notes = "".join(_note(contents.notes[part]) for part in parts if part in contents.notes)
+    return f"<p>{escape(text)}</p>{notes}{_explorer(_map('Map of the embedding', contents, identifications, selectable=True))}"
+
+
+def _explorer(point_map: str) -> str:
+    """A map with its tools: a list of results, the selection, and the details of one point."""
+    return f"""<div class=work><div>{point_map}</div>
+<div class=side>
+<section class=hint><h3>What to do here</h3><ul>
+<li>Type a name, an id or some DNA into the search field.</li>
+<li>Click a point, or a result, for its names and evidence; a query also shows its alignment.</li>
+<li>Draw around points to count them and to save their ids.</li></ul></section>
+<section class=results aria-label="Search results" hidden></section>
+<section class=card aria-label="Chosen point" aria-live=polite hidden></section>
+<section class=picked aria-label="Selection" hidden></section>
+</div>
+<figure class=alignment aria-label="Alignment" hidden></figure></div>"""
 
 
 def _places(contents: TableContents) -> str:
@@ -175,7 +219,19 @@ def _places(contents: TableContents) -> str:
     return f"<p>{text}</p>{_map('Map of the places', contents, None)}"
 
 
-def _map(label: str, contents: TableContents, identifications: Identifications | None) -> str:
+_SELECTING = (
+    '<span class=group role=group aria-label="Select points">'
+    "<button type=button class=lasso aria-pressed=false>Lasso</button>"
+    "<button type=button class=box aria-pressed=false>Rectangle</button>"
+    "<button type=button class=view>Select view</button></span>"
+)
+"""Ways to select points; the last one, which takes what is in view, needs no pointer."""
+_KEYS = ", Enter for the point in the middle, S to select what is in view"
+
+
+def _map(
+    label: str, contents: TableContents, identifications: Identifications | None, *, selectable: bool = False
+) -> str:
     """An interactive map with its controls; map.js draws it."""
     rows = contents.rows
     fields = [rank for rank, taxa in zip(RANKS, contents.taxa, strict=True) if taxa.names]
@@ -184,8 +240,8 @@ def _map(label: str, contents: TableContents, identifications: Identifications |
     if np.isfinite(rows.depth).any():
         fields.append("depth")
     if identifications is not None:
-        scored = {key for key, known in zip(identifications.ids, identifications.scored, strict=True) if known}
-        fields += ["novelty"] * (not scored.isdisjoint(rows.ids))
+        fields += ["novelty"] * bool(identifications.scored.any())
+    find = "name, id or DNA" if selectable else "name or id"
     chosen = RANKS[contents.main_rank]
     options = "".join(
         f"<option{' selected' * (field == chosen)} value={field}>{field.replace('_', ' ')}</option>"
@@ -193,15 +249,15 @@ def _map(label: str, contents: TableContents, identifications: Identifications |
     )
     return (
         f"<div class=controls><label>Colour by <select>{options}</select></label>"
-        '<label>Find <input type=search placeholder="id or taxon" spellcheck=false></label>'
+        f'<label>Find <input type=search placeholder="{find}" spellcheck=false></label>'
         '<button type=button class=in aria-label="Zoom in">+</button>'
         '<button type=button class=out aria-label="Zoom out">−</button><button type=button class=all>All</button>'
-        '<span class="found soft" role=status></span></div>'
+        f'{_SELECTING * selectable}<span class="found soft" role=status></span></div>'
         "<div class=stage><canvas class=back aria-hidden=true></canvas>"
         f'<canvas class=front tabindex=0 role=application aria-label="{escape(label)}"></canvas>'
         "<div class=tip role=status hidden></div></div><ul class=legend></ul>"
         "<p class=soft>Drag to move; click the map, then scroll to zoom; pinch on a touch screen; with the keyboard: "
-        "arrows, +, − and 0. Click a name in the legend to show its rows alone.</p>"
+        f"arrows, +, − and 0{_KEYS * selectable}. Click a name in the legend to show its points alone.</p>"
     )
 
 
@@ -354,42 +410,108 @@ def _text(value: object) -> str:
 
 
 def _map_data(
-    contents: TableContents, projection: Projection, identifications: Identifications | None
+    contents: TableContents,
+    projection: Projection,
+    identifications: Identifications | None,
+    queries: Queries | None,
 ) -> dict[str, Any]:
-    """What the maps' script reads, as JSON can hold it: arrays are little-endian in base64, -1 is unknown."""
+    """What the maps' script reads, as JSON can hold it: arrays are little-endian in base64, -1 is unknown.
+
+    The first `rows` points are rows of the table, the others queries.
+    """
     rows = contents.rows
     low, high = projection.points.min(axis=0), projection.points.max(axis=0)
     scaled = np.round((projection.points - low) / max(float((high - low).max()), 1e-9) * _XY_LEVELS)
-    lineages, lineage = np.unique(rows.names, axis=0, return_inverse=True)
-    names, codes = [], np.full(lineages.shape, -1, np.int32)
-    for rank, taxa in enumerate(contents.taxa):
-        used, inverse = np.unique(lineages[:, rank], return_inverse=True)
-        codes[:, rank] = (np.arange(len(used)) - int(used[0] == -1))[inverse.reshape(-1)]
-        names.append([taxa.names[index] for index in used.tolist() if index >= 0])
+    labels = [dict(zip(taxa.names, range(len(taxa.names)), strict=True)) for taxa in contents.taxa]
     markers = sorted({marker for marker in rows.markers if marker is not None})
     place = {marker: index for index, marker in enumerate(markers)}
+    marker = [-1 if marker is None else place[marker] for marker in rows.markers]
     numbers = {"depth": rows.depth, "latitude": rows.latitude, "longitude": rows.longitude}
-    found: dict[str, str] | list[str] = {}
+    ids, every, found = list(rows.ids), rows.names, [""] * len(rows)
     if identifications is not None:
         query = {key: index for index, key in enumerate(identifications.ids)}
-        queries = [query.get(key, -1) for key in rows.ids]
-        if any(index >= 0 for index in queries):
-            numbers["novelty"] = np.array([np.nan if i < 0 else identifications.novelty[i] for i in queries])
-            found = ["" if i < 0 else _best_name(identifications, i) for i in queries]
+        shown = [query.get(key, -1) for key in ids]
+        if queries is not None:
+            chosen = queries.index.tolist()
+            named = [
+                [-1 if (name := names[i]) is None else of.setdefault(name, len(of)) for i in chosen]
+                for names, of in zip(identifications.names, labels, strict=True)
+            ]
+            every = np.concatenate([every, np.array(named, np.int32).reshape(len(RANKS), -1).T])
+            shown += chosen
+            ids += [identifications.ids[i] for i in chosen]
+            unknown = np.full(len(chosen), np.nan)
+            numbers = {name: np.concatenate([values, unknown]) for name, values in numbers.items()}
+            marker += [-1] * len(chosen)
+        numbers["novelty"] = np.array([np.nan if i < 0 else identifications.novelty[i] for i in shown])
+        found = ["" if i < 0 else _best_name(identifications, i) for i in shown]
+    lineages, lineage = np.unique(every, axis=0, return_inverse=True)
+    names, codes = [], np.full(lineages.shape, -1, np.int32)
+    for rank, label in enumerate(labels):
+        used, inverse = np.unique(lineages[:, rank], return_inverse=True)
+        codes[:, rank] = (np.arange(len(used)) - int(used[0] == -1))[inverse.reshape(-1)]
+        listed = list(label)
+        names.append([listed[index] for index in used.tolist() if index >= 0])
+    dna, dna_of = _dna(rows, lineage.reshape(-1), queries)
     return {
         "top": charts.TOP,
         "ranks": list(RANKS),
-        "ids": list(rows.ids),
+        "rows": len(rows),
+        "ids": ids,
         "xy": _base64(scaled, "<u2"),
         "lineages": _base64(codes, "<i4"),
         "lineage": _base64(lineage.reshape(-1), "<u4"),
         "names": names,
         "numbers": {k: _base64(v, "<f4") for k, v in numbers.items() if np.isfinite(v).any()},
         "markers": markers,
-        "marker": _base64(np.array([-1 if marker is None else place[marker] for marker in rows.markers]), "<i4"),
-        "found": found,
+        "marker": _base64(np.array(marker), "<i4"),
+        "found": found if any(found) else {},
+        "queries": None if identifications is None or queries is None else _query_data(rows, identifications, queries),
+        "dna": dna,
+        "dna_of": _base64(np.array(dna_of), "<i4"),
+        "dna_rows": sum(point < len(rows) for point in dna_of),
         "coast": charts.coastline() if np.isfinite(rows.latitude).any() else [],
     }
+
+
+def _query_data(rows: Rows, identifications: Identifications, queries: Queries) -> dict[str, Any]:
+    """What the page tells of the queries."""
+    row_of = {key: row for row, key in enumerate(rows.ids)}
+    nearest = [-1 if key is None else row_of.get(key, -1) for key in queries.nearest]
+    dna = {key: rows.sequences[row] for key, row in zip(queries.nearest, nearest, strict=True) if key and row >= 0}
+    chosen = queries.index
+    return {
+        "total": queries.total,
+        "nearest": _base64(np.array(nearest), "<i4"),
+        "nearest_id": list(queries.nearest),
+        "numbers": {name: _base64(values, "<f4") for name, values in queries.evidence.items()},
+        "confidence": _base64(identifications.confidence[chosen], "<f4"),
+        "answered": _base64(identifications.answered[chosen], "<u1"),
+        "calibrated": identifications.calibrated,
+        "novel": _base64(identifications.novel[chosen], "<u1"),
+        "strand": list(queries.strands),
+        "unnamed": list(queries.unnamed),
+        "start": _base64(np.array([start or 0 for start in queries.starts]), "<i4"),
+        "cigar": fitting_cigars(queries, dna),
+    }
+
+
+def _dna(rows: Rows, lineage: np.ndarray, queries: Queries | None) -> tuple[str, list[int]]:
+    """Returns lines of DNA, compressed, in base64, and the point of each line, up to _MAX_BASES bases.
+
+    The queries and their nearest references go first, then a random sample; in the order of lineages, since gzip
+    makes less of similar lines that are neighbours.
+    """
+    texts = [*rows.sequences, *(() if queries is None else queries.sequences)]
+    wanted = set() if queries is None else set(queries.nearest)
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    order.sort(key=lambda row: rows.ids[row] not in wanted)
+    order = [*range(len(rows), len(texts)), *order]
+    lengths = np.cumsum([len(texts[point]) for point in order])
+    chosen = [point for point, end in zip(order, lengths.tolist(), strict=True) if texts[point] and end <= _MAX_BASES]
+    chosen.sort(key=lambda point: (lineage[point], point))
+    packed = gzip.compress("\n".join(texts[point] for point in chosen).encode(), 6, mtime=0)
+    return base64.b64encode(packed).decode(), chosen
 
 
 def _base64(values: np.ndarray, kind: str) -> str:

@@ -6,18 +6,23 @@ from html import escape
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
 from bioscan_jax.config import SideTableConfig
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import Directory, check_output, locate, output_file
 from bioscan_jax.notebook import Shown
 from bioscan_jax.reports.charts import write_pictures
-from bioscan_jax.reports.contents import contains_all, read_contents
+from bioscan_jax.reports.contents import TableContents, contains_all, read_contents
 from bioscan_jax.reports.identifications import rank_metrics, read_identifications, read_truth
 from bioscan_jax.reports.page import render, render_map
-from bioscan_jax.reports.projection import Method, project
+from bioscan_jax.reports.projection import Method, Projection, project
+from bioscan_jax.reports.queries import Queries, read_queries
 
 _SHOWN_ROWS = 50_000
 _NOTEBOOK_ROWS = 10_000
+_SHOWN_QUERIES = 5_000
+"""Most queries on a map; of more a random sample is shown."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,11 @@ def report(
         raise InputError("--truth without --identified: pass the Parquet file that identify wrote")
     results = None if identified is None else read_identifications(identified)
     true = None if results is None or truth is None else read_truth(truth, results.ids)
-    contents = read_contents(uri, table, rows, seed)
+    contents, queries, points = _place(uri, table, identified, rows, projection, seed)
     searched = results is not None and contains_all(uri, table, results.nearest)
     metrics = () if results is None else rank_metrics(results, true, contents.taxa if searched else None)
-    points = project(contents.rows.vectors, projection, seed)
     made = f"Made by bioscan_jax {metadata.version('bioscan_jax')} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
-    page = render(contents, points, results, metrics, made).encode()
+    page = render(contents, points, results, queries, metrics, made).encode()
     with output_file(output) as partial:
         partial.write_bytes(page)
     drawn: list[str] = []
@@ -160,12 +164,34 @@ def map_html(
     """
     _check(rows, seed)
     results = None if identified is None else read_identifications(identified)
-    contents = read_contents(uri, table, rows, seed)
-    page = render_map(contents, project(contents.rows.vectors, projection, seed), results)
+    contents, queries, points = _place(uri, table, identified, rows, projection, seed)
+    page = render_map(contents, points, results, queries)
     return (
         f'<iframe title="Map of {escape(table)}" srcdoc="{escape(page)}" width="100%" height="{height}" '
         'sandbox="allow-scripts allow-downloads" allow="clipboard-write" style="border: 0"></iframe>'
     )
+
+
+def _place(
+    uri: str, table: str, identified: str | None, rows: int, projection: Method, seed: int
+) -> tuple[TableContents, Queries | None, Projection]:
+    """Reads the table and the queries, and projects the vectors of both together."""
+    queries = None if identified is None else read_queries(identified, _SHOWN_QUERIES, seed)
+    wanted = () if queries is None else {key for key in queries.nearest if key is not None}
+    contents = read_contents(uri, table, rows, seed, wanted)
+    vectors = contents.rows.vectors
+    if identified is not None and queries is None:
+        contents.notes["queries"] = "queries have a point of their own only if identify wrote their --details"
+    if queries is not None:
+        if queries.vectors.shape[1] != vectors.shape[1]:
+            raise InputError(
+                f"--identified {identified} has vectors of {queries.vectors.shape[1]} numbers, those of {uri} have "
+                f"{vectors.shape[1]}; pass the file that was identified with this table"
+            )
+        vectors = np.concatenate([vectors, queries.vectors])
+    if not any(contents.rows.sequences):
+        contents.notes["dna"] = "the table holds no DNA, to search in or to align with"
+    return contents, queries, project(vectors, projection, seed)
 
 
 def _check(rows: int, seed: int) -> None:
