@@ -21,6 +21,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
+from bioscan_jax.cache import cache_bound, downloads_directory, hold, prune
 from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.output import exclusive, move_synced, whole_file
 
@@ -35,11 +36,6 @@ _SYSTEM_DIRECTORY = re.compile(
 _RCLONE_NOT_FOUND = (3, 4)
 _IDENTITY = ("size", "generation", "ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "created")
 """What the drivers of object stores tell of a file that changes with its contents."""
-
-
-def cache_directory() -> Path:
-    """Returns the directory for what can be made or downloaded again: $XDG_CACHE_HOME/bioscan_jax, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bioscan_jax"
 
 
 @contextmanager
@@ -352,7 +348,8 @@ def local_copy(place: str, flag: str) -> Path:
     """Returns the path of a local directory or file; one in a bucket is first downloaded into the cache.
 
     The cache is keyed by the place and by what its store tells of the files' contents, so that they are downloaded once,
-    and again after a change. A place that is local need not exist.
+    and again after a change. After a download, those that no process uses are removed down to `cache.cache_bound`. A
+    place that is local need not exist.
 
     Args:
         place: The user's text.
@@ -371,11 +368,12 @@ def local_copy(place: str, flag: str) -> Path:
     if UNFINISHED in versions:
         raise InputError(f"--{flag} {place}: incomplete; what wrote it is still running or was stopped, run that again")
     key = hashlib.sha256(json.dumps([found.name, sorted(versions.items())]).encode()).hexdigest()[:32]
-    goal = cache_directory() / "downloads" / key
+    goal, most = downloads_directory() / key, cache_bound()
     name = found.name.rsplit("/", 1)[-1]
     try:
         goal.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(goal.with_suffix(".lock")):
+            hold(goal)
             if not goal.exists():
                 with tempfile.TemporaryDirectory(prefix=".", dir=goal.parent) as scratch:
                     for path in versions:
@@ -385,6 +383,7 @@ def local_copy(place: str, flag: str) -> Path:
                     if found.versions() != versions:
                         raise InputError(f"--{flag} {place}: changed while it was downloaded; run the command again")
                     os.rename(Path(scratch) / "whole", goal)
+                prune(goal.parent, most)
     except OSError as error:
         raise InputError(
             f"--{flag} {place}: cannot be downloaded to {goal} ({error.strerror or error}); free space, or set "

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bioscan_jax.cache import cache_directory
 from bioscan_jax.errors import InputError, logger
-from bioscan_jax.location import cache_directory, check_output, local_directory
+from bioscan_jax.location import check_output, local_directory
 from bioscan_jax.output import whole_file
 
 _FACTS = "run.json"

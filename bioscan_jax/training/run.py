@@ -14,6 +14,7 @@ import numpy as np
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.lineage import RANKS
+from bioscan_jax.cache import cache_directory
 from bioscan_jax.checkpoints.head_files import taxon_tree
 from bioscan_jax.checkpoints.load import LoadedModel, load_weights
 from bioscan_jax.data.batching import batch_shapes
@@ -25,7 +26,6 @@ from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.devices.sharding import Layout, compute_dtype, make_layout, start_devices
 from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
 from bioscan_jax.errors import InputError, logger
-from bioscan_jax.location import cache_directory
 from bioscan_jax.model.classifier import Arrays, make_classifier, named_arrays
 from bioscan_jax.model.lora import resolve_targets
 from bioscan_jax.notebook import facts_html, picture_html, progress_bar

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import typing
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from support.labelled_tables import clustered, write_labelled
 from support.reference_table import World, make_world
 
 import bioscan_jax as bj
+import bioscan_jax.cache as bounded
 from bioscan_jax import config
 from bioscan_jax.cli import COMMANDS
 from bioscan_jax.errors import InputError
@@ -230,6 +232,40 @@ def test_files_beside_unfinished_are_refused_and_made_anew(cache):
     assert local_copy(f"{url}/new.bin", "x").read_bytes() == b"newer"
     with pytest.raises(InputError, match="nothing is there"):
         local_copy("memory://half/none", "x")
+
+
+def end_of_process() -> None:
+    """Gives up the locks of downloads as the kernel does when a process ends."""
+    for descriptor in bounded._held.values():
+        os.close(descriptor)
+    bounded._held.clear()
+
+
+def test_downloads_are_bounded_and_none_in_use_is_removed(cache, monkeypatch):
+    memory = fsspec.filesystem("memory")
+
+    def copy(number: int) -> str:
+        if not memory.exists(f"bounded/{number}"):
+            memory.pipe_file(f"bounded/{number}/weights", bytes(1000))
+        return local_copy(f"memory://bounded/{number}", "x").name
+
+    def kept() -> set[str]:
+        return {path.parent.name for path in (cache / "downloads").glob("*/weights")}
+
+    monkeypatch.setenv(bounded.BOUND, "0.0000025")
+    names = [copy(number) for number in range(4)]
+    assert kept() == set(names)  # too much, but this process uses all of it
+    end_of_process()
+    for number, name in enumerate(names):
+        os.utime(cache / "downloads" / f"{name}.used", (number, number))
+    assert copy(0) == names[0]
+    names.append(copy(4))
+    assert kept() == {names[0], names[4]}  # those in use; the longest unused went first, until the rest was gone
+    assert copy(1) == names[1]  # downloaded again
+    end_of_process()
+    monkeypatch.setenv(bounded.BOUND, "much")
+    with pytest.raises(InputError, match="BIOSCAN_CACHE_GB=much is not a number of GB; set it to one, such as 20"):
+        local_copy("memory://bounded/0", "x")
 
 
 def test_a_file_that_cannot_be_made_is_refused(tmp_path):
