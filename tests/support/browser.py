@@ -60,6 +60,24 @@ class Page:
     def move(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+    def drag(self, path: list[list[float]], *, touch: bool = False) -> None:
+        """Presses at the first point, moves along the others and releases; a path of one point is a click."""
+        if touch:
+            for kind, places in [("touchStart", path[:1]), *(("touchMove", [at]) for at in path[1:]), ("touchEnd", [])]:
+                self.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y} for x, y in places])
+            return
+        steps = [("mousePressed", path[0]), *(("mouseMoved", at) for at in path[1:]), ("mouseReleased", path[-1])]
+        for kind, (x, y) in steps:
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    def click(self, script: str) -> None:
+        """Clicks the middle of the element that an expression gives."""
+        box = f"(box => [box.left + box.width / 2, box.top + box.height / 2])((e => (e.scrollIntoView({{ block: 'center' }}), e.getBoundingClientRect()))({script}))"
+        self.drag([self.run(box)])
+
+    def save_downloads(self, directory: Path) -> None:
+        self._send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(directory))
+
     def press(self, key: str) -> None:
         text = {"text": key} if len(key) == 1 else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
@@ -110,6 +128,8 @@ def browsing(directory: Path) -> Iterator[Page]:
     its_input, ask = os.pipe()
     answer, its_output = os.pipe()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
+    # A frame in a sandbox stays in the process of its page, whose messages are recorded
+    flags += ["--disable-features=IsolateSandboxedIframes"]
     flags += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={directory / 'profile'}"]
 
     given = [str(its_input), str(its_output), "timeout", str(SECONDS), program, *flags]
