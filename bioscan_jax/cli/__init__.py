@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "write a report of a vector table as one HTML file",
     "bundle": "carry a vector table: export, verify, import",
     "convert": "convert a checkpoint once, for faster starts",
+    "fleet": "plan or simulate embedding with many machines",
     "plan": "compile for a TPU you do not have yet, and report what fits",
     "benchmark": "compare with other programs (needs a checkout)",
 }

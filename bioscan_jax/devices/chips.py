@@ -1,4 +1,4 @@
-"""Specifications of TPUs (slices offered for rent, memory and peak speed of one JAX device), and peak speeds of GPUs."""
+"""Specifications of TPUs (slices offered for rent, memory and peak rates of one JAX device), and peak rates of GPUs."""
 
 import math
 from dataclasses import dataclass
@@ -88,22 +88,31 @@ CHIPS = {
     ),
 }
 
-GPU_BF16_TFLOPS = {
-    "NVIDIA H200": 989.5,
-    "NVIDIA H100 80GB HBM3": 989.5,
-    "NVIDIA H100 PCIe": 756.5,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA L40S": 362.0,
-    "NVIDIA L4": 121.0,
-    "NVIDIA A10": 125.0,
-}
-"""Peak rate of bfloat16 products of dense matrices, by `jax.Device.device_kind`.
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU."""
 
-From NVIDIA's data sheet of each product (nvidia.com/en-us/data-center); where it states the rate for sparse matrices
-(H100, H200, L4), half of that.
+    bf16_tflops: float
+    """Peak rate of bfloat16 products of dense matrices, summed in float32."""
+    gb_per_second: float
+    """Peak memory bandwidth, in 1e9 bytes per second."""
+
+
+GPUS = {
+    "NVIDIA H200": Gpu(989.5, 4800.0),
+    "NVIDIA H100 80GB HBM3": Gpu(989.5, 3350.0),
+    "NVIDIA H100 PCIe": Gpu(756.5, 2000.0),
+    "NVIDIA A100-SXM4-80GB": Gpu(312.0, 2039.0),
+    "NVIDIA A100-SXM4-40GB": Gpu(312.0, 1555.0),
+    "NVIDIA A100 80GB PCIe": Gpu(312.0, 1935.0),
+    "NVIDIA A100-PCIE-40GB": Gpu(312.0, 1555.0),
+    "NVIDIA L40S": Gpu(362.0, 864.0),
+    "NVIDIA L4": Gpu(121.0, 300.0),
+    "NVIDIA A10": Gpu(125.0, 600.0),
+}
+"""By `jax.Device.device_kind`, from NVIDIA's data sheet of each product (nvidia.com/en-us/data-center).
+
+Where it states the rate for sparse matrices (H100, H200, L4), half of that.
 """
 
 
@@ -146,8 +155,8 @@ class Slice:
         return f"{self.generation}:{'x'.join(map(str, self.shape))}", options
 
 
-def find_slice(name: str) -> Slice:
-    """Returns the slice called `name`, such as v3-8 (eight cores) or v5e-256 (256 chips).
+def find_slice(name: str, flag: str = "topology") -> Slice:
+    """Returns the slice called `name`, such as v3-8 (eight cores) or v5e-256 (256 chips); `flag` is for the error.
 
     Raises:
         InputError: No slice has that name.
@@ -161,7 +170,7 @@ def find_slice(name: str) -> Slice:
     if size not in map(str, known):
         one = ", ".join(f"{generation}-{number}" for number in known)
         every = ", ".join(f"{key}-{min(chip.slices)} to {key}-{max(chip.slices)}" for key, chip in CHIPS.items())
-        raise InputError(f"--topology {name!r} is not a known slice; use one of {one or every}")
+        raise InputError(f"--{flag} {name!r} is not a known slice; use one of {one or every}")
     return Slice(generation, known[int(size)])
 
 
@@ -171,5 +180,6 @@ def peak_flops(device_kind: str) -> float | None:
     Args:
         device_kind: `jax.Device.device_kind`.
     """
-    peaks = {chip.device_kind: chip.bf16_tflops for chip in CHIPS.values()} | GPU_BF16_TFLOPS
+    peaks = {chip.device_kind: chip.bf16_tflops for chip in CHIPS.values()}
+    peaks |= {kind: gpu.bf16_tflops for kind, gpu in GPUS.items()}
     return peaks[device_kind] * 1e12 if device_kind in peaks else None

@@ -4,6 +4,13 @@ from collections.abc import Hashable
 
 from bioscan_jax.errors import InputError
 
+BLOCK_SECONDS = 60.0
+"""Time that a block should take on one worker; its rows follow from the worker's speed."""
+BLOCKS_AHEAD = 16
+"""Blocks beyond the first uncommitted one that may be handed out, for each worker."""
+COPIES = 1
+"""These three are the policy that `bioscan fleet simulate` was used to choose; see guide/fleet.md."""
+
 
 class Schedule:
     """Hands out blocks in order, repeats those of lost workers, and releases results in order for the commit.
@@ -25,14 +32,14 @@ class Schedule:
         (None, None, 2, False)
     """
 
-    def __init__(self, blocks: range, *, blocks_ahead: int, attempts: int = 3, copies: int = 1) -> None:
+    def __init__(self, blocks: range, *, blocks_ahead: int, attempts: int = 3, copies: int = COPIES) -> None:
         """Starts with every block still to be handed out.
 
         Args:
             blocks: Numbers of the blocks to do, in steps of one; the first is the next that the table takes.
             blocks_ahead: Only blocks below the first uncommitted one plus this number are handed out.
             attempts: Failures of one block, none of them the loss of a worker, after which the run must end.
-            copies: Additional workers that may repeat a block which is not finished, when they would otherwise be idle.
+            copies: Workers that may compute a block in work once more, when they would otherwise be idle.
 
         Raises:
             ValueError: A number is out of range.
@@ -44,6 +51,7 @@ class Schedule:
         self._returned: set[int] = set()  # handed out before, and nobody works on them now
         self._done: set[int] = set()  # finished, not committed
         self._holders: dict[int, set[Hashable]] = {}  # of each block that is handed out and not finished
+        self._copyable: dict[int, None] = {}  # of these, those that may be copied; longest in work first
         self._held: dict[Hashable, set[int]] = {}  # finished by another worker or not
         self._failures: dict[int, list[Hashable]] = {}
 
@@ -69,8 +77,9 @@ class Schedule:
     def next_for(self, worker: Hashable) -> int | None:
         """Gives a worker its next block, which counts as its own until it is reported done, failed or lost.
 
-        Returned blocks come first, then new ones, each lowest first; then copies of the lowest block in work. A block
-        that failed on a worker goes to others while any is known. Workers are known from their first call until lost.
+        Returned blocks come first, then new ones, each lowest first; then, for a worker that holds none, a copy of the
+        block that has been in work the longest. A block that failed on a worker goes to others while any is known. Workers are known from
+        their first call until lost.
 
         Args:
             worker: Who asks; it may hold other blocks.
@@ -87,6 +96,7 @@ class Schedule:
         if block is not None:
             self._holders.setdefault(block, set()).add(worker)
             self._held[worker].add(block)
+            self._update_copyable(block)
         return block
 
     def _pop_returned(self, worker: Hashable) -> int | None:
@@ -103,13 +113,15 @@ class Schedule:
         return worker not in failed or self._held.keys() <= set(failed)
 
     def _block_to_copy(self, worker: Hashable) -> int | None:
-        if not self._copies:
+        if self._held[worker]:
             return None
-        for block in range(self._frontier, self._new):
-            holders = self._holders.get(block, ())
-            if 0 < len(holders) <= self._copies and worker not in holders and self._suits(worker, block):
-                return block
-        return None
+        return next((block for block in self._copyable if self._suits(worker, block)), None)
+
+    def _update_copyable(self, block: int) -> None:
+        if 0 < len(self._holders.get(block, ())) <= self._copies:
+            self._copyable.setdefault(block)
+        else:
+            self._copyable.pop(block, None)
 
     def done(self, worker: Hashable, block: int) -> bool:
         """Takes note of a result, also of one that arrives after its worker counted as lost.
@@ -128,6 +140,7 @@ class Schedule:
         self._failures.pop(block, None)
         if self._holders.pop(block, None) is None:
             self._returned.remove(block)
+        self._update_copyable(block)
         self._done.add(block)
         return True
 
@@ -173,6 +186,7 @@ class Schedule:
         holders = self._holders.get(block, set())
         held = worker in holders
         holders.discard(worker)
+        self._update_copyable(block)
         return held
 
     def _return(self, block: int) -> bool:
