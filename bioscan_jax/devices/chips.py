@@ -88,6 +88,7 @@ CHIPS = {
     ),
 }
 
+
 @dataclass(frozen=True)
 class Gpu:
     """One kind of GPU."""

@@ -166,9 +166,18 @@ class _Run:
         self.now, self.order, self.events = 0.0, itertools.count(), []
         ahead = max(1, round(policy.blocks_ahead * fleet.workers))
         self.schedule = Schedule(range(blocks), blocks_ahead=ahead, copies=policy.copies)
-        rate = fleet.workers * fleet.available * fleet.rows_per_second * (1 - fleet.slow_share * (1 - 1 / fleet.slow_factor))
+        rate = (
+            fleet.workers
+            * fleet.available
+            * fleet.rows_per_second
+            * (1 - fleet.slow_share * (1 - 1 / fleet.slow_factor))
+        )
         self.outcome = Outcome(
-            policy=policy, workers=fleet.workers, block_rows=block_rows, blocks=blocks, ideal_hours=fleet.rows / rate / _HOUR
+            policy=policy,
+            workers=fleet.workers,
+            block_rows=block_rows,
+            blocks=blocks,
+            ideal_hours=fleet.rows / rate / _HOUR,
         )
         self.seconds = block_rows / fleet.rows_per_second
         self.idle: dict[int, _Worker] = {}  # waiting for a block
@@ -188,7 +197,9 @@ class _Run:
             self.now = then
             happens()
         for worker in self.workers.values():
-            self.account(worker, "idle" if worker.ready and not worker.queue else "copied" if worker.queue else "starting")
+            self.account(
+                worker, "idle" if worker.ready and not worker.queue else "copied" if worker.queue else "starting"
+            )
         self.outcome.uncommitted /= self.now
         self.outcome.hours = self.now / _HOUR
         return self.outcome
