@@ -2,6 +2,7 @@
 
 import base64
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-_LONGEST_CELL = 60
-"""Characters of a cell that a table shows."""
+_START, _END = 16, 32
+"""Characters of a long cell that a table shows: of a lineage, the kingdom and the species."""
 
 
 def in_notebook() -> bool:
@@ -38,11 +39,18 @@ def progress_bar(**settings: Any) -> tqdm:
     Args:
         settings: As for `tqdm.tqdm`.
     """
-    if in_notebook() and find_spec("ipywidgets"):
+    if not in_notebook():
+        return tqdm(**settings)
+    if find_spec("ipywidgets"):
         from tqdm.notebook import tqdm as widget
 
         return widget(**settings)
-    return tqdm(**settings)
+    return tqdm(file=sys.stdout, **settings)  # a notebook shows stderr in red
+
+
+if in_notebook() and not find_spec("ipywidgets"):
+    # huggingface_hub imports tqdm.auto, which asks for ipywidgets
+    warnings.filterwarnings("ignore", "IProgress not found")
 
 
 class Shown:
@@ -54,7 +62,7 @@ class Shown:
 
 def text_html(text: str) -> str:
     """Returns lines of text as HTML that keeps their columns."""
-    return f'<pre style="line-height:1.35">{escape(text)}</pre>'
+    return f'<pre style="font-family:monospace;line-height:1.35">{escape(text)}</pre>'
 
 
 def facts_html(facts: Mapping[str, str], main: Sequence[str] = ()) -> str:
@@ -104,17 +112,23 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f'<td style="text-align:right">{value:.4g}</td>'
     text = "" if value is None else str(value)
-    cut = text if len(text) <= _LONGEST_CELL else f"{text[: _LONGEST_CELL - 1]}…"
+    cut = text if len(text) <= _START + _END else f"{text[:_START]}…{text[-_END:]}"
     side = "right" if isinstance(value, int) and not isinstance(value, bool) else "left"
     return f'<td style="text-align:{side};white-space:nowrap" title="{escape(text)}">{escape(cut)}</td>'
 
 
-def picture_html(path: str) -> str:
-    """Returns a picture in a local PNG file as an image that needs no other file; nothing if there is no such file."""
+def picture_html(path: str, what: str) -> str:
+    """Returns a picture as an image that needs no other file; nothing if there is no such file on this machine.
+
+    Args:
+        path: A PNG file.
+        what: What it shows, for those who cannot see it.
+    """
     file = Path(path)
     if not file.is_file():
         return ""
-    return f'<img style="max-width:100%" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f'<img alt="{escape(what)}" style="max-width:100%" src="data:image/png;base64,{data}">'
 
 
 @dataclass(frozen=True)

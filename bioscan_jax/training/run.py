@@ -97,7 +97,7 @@ class TrainingSummary:
         return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
 
     def _repr_html_(self) -> str:
-        return facts_html(self._lines()) + picture_html(f"{self.directory}/{CURVES}")
+        return facts_html(self._lines()) + picture_html(f"{self.directory}/{CURVES}", "losses and accuracies by step")
 
     def _lines(self) -> dict[str, str]:
         progress, metrics = self.progress, self.progress.evaluation

@@ -28,7 +28,7 @@ def test_results_show_as_the_text_that_they_print_as():
 
 
 def test_a_picture_that_is_absent_or_remote_is_left_out(tmp_path):
-    assert picture_html("gs://bucket/run/curves.png") == picture_html(str(tmp_path)) == ""
+    assert picture_html("gs://bucket/curves.png", "curves") == picture_html(str(tmp_path), "curves") == ""
 
 
 @pytest.mark.parametrize("error", [InputError("a.csv: is empty"), Interrupted("stopped", 2)])
