@@ -21,8 +21,8 @@ class Fleet:
     """The machines, the rows and the table of a simulation; every figure is an assumption that can be changed.
 
     Example:
-        >>> Fleet(workers=100, rows_per_second=500).available
-        0.923...
+        >>> round(Fleet(workers=100).available, 3)
+        0.923
     """
 
     rows: int = 100_000_000
