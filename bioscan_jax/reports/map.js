@@ -22,10 +22,9 @@ function pointMap(section, points) {
   const back = section.querySelector(".back"), front = section.querySelector(".front");
   const select = section.querySelector("select"), legend = section.querySelector(".legend");
   const n = points.x.length, smooth = n <= 20000, view = { x: 0, y: 0, scale: 1 };
-  const order = new Uint8Array(n);
   let width = 1, height = 1, ratio = 1, image = null, pixels = null, shown = null, codes = null;
   let only = -1, kind = -1, matches = null, selected = null, waiting = false, home = 1, moved = false;
-  let mode = "", outline = null, marks = [], pick = () => {}, drawn = () => {};
+  let mode = "", outline = null, marks = [], order = null, pale = 0, pick = () => {}, drawn = () => {};
 
   const box = [Infinity, Infinity, -Infinity, -Infinity];
   for (let i = 0; i < n; i++) {
@@ -83,6 +82,17 @@ function pointMap(section, points) {
     return { offsets, rim, reach, flat: Int32Array.from(offsets, ([dx, dy]) => dy * front.width + dx) };
   }
 
+  // The order in which points are drawn: pale ones below, then those without a name of their own, and queries on top
+  function arrange() {
+    const layers = Array.from({ length: 7 }, () => []);
+    for (let k = 0, i = 0; k < n; k++, i = (i + points.stride) % n) {
+      const layer = !isLit(i) ? 0 : (codes[i] === UNKNOWN ? 1 : codes[i] === OTHER ? 2 : 3) + (diamond(i) ? 3 : 0);
+      layers[layer].push(i);
+    }
+    pale = layers[0].length;
+    return Uint32Array.from(layers.flat());
+  }
+
   // Writes points straight into the pixels: 50,000 take a few milliseconds without a GPU
   function draw() {
     waiting = false;
@@ -93,7 +103,6 @@ function pointMap(section, points) {
     const steps = (dx, dy) => Math.abs(dx) + Math.abs(dy), size = (points.radii[0] + 1.6) * grown;
     const inner = stamp(size, steps), outer = stamp(size + 1.5 * ratio, steps), edge = pixel(inkColour());
     const scale = view.scale * ratio, left = W / 2 - view.x * scale, top = H / 2 + view.y * scale;
-    const faded = only >= 0 || kind >= 0 || matches || selected;
     const put = ({ offsets, rim, reach, flat }, x, y, value) => {
       if (x < -reach || y < -reach || x >= W + reach || y >= H + reach) return;
       if (x >= reach && y >= reach && x < W - reach && y < H - reach) {
@@ -108,18 +117,12 @@ function pointMap(section, points) {
         if (x + dx >= 0 && x + dx < W && y + dy >= 0 && y + dy < H) pixels[at] = over(value, pixels[at], cover);
       }
     };
-    // Pale points and those without a name of their own lie below the others, and rows below queries
-    for (let k = 0, i = 0; k < n; k++, i = (i + points.stride) % n) {
-      order[i] = (faded ? (isLit(i) ? 2 : 0) : codes[i] === UNKNOWN ? 0 : codes[i] === OTHER ? 1 : 2) + (diamond(i) ? (faded && !isLit(i) ? 0 : 3) : 0);
-    }
-    for (let pass = 0; pass < (points.diamond ? 6 : 3); pass++) {
-      for (let k = 0, i = 0; k < n; k++, i = (i + points.stride) % n) {
-        if (order[i] !== pass) continue;
-        const x = Math.round(points.x[i] * scale + left), y = Math.round(top - points.y[i] * scale);
-        const lit = !faded || pass % 3 === 2, value = colour[lit ? codes[i] : UNKNOWN];
-        if (!diamond(i)) put(stamps[points.size[i]], x, y, value);
-        else { if (lit) put(outer, x, y, edge); put(inner, x, y, value); }
-      }
+    order ??= arrange();
+    for (let k = 0; k < n; k++) {
+      const i = order[k], lit = k >= pale, value = colour[lit ? codes[i] : UNKNOWN];
+      const x = Math.round(points.x[i] * scale + left), y = Math.round(top - points.y[i] * scale);
+      if (!diamond(i)) put(stamps[points.size[i]], x, y, value);
+      else { if (lit) put(outer, x, y, edge); put(inner, x, y, value); }
     }
     const context = front.getContext("2d");
     context.putImageData(image, 0, 0);
@@ -212,7 +215,7 @@ function pointMap(section, points) {
 
   function recolour() {
     const focused = [...legend.querySelectorAll("button")].indexOf(document.activeElement);
-    shown = classes(select.value); codes = points.codes(shown.codes, only); paintLegend(); redraw();
+    shown = classes(select.value); codes = points.codes(shown.codes, only); order = null; paintLegend(); redraw();
     if (focused >= 0) legend.querySelectorAll("button")[focused]?.focus();
   }
 
@@ -311,9 +314,9 @@ function pointMap(section, points) {
   resize();
   return {
     draw, hover, pan, zoom, toScreen, recolour, redraw, nearest, drawMode, selectView, goTo,
-    show(mask) { matches = mask; tip.hidden = true; redraw(); },
+    show(mask) { matches = mask; order = null; tip.hidden = true; redraw(); },
     mark(list) { marks = list; redraw(); },
-    keep(mask) { selected = mask; if (!mask) outline = null; redraw(); },
+    keep(mask) { selected = mask; order = null; if (!mask) outline = null; redraw(); },
     onPick(act) { pick = act; },
     onSelect(act) { drawn = act; },
     get field() { return select.value; },
