@@ -75,6 +75,9 @@ class DataConfig:
     """Sequences over max_tokens: truncate cuts them, window averages several pieces, error rejects them."""
     block_rows: int = 8192
     """Rows read and batched together; long blocks are saved in parts, so that a killed run loses about 20 s of work."""
+    scratch: str | None = None
+    """Directory for the Parquet form of FASTA, kept and used again by all runs on the same files; if absent, it is beside
+    the table (a temporary directory if that is in a bucket) until the table is finished."""
 
     def __post_init__(self) -> None:
         _at_least("data.max_tokens", self.max_tokens, 2)
@@ -279,6 +282,9 @@ class ExamplesConfig:
     """Share kept for a final test; no training run reads it."""
     split_seed: int = 0
     """Seed of the split; another one holds out other rows."""
+    scratch: str | None = None
+    """Directory for working files, and for the Parquet form of FASTA, which is kept and used again by all runs on the
+    same files; if absent, they are in the run's directory (the cache if that is in a bucket) until the run is finished."""
 
     def __post_init__(self) -> None:
         _at_least("data.max_tokens", self.max_tokens, 2)

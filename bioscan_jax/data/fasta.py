@@ -67,6 +67,12 @@ def transcode(found: Files, target: Path, *, on_rows: Callable[[int], None] | No
     return target
 
 
+def fingerprint(found: Files) -> str:
+    """Returns a name for the files that changes with their names, sizes and modification times."""
+    stamps = [_stamp(found, path, name) for path, name in zip(found.paths, found.names, strict=True)]
+    return hashlib.sha256(json.dumps([_LAYOUT, stamps]).encode()).hexdigest()[:32]
+
+
 def read_origins(target: Path) -> list[dict[str, Any]]:
     """Returns the name, bytes, rows and sha256 of each FASTA file that `target` was made from.
 

@@ -31,6 +31,7 @@ from bioscan_jax.config import DataConfig
 from bioscan_jax.data import fasta
 from bioscan_jax.data.files import Files, find_files
 from bioscan_jax.errors import InputError, logger, one_line, printable
+from bioscan_jax.location import local_directory
 
 # Pieces of 8k, 16k and 32k barcodes decode equally fast; 16k keeps memory small and seeks short.
 _PIECE_ROWS = 16_384
@@ -368,7 +369,7 @@ def open_source(
     the same stem keep as much of their path as makes them differ. Where a column is not there under its default name,
     the names of public databases are tried (`bioscan_jax.barcodes.aliases`). `key=value` folders are columns. Dictionary and view columns are decoded; a column
     that is all null takes its type from another file, or is text. FASTA and FASTQ are first converted to
-    `scratch`/input.parquet; abundances in their ids (`;size=12;`) are a column `size`, too.
+    `scratch`/input.parquet, or into `data.scratch` under a name of their own; abundances in their ids (`;size=12;`) are a column `size`, too.
 
     Args:
         data: The path and the column names; for FASTA the column names are fixed.
@@ -394,9 +395,8 @@ def open_source(
     found = find_files(data.path)
     is_fasta, extra = found.kind == "fasta", {}
     if is_fasta:
-        if scratch is None:
-            raise InputError(f"{data.path} is FASTA, which is first converted to Parquet; pass a scratch directory")
-        target = fasta.transcode(found, scratch.absolute() / "input.parquet", on_rows=on_rows)
+        target = _converted(found, data, scratch)
+        fasta.transcode(found, target, on_rows=on_rows)
         converted = zip(found.paths, fasta.read_origins(target), strict=True)
         origins = [_Origin(found.url(path), **origin, folders=found.folders(path)) for path, origin in converted]
         data = replace(data, sequence_column="dna_sequence", id_column=_ID)
@@ -560,6 +560,27 @@ def _read_footer(found: Files, path: str, name: str) -> _Part:
     digest = hashlib.sha256(tail[-length:-8]).hexdigest()
     origin = _Origin(url, name, size, metadata.num_rows, digest, found.folders(path))
     return _Part(path, metadata, schema, origin)
+
+
+def _converted(found: Files, data: DataConfig, scratch: Path | None) -> Path:
+    """Returns the path of the Parquet form of FASTA files."""
+    if data.scratch is not None:
+        return scratch_place(data.scratch) / f"{fasta.fingerprint(found)}.parquet"
+    if scratch is None:
+        raise InputError(f"{data.path} is FASTA, which is first converted to Parquet; pass --data.scratch DIRECTORY")
+    return scratch.absolute() / "input.parquet"
+
+
+def scratch_place(scratch: str) -> Path:
+    """Returns the directory that `data.scratch` names.
+
+    Raises:
+        InputError: It is not on this machine.
+    """
+    local = local_directory(scratch, flag="data.scratch")
+    if local is None:
+        raise InputError(f"--data.scratch {scratch}: working files need a disk; pass a directory on this machine")
+    return local
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -94,7 +95,7 @@ def host_memory() -> Memory:
     return Memory(min(one.total for one in found), max(0, min(one.free for one in found)))
 
 
-def device_memory(device: jax.Device) -> Memory | None:
+def device_memory(device: Any) -> Memory | None:
     """Returns the memory of a device, of CPU devices an equal share of the host's; None where that is not known."""
     if device.platform == "cpu":
         host, devices = host_memory(), len(jax.local_devices(backend="cpu"))

@@ -26,6 +26,8 @@ from bioscan_jax.table.columns import check_values
 from bioscan_jax.training import splits
 
 _BLOCK_ROWS = 16_384
+BASES = "bases"
+"""Name of the scratch file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,7 @@ def prepare_examples(
     extra = [wanted.split_column] if wanted.split_column else []
     extra += lineages if held_out else []
     extra += places.values() if with_metadata else []
-    path = scratch / "bases"
+    path = scratch / BASES
     sequences, lengths, tokens, taxa, from_column, metadata = [], [], [], [], [], []
     with path.open("wb") as file:
         for first, table in _tables(source, [source.sequence_column, *extra]):

@@ -28,7 +28,7 @@ def run_settings(
     without_effect = {"output_dir", "batch_tokens", "remat", "log_every"}
     settings = {
         "input": source.fingerprint,
-        "data": {name: value for name, value in vars(data).items() if name != "path"},
+        "data": {name: value for name, value in vars(data).items() if name not in ("path", "scratch")},
         "model": {
             "name": loaded.provenance.model,
             "weights_sha256": loaded.provenance.weights_sha256,

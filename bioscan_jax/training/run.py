@@ -1,6 +1,7 @@
 """Fine-tuning: trains adapters and heads, or a whole model, on labelled barcodes."""
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from bioscan_jax.cache import cache_directory
 from bioscan_jax.checkpoints.head_files import taxon_tree
 from bioscan_jax.checkpoints.load import LoadedModel, load_weights
 from bioscan_jax.data.batching import batch_shapes
-from bioscan_jax.data.parquet import ParquetBlocks, open_source
+from bioscan_jax.data.parquet import ParquetBlocks, open_source, scratch_place
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
 from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.devices.memory import memory_errors
@@ -32,10 +33,10 @@ from bioscan_jax.notebook import facts_html, picture_html, progress_bar
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.storage import storage_errors
 from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
-from bioscan_jax.training.examples import Examples, prepare_examples
+from bioscan_jax.training.examples import BASES, Examples, prepare_examples
 from bioscan_jax.training.loop import Evaluate, Log, TrainingSetup, TrainState, run
 from bioscan_jax.training.record import check_or_write_record, run_settings
-from bioscan_jax.training.run_directory import CURVES, locate_run, open_run_directory
+from bioscan_jax.training.run_directory import CURVES, RUN_FILE, locate_run, open_run_directory
 from bioscan_jax.training.splits import SPLITS
 from bioscan_jax.training.state import Progress, open_checkpoints
 from bioscan_jax.training.step import Evaluation, TrainableModel, init_optimizer, split_trainable
@@ -193,9 +194,10 @@ def finetune(
         profiler = held.enter_context(StepProfiler(profile, "train"))
         lock = writer_lock(train.output_dir, "training", kind="run", flag=f"--{_FLAG}")
         check = held.enter_context(lock) if first else None
-        copies = cache_directory() / "runs" / str(jax.process_index())
+        working = cache_directory() if data.scratch is None else scratch_place(data.scratch)
+        copies = working / "runs" / str(jax.process_index())
         directory = held.enter_context(open_run_directory(place, copies, check=check))
-        scratch = held.enter_context(_scratch(directory.local))
+        scratch = held.enter_context(_scratch(directory.local, data.scratch))
         source = open_source(_as_data(data), scratch=scratch, for_table=False)
         layout = make_layout(mesh)
         loaded = _load(model, train, layout, progress)
@@ -260,7 +262,8 @@ def _check(
 
 
 def _as_data(data: config.ExamplesConfig) -> config.DataConfig:
-    return config.DataConfig(path=data.path, sequence_column=data.sequence_column, id_column=data.id_column, id=data.id)
+    same = ("path", "sequence_column", "id_column", "id", "scratch")
+    return config.DataConfig(**{name: getattr(data, name) for name in same})
 
 
 def _max_tokens(data: config.ExamplesConfig, loaded: LoadedModel) -> int:
@@ -271,20 +274,29 @@ def _max_tokens(data: config.ExamplesConfig, loaded: LoadedModel) -> int:
 
 
 @contextmanager
-def _scratch(directory: Path) -> Iterator[Path]:
-    """Yields this process's directory for the bases, removed at the end."""
-    scratch = directory / f".examples-{jax.process_index()}"
-    shutil.rmtree(scratch, ignore_errors=True)
+def _scratch(run: Path, place: str | None) -> Iterator[Path]:
+    """Yields this process's directory for the bases, removed at the end.
+
+    What a run that exists has converted from FASTA stays there until the run is finished.
+    """
+    name = f"examples-{jax.process_index()}"
+    scratch = run / f".{name}"
+    if place is not None:
+        scratch = scratch_place(place) / f"{hashlib.sha256(str(run).encode()).hexdigest()[:16]}.{name}"
     try:
-        scratch.mkdir(parents=True)
+        scratch.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"--train.output_dir {str(directory)!r}: {error.strerror}; pass a directory you may write"
-        ) from error
+        flag = f"--{_FLAG} {str(run)!r}" if place is None else f"--data.scratch {place}"
+        raise InputError(f"{flag}: {error.strerror}; pass a directory you may write") from error
     try:
         yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    except BaseException:
+        if (run / RUN_FILE).exists() and place is None:
+            (scratch / BASES).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _load(model: config.ModelConfig, train: config.TrainConfig, layout: Layout, progress: bool) -> LoadedModel:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bioscan_jax.config import DataConfig
+from bioscan_jax.data import fasta
 from bioscan_jax.data import parquet as source_module
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, hash_text, open_source
 from bioscan_jax.errors import InputError
@@ -647,3 +648,24 @@ def test_a_mistyped_id_column_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", pa.table({"dna_sequence": ["ACGT"], "processid": ["A"]}))
     message = error_of(path, id_column="procesid")
     assert_words(message, f"{path} has no column 'procesid'", "dna_sequence, processid", "--data.id_column")
+
+
+def test_a_scratch_directory_keeps_the_parquet_form_of_fasta_for_every_run_on_the_same_files(tmp_path, monkeypatch):
+    written, write = [], fasta._write
+    monkeypatch.setattr(fasta, "_write", lambda found, *rest: written.append(found.paths) or write(found, *rest))
+    files = [tmp_path / name for name in ("a.fasta", "b.fasta")]
+    files[0].write_text(">x\nACGT\n")
+    files[1].write_text(">y\nTTGACA\n")
+    kept = tmp_path / "scratch"
+    for file in (files[0], files[1], files[0]):
+        data = DataConfig(path=str(file), scratch=str(kept))
+        source = open_source(data, scratch=tmp_path / "unused")
+        assert source[0].table["sequence_id"].to_pylist() == ["x" if file is files[0] else "y"]
+    assert [paths for (paths,) in written] == [str(file) for file in files]
+    files[0].write_text(">z\nACGTACGT\n")
+    again = open_source(DataConfig(path=str(files[0]), scratch=str(kept)), scratch=None)
+    assert again[0].table["sequence_id"].to_pylist() == ["z"]
+    assert len(list(kept.glob("*.parquet"))) == len(written) == 3
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(InputError, match="--data.scratch gs://b/x: working files need a disk; pass a directory"):
+        open_source(DataConfig(path=str(files[0]), scratch="gs://b/x"), scratch=None)

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import fsspec
 import jax
@@ -24,7 +26,9 @@ from bioscan_jax.barcodes.simulate import write_simulated
 from bioscan_jax.devices.profiling import TRACED_STEPS, WARM_UP
 from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.location import local_copy
+from bioscan_jax.training.examples import BASES
 from bioscan_jax.training.export import export
+from bioscan_jax.training.run import _scratch
 from bioscan_jax.training.tracking import Tracker
 
 
@@ -101,6 +105,28 @@ def test_a_stopped_run_continues_to_the_same_result(whole, barcodes, tmp_path, m
     resumed = train(barcodes, tmp_path / "run")
     assert resumed.before == step
     check_same_run(tmp_path / "run", directory)
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["a run", "no run yet"])
+def test_what_was_converted_from_fasta_stays_until_the_run_is_finished(tmp_path, exists):
+    run, place = tmp_path / "run", tmp_path / "scratch"
+    run.mkdir()
+    if exists:
+        (run / "run.json").touch()
+
+    def leave(error: Exception | None, scratch: str | None) -> Path:
+        with suppress(Interrupted), _scratch(run, scratch) as directory:
+            for name in ("input.parquet", BASES):
+                (directory / name).touch()
+            if error is not None:
+                raise error
+        return directory
+
+    stopped = Interrupted("stopped", signal.SIGTERM)
+    assert [path.name for path in leave(stopped, None).glob("*")] == ["input.parquet"] * exists
+    assert not leave(None, None).exists()
+    assert leave(stopped, str(place)).parent == place
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.slow
