@@ -20,6 +20,7 @@ from bioscan_jax.devices.interrupt import stop_on_signals
 from bioscan_jax.devices.memory import memory_errors
 from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
+from bioscan_jax.embedding.block import Tally
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.job import Job, prepare, scratch_directory
 from bioscan_jax.embedding.pipeline import Work, run_rounds
@@ -196,16 +197,16 @@ def _opened_table(job: Job, lock: Check) -> Iterator[VectorTable]:
 
 def _totals(work: Work, table: VectorTable | None) -> tuple[Work, int, int]:
     """Sums the work of all processes; also returns how many vectors and rejects process 0's tables hold."""
-    summed = ("tokens_real", "tokens_computed", "model_flops")
-    mine = {name: getattr(work, name) for name in summed} | {"counts": dataclasses.asdict(work.counts)}
+    mine = dataclasses.asdict(work.tally)
     mine["table"] = (table.vectors, table.rejects) if table is not None else None
     every = [json.loads(payload) for payload in gather_bytes(json.dumps(mine).encode())]
-    counts = BlockCounts()
+    tables = [one.pop("table") for one in every]
+    total = Tally()
     for one in every:
-        changes = CleaningCounts(**one["counts"].pop("changes"))
-        counts += BlockCounts(**one["counts"], changes=changes)
-    sums = {name: sum(one[name] for one in every) for name in summed}
-    return dataclasses.replace(work, counts=counts, **sums), *every[0]["table"]
+        counts = one.pop("counts")
+        changes = CleaningCounts(**counts.pop("changes"))
+        total += Tally(**one, counts=BlockCounts(**counts, changes=changes))
+    return dataclasses.replace(work, tally=total), *tables[0]
 
 
 def _summary(
@@ -226,10 +227,10 @@ def _summary(
         vectors=vectors,
         rejects=rejects,
         resumed_at=resumed,
-        counts=work.counts,
-        tokens_real=work.tokens_real,
-        tokens_computed=work.tokens_computed,
-        model_flops=work.model_flops,
+        counts=work.tally.counts,
+        tokens_real=work.tally.tokens_real,
+        tokens_computed=work.tally.tokens_computed,
+        model_flops=work.tally.model_flops,
         shapes=work.shapes,
         seconds={"total": total, "load": 0.0, "compile": 0.0} | clock.seconds,
         device_busy=work.activity.share,
