@@ -13,6 +13,7 @@ from .config import (
     DataConfig,
     EmbedConfig,
     ExamplesConfig,
+    FleetConfig,
     IdentifyConfig,
     LoRAConfig,
     LossConfig,
@@ -30,9 +31,9 @@ from .config import (
 from .devices.sharding import Layout, make_layout
 from .embedding.encoder import Encoder, StreamBlock, load
 from .embedding.project import ProjectSummary, project
-from .embedding.run import embed
 from .embedding.summary import RunSummary
 from .errors import InputError, Interrupted
+from .fleet.run import embed
 from .matching.calibration import CalibrationSummary, calibrate
 from .matching.identify import IdentifySummary, identify
 from .matching.search import Table, open_table
@@ -57,6 +58,7 @@ __all__ = [
     "EmbedConfig",
     "Encoder",
     "ExamplesConfig",
+    "FleetConfig",
     "IdentifyConfig",
     "IdentifySummary",
     "InputError",

@@ -1,7 +1,7 @@
 """The settings of a run: frozen dataclasses, one per subject, checked when they are created."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bioscan_jax.errors import InputError
@@ -114,6 +114,38 @@ class MeshConfig:
         _at_least("mesh.model", self.model, 1)
         if self.data != -1:
             _at_least("mesh.data", self.data, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """Workers on the machines of a Ray cluster, which embed the blocks of one table.
+
+    Example:
+        >>> FleetConfig(address="auto", resources={"TPU": 4}).workers is None
+        True
+    """
+
+    address: str
+    """local starts Ray on this machine. auto joins the cluster that this machine is in, HOST:6379 names that cluster, and
+    ray://HOST:10001 reaches one from outside."""
+    workers: int | None = None
+    """Most workers at a time; as many as the cluster has room for if absent."""
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    """What one worker takes of its machine, such as '{"TPU": 4}' or '{"GPU": 1, "CPU": 8}'."""
+    mixed: bool = False
+    """Allow workers on different kinds of devices, whose vectors differ by rounding."""
+    blocks_ahead: int = 256
+    """How far the blocks in work may be ahead of the first one that is not committed."""
+    start_seconds: float = 45.0
+    """How long to wait for the first machine; raise it where an autoscaler has to start one."""
+
+    def __post_init__(self) -> None:
+        _at_least("fleet.workers", self.workers, 1)
+        _at_least("fleet.blocks_ahead", self.blocks_ahead, 1)
+        if not self.resources or not all(0 < amount < math.inf for amount in self.resources.values()):
+            raise InputError(f"--fleet.resources {self.resources} must have amounts above 0, such as '{{\"CPU\": 8}}'")
+        if not 0 < self.start_seconds < math.inf:
+            raise InputError(f"--fleet.start_seconds {self.start_seconds} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

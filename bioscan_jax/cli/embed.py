@@ -13,6 +13,7 @@ def main(
     sink: config.SinkConfig,
     embed: config.EmbedConfig = config.EmbedConfig(),  # noqa: B008 - frozen
     mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008
+    fleet: config.FleetConfig | None = None,
     simulate: config.SimulateConfig | None = None,
     neighbours: int = 0,
     profile: str | None = None,
@@ -25,6 +26,7 @@ def main(
         sink: Which table.
         embed: How tokens become vectors.
         mesh: Which devices.
+        fleet: Workers on a Ray cluster, instead of the devices of this machine.
         simulate: Simulated barcodes to embed.
         neighbours: Print this many nearest neighbours of the first row at the end.
         profile: Directory for a profiler trace of 20 batches, taken once nothing is left to compile.
@@ -33,7 +35,7 @@ def main(
 
     from bioscan_jax.checkpoints.hub import DEFAULT, DEFAULT_DIRECTORY
     from bioscan_jax.checkpoints.projection_files import read_projection
-    from bioscan_jax.embedding.run import embed as run_embed
+    from bioscan_jax.fleet.run import embed as run_embed
     from bioscan_jax.matching.search import describe_neighbours
 
     simulated = write_if_wanted(simulate, data.path)
@@ -42,8 +44,8 @@ def main(
         print(f"{data.path}: your file instead of simulated barcodes; its vectors go to the table {sink.table!r}")
     if model.checkpoint.startswith("random:"):
         print(f"{model.checkpoint}: RANDOM weights, not trained; vectors only show that the machinery runs")
-    summary = run_embed(model, data, sink, embed, mesh, profile=profile)
-    if jax.process_index() == 0:
+    summary = run_embed(model, data, sink, embed, mesh, fleet=fleet, profile=profile)
+    if fleet is not None or jax.process_index() == 0:  # with a fleet, the devices of this machine may be a worker's
         print(summary)
         if model.checkpoint == DEFAULT:
             print(f"default model: {read_projection(DEFAULT_DIRECTORY).description}")

@@ -14,8 +14,8 @@ import pyarrow as pa
 from jaxtyping import Float, Float32
 
 from bioscan_jax.barcodes.schemas import TokenBatch
-from bioscan_jax.data.encode import NOT_FINITE, BlockCounts, EncodedBlock, encode_block, reject_not_finite
-from bioscan_jax.data.parquet import Block
+from bioscan_jax.data.encode import NOT_FINITE, BlockCounts, EncodedBlock, Encoding, encode_block, reject_not_finite
+from bioscan_jax.data.parquet import Block, ParquetBlocks
 from bioscan_jax.embedding.job import Job
 from bioscan_jax.embedding.repeats import PreparedBlock, digests
 from bioscan_jax.table.columns import check_values
@@ -88,14 +88,16 @@ class Tally:
         )
 
 
-def tokenise(job: Job, block: Block, *, named: bool) -> tuple[EncodedBlock, Sequence[bytes]]:
+def tokenise(
+    source: ParquetBlocks, encoding: Encoding, block: Block, *, named: bool
+) -> tuple[EncodedBlock, Sequence[bytes]]:
     """Checks, cleans and tokenises a block; also returns the digests of its sequences, if they are `named`.
 
     Raises:
         InputError: A value cannot be stored.
     """
-    check_values(block.table, lambda row: job.source.locate(block.first_row + row))
-    encoded = encode_block(block, job.blocks.encoding)
+    check_values(block.table, lambda row: source.locate(block.first_row + row))
+    encoded = encode_block(block, encoding)
     return encoded, digests(encoded.views, encoded.counts.distinct) if named else []
 
 

@@ -175,7 +175,7 @@ def _prepared_blocks(
 
     def read(block: Block) -> tuple[EncodedBlock, Sequence[bytes]]:
         with clock.stage("encode"):
-            return tokenise(job, block, named=bool(cache.blocks))
+            return tokenise(job.source, job.blocks.encoding, block, named=bool(cache.blocks))
 
     window = Window(cache.blocks)
     begin = start - every * min(cache.blocks, start // every)

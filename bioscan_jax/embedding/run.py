@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import jax
+import pyarrow as pa
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import CleaningCounts
@@ -30,6 +31,7 @@ from bioscan_jax.location import write_whole
 from bioscan_jax.notebook import progress_bar, same_again
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS, check_values, vector_schema
 from bioscan_jax.table.lock import Check, writer_lock
+from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.sink import VectorTable
 from bioscan_jax.table.storage import drop_if_empty, sidecar_path, storage_errors, table_exists, table_path
 
@@ -113,8 +115,10 @@ def embed_with(
             notes: list[str] = []
             if not table_exists(sink.uri, sink.table):
                 check_unique_ids(source)
-                notes = _notes(source) if jax.process_index() == 0 else []
-        table = held.enter_context(_opened_table(job, lock)) if lock is not None else None
+                notes = input_notes(source) if jax.process_index() == 0 else []
+        table = None
+        if lock is not None:
+            table = held.enter_context(opened_table(source, sink, job.schema, job.plan, job.provenance, lock))
         begun_at = [table.safe_rows, table.vectors, table.count_rejects(NOT_FINITE)] if table is not None else None
         resumed, vectors, not_finite = json.loads(gather_bytes(json.dumps(begun_at).encode())[0])
         work = Work(resumed, vectors + not_finite, not_finite)
@@ -145,7 +149,7 @@ def embed_with(
     return summary
 
 
-def _notes(source: ParquetBlocks) -> list[str]:
+def input_notes(source: ParquetBlocks) -> list[str]:
     """Returns, and logs as warnings, what of the input's lineages and column names may surprise later."""
     notes = []
     if clashes := [name for name in source.schema.names if name in SEARCH_COLUMNS]:
@@ -174,24 +178,31 @@ def _locate(source: ParquetBlocks, first: int, row: int) -> str:
 
 
 @contextmanager
-def _opened_table(job: Job, lock: Check) -> Iterator[VectorTable]:
+def opened_table(
+    source: ParquetBlocks,
+    sink: config.SinkConfig,
+    schema: pa.Schema,
+    plan: Plan,
+    provenance: dict[str, str],
+    lock: Check,
+) -> Iterator[VectorTable]:
     """Opens the table; removes it again if it is new and fails before its first commit, as its plan may be wrong."""
     with VectorTable.open(
-        job.sink.uri,
-        job.sink.table,
-        schema=job.schema,
-        plan=job.plan,
-        provenance=job.provenance | {"library_version": versions()["bioscan_jax"]},
-        rows=job.source.rows,
-        block_rows=job.source.block_rows,
-        max_bytes_per_file=job.sink.max_bytes_per_file,
+        sink.uri,
+        sink.table,
+        schema=schema,
+        plan=plan,
+        provenance=provenance | {"library_version": versions()["bioscan_jax"]},
+        rows=source.rows,
+        block_rows=source.block_rows,
+        max_bytes_per_file=sink.max_bytes_per_file,
         lock=lock,
     ) as table:
         try:
             yield table
         except (InputError, MemoryError):
             with suppress(InputError):
-                drop_if_empty(job.sink.uri, job.sink.table)
+                drop_if_empty(sink.uri, sink.table)
             raise
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -91,6 +92,34 @@ class DeviceActivity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FleetFigures:
+    """What the workers of a fleet did in one run."""
+
+    workers: list[dict[str, Any]]
+    """Name, devices, blocks, rows, seconds and rows_per_second of each worker, the lost ones included."""
+    lost: int
+    """Workers that ended before the run did."""
+    refused: list[str]
+    """Workers that did not fit the others, and why."""
+    blocks_again: int
+    """Blocks that were given out again, since their worker was lost."""
+    failures: int
+    """Times that a block failed on a worker which went on."""
+    straggling: float
+    """Seconds in which finished blocks waited for an earlier one."""
+
+    def __str__(self) -> str:
+        """Formats the figures as one line."""
+        rates = sorted(one["rows_per_second"] for one in self.workers if one["rows"])
+        speed = f", {rates[0]:,.0f} to {rates[-1]:,.0f} rows/s each" if rates else ""
+        again = f", {self.blocks_again:,} blocks given out again, {self.failures:,} failed attempts"
+        return (
+            f"{len(self.workers)} workers{speed}; {self.lost} lost{again}; {len(self.refused)} refused; "
+            f"finished blocks waited {self.straggling:.1f} s for slower ones"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSummary:
     r"""Figures of one `embed` run; those about work cover this run alone, not an earlier part that it resumed.
 
@@ -145,6 +174,8 @@ class RunSummary:
     """The indexes built at the end."""
     notes: list[str] = field(default_factory=list)
     """Warnings about the lineages and columns of the input; empty in a run that resumes."""
+    fleet: FleetFigures | None = None
+    """Where the workers of a fleet embedded."""
 
     @property
     def rows_per_second(self) -> float:
@@ -196,13 +227,16 @@ class RunSummary:
             "memory": f"host {_gib(self.peak_host_bytes)}{device}",
             "devices": f"{self.devices}, {self.processes} process(es)",
         }
+        if self.fleet is not None:
+            del lines["overlap"]
+            lines["fleet"] = str(self.fleet)
         if self.index is not None:
             lines["index"] = self.index
         for number, note in enumerate(self.notes, 1):
             lines["note" if number == 1 else f"note {number}"] = note
         if self.resumed_at == self.rows:
             work = ("truncated", "cleaned", "tokens", "shapes", "seconds", "speed", "overlap")
-            lines = {name: text for name, text in lines.items() if name not in work}
+            lines = {name: text for name, text in lines.items() if name not in (*work, "fleet")}
             lines["vectors"], lines["rejects"] = f"{self.vectors:,}", f"{self.rejects:,}"
             lines["rows"] = f"{self.rows:,}, complete before this run: nothing was left to do"
         return lines

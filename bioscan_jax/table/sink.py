@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import UInt64
+from jaxtyping import Bool, Float, UInt64
 
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.errors import InputError
@@ -92,6 +92,43 @@ def write_fragments(
     conformed = _conform(data, dataset.schema)
     with storage_errors(path, safe_rows):
         return write_files(dataset, conformed, max_bytes_per_file)
+
+
+def read_vectors(
+    uri: str, table: str, fragments: Sequence[str], rows: UInt64[np.ndarray, " wanted"]
+) -> tuple[Float[np.ndarray, "found d"], Bool[np.ndarray, " wanted"]]:
+    """Reads vectors from fragments that may not be committed yet.
+
+    Args:
+        uri: Database directory or object-store URL.
+        table: Name of the vector table.
+        fragments: Results of `write_fragments`, in order of `source_row`.
+        rows: Values of `source_row`, in any order, also repeated.
+
+    Returns:
+        The vectors of the rows that are there, in the order of `rows`, and which these are.
+
+    Raises:
+        InputError: The storage failed.
+    """
+    from lance.file import LanceFileReader
+
+    path, found, there = table_path(uri, table), [], np.zeros(len(rows), bool)
+    places = np.zeros(len(rows), np.int64)
+    with storage_errors(path):
+        files = [file["path"] for fragment in fragments for file in json.loads(fragment)["files"]]
+        for name in files:
+            where = f"{path}/data/{name}"
+            held = LanceFileReader(where, columns=["source_row"]).read_all().to_table()["source_row"].to_numpy()
+            here = np.isin(rows, held)
+            if here.any():
+                wanted, back = np.unique(np.searchsorted(held, rows[here]), return_inverse=True)
+                taken = LanceFileReader(where, columns=["vector"]).take_rows(wanted.tolist()).to_table()["vector"]
+                flat = taken.combine_chunks().flatten().to_numpy()
+                places[here] = back + sum(map(len, found))
+                there |= here
+                found.append(flat.reshape(len(wanted), -1))
+    return (np.concatenate(found)[places[there]] if found else np.empty((0, 0), np.float32)), there
 
 
 class VectorTable:
@@ -330,6 +367,22 @@ class VectorTable:
             indexes, notes = build_indexes(self._vectors, index)
             self._clean()
         return Finished(self.vectors, self.rejects, indexes, notes)
+
+    def fragments_of(self, first: int, stop: int) -> list[str]:
+        """Returns the committed fragments that hold some of the last input rows, from `first` to `stop`, in order."""
+        found: list[str] = []
+        for fragment in reversed(self._vectors.get_fragments()):
+            rows = fragment.to_table(columns=["source_row"])["source_row"].to_numpy()
+            if len(rows) and rows[0] < stop and rows[-1] >= first:
+                found.append(json.dumps(fragment.metadata.to_json()))
+            if len(rows) and rows[0] <= first:
+                break
+        return found[::-1]
+
+    def rejected_rows(self, reason: str, first: int) -> UInt64[np.ndarray, " rows"]:
+        """Returns the input rows, from `first` on, that were rejected for a reason."""
+        wanted = f"reason = '{reason}' AND source_row >= {first}"
+        return self._rejects.to_table(["source_row"], filter=wanted)["source_row"].to_numpy()
 
     def count_rejects(self, reason: str) -> int:
         """Returns how many rows were rejected for a reason."""
