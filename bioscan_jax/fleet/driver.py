@@ -327,7 +327,9 @@ class Run:
         record.seconds = time.perf_counter() - member.began
         if self._window:
             rejected = written.part.rejected
-            rows = rejected.filter(pa.array([reason == NOT_FINITE for reason in rejected["reason"].to_pylist()], pa.bool_()))
+            rows = rejected.filter(
+                pa.array([reason == NOT_FINITE for reason in rejected["reason"].to_pylist()], pa.bool_())
+            )
             before = self._begun if block == self._first else None
             lost = rows["source_row"].to_numpy()
             self._earlier[block] = Earlier(
