@@ -5,6 +5,7 @@ from .barcodes.tokenizer import Vocabulary, encode
 from .bundles.bundle import bundle
 from .bundles.manifest import verify_bundle
 from .bundles.merge import import_bundle
+from .bundles.sync import SyncSummary, sync
 from .checkpoints.convert import convert
 from .config import (
     ArchiveConfig,
@@ -82,6 +83,7 @@ __all__ = [
     "SimulateConfig",
     "SinkConfig",
     "StreamBlock",
+    "SyncSummary",
     "Table",
     "TrackingConfig",
     "TrainConfig",
@@ -110,5 +112,6 @@ __all__ = [
     "project",
     "query",
     "report",
+    "sync",
     "verify_bundle",
 ]

@@ -4,6 +4,9 @@ A command that writes a directory works in a local one, which is then uploaded; 
 into the cache, once for each state of its files.
 """
 
+import base64
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -11,18 +14,19 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
 from bioscan_jax.cache import cache_bound, downloads_directory, hold, prune
-from bioscan_jax.errors import InputError, one_line
+from bioscan_jax.errors import InputError, logger, one_line
 from bioscan_jax.output import exclusive, move_synced, whole_file
 
 MOUNT_POINTS = ("/media", "/mnt", "/run/media", "/Volumes")
@@ -34,8 +38,27 @@ _SYSTEM_DIRECTORY = re.compile(
 )
 """Directories that Windows, macOS and Linux create on every disk, often unreadable."""
 _RCLONE_NOT_FOUND = (3, 4)
+_RCLONE_LASTING_CODES = (2, 3, 4, 7)
+_RCLONE_LASTING = re.compile(
+    r"didn't find section|not support|\b40[0134]\b|denied|forbidden|unauthori[sz]ed|invalid_grant|no space|quota",
+    re.IGNORECASE,
+)
+"""Failures of rclone that another attempt does not change."""
+_TRANSIENT = {
+    getattr(errno, name, None)  # EREMOTEIO, by which s3fs reports an error 500, is known to Linux alone
+    for name in ("EIO", "EBUSY", "EAGAIN", "EREMOTEIO", "ETIMEDOUT", "EPIPE", "ECONNRESET", "ECONNREFUSED")
+}
+_NETWORK_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")
+_NETWORK_ERROR = re.compile(r"Connect|Time|Http|HTTP|Payload|Disconnect|Incomplete|Closed|Response|ClientOS")
+_ATTEMPTS = 5
+_FIRST_PAUSE_SECONDS = 1.0
+_FIX = "; fix it and run the same command again"
 _IDENTITY = ("size", "generation", "ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "created")
 """What the drivers of object stores tell of a file that changes with its contents."""
+
+
+class TransientError(InputError):
+    """A failure of a remote store that may pass: a dropped connection, a timeout, an error of the server."""
 
 
 @contextmanager
@@ -46,9 +69,60 @@ def driver_errors(where: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            f"{where}: the storage failed ({one_line(error)}); fix it and run the same command again"
-        ) from error
+        kind = TransientError if _may_pass(error) else InputError
+        raise kind(f"{where}: the storage failed ({one_line(error)}){_FIX}") from error
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if isinstance(code := getattr(error, "code", getattr(error, "status", None)), int):  # of HTTP
+        return code in (408, 425, 429) or code >= 500
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _TRANSIENT
+    library = type(error).__module__.split(".")[0]
+    return library in _NETWORK_LIBRARIES and _NETWORK_ERROR.search(type(error).__name__) is not None
+
+
+_Method = TypeVar("_Method", bound=Callable)
+
+
+def _retried(method: _Method) -> _Method:
+    """Repeats an operation that failed for a reason that may pass, with growing pauses, 5 times at most."""
+
+    @functools.wraps(method)
+    def attempts(*arguments: object, **keywords: object) -> object:
+        for attempt in range(_ATTEMPTS - 1):
+            try:
+                return method(*arguments, **keywords)
+            except TransientError as error:
+                pause = _FIRST_PAUSE_SECONDS * 2**attempt
+                logger.warning(f"{str(error).removesuffix(_FIX)}; trying again in {pause:.0f} s")
+                time.sleep(pause)
+        return method(*arguments, **keywords)
+
+    return cast(_Method, attempts)
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What tells whether a copy of a file is intact."""
+
+    bytes: int
+    sha256: str
+    md5: str
+    """The hash that most stores know of their files."""
+
+    @staticmethod
+    def of(file: Path) -> "Digest":
+        """Reads a file."""
+        sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                sha256.update(block)
+                md5.update(block)
+                size += len(block)
+        return Digest(size, sha256.hexdigest(), md5.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -105,6 +179,13 @@ class Directory:
         """Returns the file itself."""
         return self.root / path
 
+    def holds(self, path: str, wanted: Digest) -> bool:
+        """Returns whether a file has these contents, read from the disk itself where the system allows it."""
+        with driver_errors(f"{self.name}/{path}"):
+            with (self.root / path).open("rb") as stream, suppress(AttributeError, OSError):
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return Digest.of(self.root / path) == wanted
+
     def remove(self, path: str) -> None:
         """Removes a file if it exists."""
         with driver_errors(self.name):
@@ -150,6 +231,7 @@ class Bucket:
             for path, info in self._files().items()
         }
 
+    @_retried
     def _files(self) -> dict[str, dict]:
         with driver_errors(self.name):
             self.filesystem.invalidate_cache()
@@ -165,6 +247,7 @@ class Bucket:
 
     scratch = staging
 
+    @_retried
     def put(self, file: Path, path: str, *, keep: bool = False) -> None:
         """Uploads a file, and removes it here unless it is to be kept."""
         goal = f"{self.root.rstrip('/')}/{path}"
@@ -175,6 +258,7 @@ class Bucket:
             if not keep:
                 file.unlink()
 
+    @_retried
     def fetch(self, path: str, scratch: Path) -> Path:
         """Downloads a file."""
         local = scratch / "fetched"
@@ -182,6 +266,25 @@ class Bucket:
             self.filesystem.get_file(f"{self.root.rstrip('/')}/{path}".rstrip("/"), str(local))
         return local
 
+    def holds(self, path: str, wanted: Digest) -> bool:
+        """Returns whether a file has these contents, by the MD5 that the store knows or by reading it back."""
+        info = self._info(path)
+        if info["size"] != wanted.bytes:
+            return False
+        md5 = bytes.fromhex(wanted.md5)
+        known = {str(info.get("ETag", "")).strip('"'), str(info.get("md5Hash", ""))}
+        if known & {md5.hex(), base64.b64encode(md5).decode()}:
+            return True
+        with self.scratch() as scratch:  # an ETag may be something else than the MD5
+            return Digest.of(self.fetch(path, scratch)) == wanted
+
+    @_retried
+    def _info(self, path: str) -> dict:
+        with driver_errors(f"{self.name}/{path}"):
+            self.filesystem.invalidate_cache()
+            return self.filesystem.info(f"{self.root.rstrip('/')}/{path}")
+
+    @_retried
     def remove(self, path: str) -> None:
         """Removes a file if it exists."""
         with driver_errors(self.name), suppress(FileNotFoundError):
@@ -203,6 +306,7 @@ class Remote:
         """The place as messages name it."""
         return f"rclone:{self.remote}"
 
+    @_retried
     def _run(self, *arguments: str, missing_ok: bool = False) -> str | None:
         if (program := shutil.which("rclone")) is None:
             raise InputError(f"{self.name}: rclone is not installed; get it from your distribution or rclone.org")
@@ -212,9 +316,9 @@ class Remote:
         if missing_ok and done.returncode in _RCLONE_NOT_FOUND:
             return None
         message = " ".join((done.stderr.strip().splitlines() or [""])[-1].split())[:300]
-        raise InputError(
-            f"{self.name}: rclone {arguments[0]} failed ({message}); fix it and run the same command again"
-        )
+        lasting = done.returncode in _RCLONE_LASTING_CODES or _RCLONE_LASTING.search(done.stderr)
+        kind = InputError if lasting else TransientError
+        raise kind(f"{self.name}: rclone {arguments[0]} failed ({message}){_FIX}")
 
     def _at(self, path: str) -> str:
         return f"{self.remote}{path}" if self.remote.endswith((":", "/")) else f"{self.remote}/{path}"
@@ -247,6 +351,19 @@ class Remote:
         self._run("copyto", "--ignore-times", self._at(path), str(local))
         return local
 
+    def holds(self, path: str, wanted: Digest) -> bool:
+        """Returns whether a file has these contents, by the hash that the remote offers or by reading it back."""
+        found = json.loads(
+            self._run("lsjson", "--stat", "--hash-type", "md5", "--hash-type", "sha256", self._at(path)) or "{}"
+        )
+        if found.get("Size") != wanted.bytes:
+            return False
+        hashes = found.get("Hashes") or {}
+        if hashes.get("sha256") == wanted.sha256 or hashes.get("md5") == wanted.md5:
+            return True
+        with self.scratch() as scratch:
+            return Digest.of(self.fetch(path, scratch)) == wanted
+
     def remove(self, path: str) -> None:
         """Removes a file if it exists."""
         self._run("deletefile", self._at(path), missing_ok=True)
@@ -263,7 +380,8 @@ Location = Directory | Bucket | Remote
 """A place that holds files under relative paths with `/`.
 
 `staging` yields a local directory in which to write a file, and `put` moves it from there to its path, where it appears
-whole; `fetch` returns a local copy, in `scratch` unless the file is local already.
+whole; `fetch` returns a local copy, in `scratch` unless the file is local already; `holds` compares what arrived. At a
+remote place a failure that may pass is tried again, 5 times in all within 15 s of pauses.
 """
 
 

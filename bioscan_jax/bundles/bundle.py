@@ -144,7 +144,7 @@ def bundle(
     location = locate(target, "target")
     if isinstance(location, Directory):
         check_mounted(location.root, "target")
-    extra = _extra_files(beside)
+    extra = extra_files(beside)
     local = local_directory(source)
     calibration = _sidecar(source, table, "calibration")
     asked: dict[str, Any] = {
@@ -362,7 +362,7 @@ def _schema_text(schema: pa.Schema) -> str:
     return base64.b64encode(schema.remove_metadata().serialize().to_pybytes()).decode()
 
 
-def _extra_files(paths: Sequence[str]) -> dict[str, Path]:
+def extra_files(paths: Sequence[str]) -> dict[str, Path]:
     """Lists the additional files to include, by their path in the bundle."""
     found: dict[str, Path] = {}
     for given in paths:

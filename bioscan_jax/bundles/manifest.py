@@ -61,8 +61,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Returns the manifest as JSON, with a digest of itself so that damage is detected."""
-        body = {"format": FORMAT, "head": self.head, "files": [asdict(entry) for entry in self.files]}
-        return json.dumps(body | {"sha256": _digest(body)}, indent=1, sort_keys=True)
+        return sealed({"format": FORMAT, "head": self.head, "files": [asdict(entry) for entry in self.files]})
 
     @staticmethod
     def from_json(text: str | bytes, where: str) -> "Manifest":
@@ -72,14 +71,7 @@ class Manifest:
             InputError: It is damaged, of another format, or names a path outside the bundle.
         """
         try:
-            body = json.loads(text)
-            digest = body.pop("sha256")
-            if digest != _digest(body):
-                raise ValueError("its own sha256 is wrong")
-            if (given := body["format"]) != FORMAT:
-                newer = isinstance(given, str) and given.rsplit(" ", 1)[0] == FORMAT.rsplit(" ", 1)[0]
-                fix = "it is of another version of bioscan_jax: import it with that one" if newer else "check the path"
-                raise FormatError(f"{where} has the format {given!r:.60}, not {FORMAT!r}; {fix}")
+            body = unsealed(text, where, FORMAT)
             if not isinstance(body["head"], dict) or not all(map(_is_entry, body["files"])):
                 raise ValueError("its files are not described as they should be")
             if lacking := _HEAD.keys() - body["head"].keys():
@@ -102,6 +94,34 @@ def _is_entry(entry: Any) -> bool:
     kinds = {"path": str, "bytes": int, "sha256": str, "kind": str, "rows": int}
     known = isinstance(entry, dict) and entry.keys() == kinds.keys() and entry["kind"] in get_args(Kind)
     return known and all(isinstance(entry[name], kind) for name, kind in kinds.items())
+
+
+def sealed(body: dict[str, Any]) -> str:
+    """Returns a JSON object with a digest of itself, by which `unsealed` detects damage."""
+    return json.dumps(body | {"sha256": _digest(body)}, indent=1, sort_keys=True)
+
+
+def unsealed(text: str | bytes, where: str, expected: str) -> dict[str, Any]:
+    """Returns what `sealed` wrote, without the digest.
+
+    Args:
+        text: The JSON.
+        where: Its place, for messages.
+        expected: The value of its key `format`.
+
+    Raises:
+        FormatError: It is intact and of another format or version.
+        ValueError: It is damaged; also KeyError, TypeError, AttributeError and RecursionError.
+    """
+    body = json.loads(text)
+    digest = body.pop("sha256")
+    if digest != _digest(body):
+        raise ValueError("its own sha256 is wrong")
+    if (given := body["format"]) != expected:
+        newer = isinstance(given, str) and given.rsplit(" ", 1)[0] == expected.rsplit(" ", 1)[0]
+        fix = "it is of another version of bioscan_jax: import it with that one" if newer else "check the path"
+        raise FormatError(f"{where} has the format {given!r:.60}, not {expected!r}; {fix}")
+    return body
 
 
 def _digest(body: dict[str, Any]) -> str:

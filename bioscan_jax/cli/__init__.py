@@ -20,6 +20,7 @@ COMMANDS = {
     "compact": "join the small files of a finished table",
     "report": "write a report of a vector table as one HTML file",
     "bundle": "carry a vector table: export, verify, import",
+    "sync": "keep a folder of tables and its copy elsewhere in step",
     "convert": "convert a checkpoint once, for faster starts",
     "fleet": "plan or simulate embedding with many machines",
     "plan": "compile for a TPU you do not have yet, and report what fits",

@@ -1,6 +1,9 @@
 """What every command shares: flags from dataclasses, layered --config files, one line for a mistake."""
 
+import argparse
 import dataclasses
+import functools
+import json
 import logging
 import os
 import re
@@ -149,6 +152,24 @@ def positional(words: Sequence[str], flag: str) -> list[str]:
 def path_flags(words: Sequence[str], flag: str) -> list[str]:
     """The words with `--flag FILE` as `--flag.path FILE`."""
     return [f"{flag}.path{word.removeprefix(flag)}" if word.split("=")[0] == flag else word for word in words]
+
+
+def with_paths(words: Sequence[str]) -> list[str]:
+    """The words with each `--with PATH`, a keyword in Python, in the list `--beside`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--with", action="append", dest="beside", default=[], metavar="PATH")
+    known, others = parser.parse_known_args(words)
+    return [*others, *([f"--beside={json.dumps(known.beside)}"] if known.beside else [])]
+
+
+def printed(function: Callable[..., object]) -> Callable[..., None]:
+    """The function, with its result printed."""
+
+    @functools.wraps(function)
+    def show(**flags: object) -> None:
+        print(function(**flags))
+
+    return show
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -4,12 +4,9 @@ export writes checked files to a directory, stick, URL or rclone:REMOTE:PATH; ve
 missing; import merges them into a table. Each has its own help: bioscan bundle export --help
 """
 
-import argparse
-import functools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from bioscan_jax.cli._command import UsageError, from_flags
+from bioscan_jax.cli._command import UsageError, from_flags, printed, with_paths
 
 
 def verify(source: str | None = None, target: str | None = None) -> None:
@@ -31,16 +28,6 @@ def verify(source: str | None = None, target: str | None = None) -> None:
         raise InputError(f"{place}: {count:,} files are damaged, missing or extra; copy them again or export again")
 
 
-def _printed(function: Callable[..., object]) -> Callable[..., None]:
-    """The function, with its result printed."""
-
-    @functools.wraps(function)
-    def show(**flags: object) -> None:
-        print(function(**flags))
-
-    return show
-
-
 def command(words: Sequence[str]) -> None:
     """Runs `bioscan bundle`; `--with PATH`, which may be repeated, names what export takes along."""
     mode, *flags = words or [""]
@@ -49,15 +36,11 @@ def command(words: Sequence[str]) -> None:
     elif mode == "export":
         from bioscan_jax.bundles.bundle import bundle
 
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--with", action="append", dest="beside", default=[], metavar="PATH")
-        known, flags = parser.parse_known_args(flags)
-        flags += [f"--beside={json.dumps(known.beside)}"] if known.beside else []
-        from_flags(_printed(bundle), "bundle export")(flags)
+        from_flags(printed(bundle), "bundle export")(with_paths(flags))
     elif mode == "import":
         from bioscan_jax.bundles.merge import import_bundle
 
-        from_flags(_printed(import_bundle), "bundle import")(flags)
+        from_flags(printed(import_bundle), "bundle import")(flags)
     elif mode == "verify":
         from_flags(verify, "bundle verify")(flags)
     else:
