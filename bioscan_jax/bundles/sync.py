@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -21,6 +21,7 @@ from bioscan_jax.bundles.synced import (
     FileItem,
     Item,
     Object,
+    Part,
     SyncedCopy,
     TableItem,
     foreign_file,
@@ -168,20 +169,34 @@ def sync(
     _check_sides(origin, sizes, goal, there, beside)
     folder, place, held = (goal, origin, sizes) if pulls else (origin, goal, there)
     assert not isinstance(folder, Remote)
-    with machine_lock(f"sync {place.name}", f"{place.name}: the copy"), _State.open(folder, place) as state:
+    with machine_lock(f"sync {place.name}", f"{place.name}: the copy"):
         copy = read_copy(place, held)
         if pulls and copy is None:
             raise InputError(f"{place.name}: its first sync is unfinished; run that again")
-        copy = copy or SyncedCopy(0, {})
-        local = _Folder.read(folder, copy, extra_files(beside), part_bytes, state, progress)
-        wanted, found = (copy.items, local.items) if pulls else (local.items, copy.items)
-        choice = _choose(wanted, found, state.base, prefer, delete)
-        run = _Run(folder, place, held, copy, local, choice, state, part_bytes, progress, delete)
-        summary, now = run.pull(goal.name) if pulls else run.push(goal.name)
-        state.base |= {path: now[path].digest for path in (*choice.send, *choice.same)}
-        state.base = {path: digest for path, digest in state.base.items() if path not in choice.delete}
-        state.save()
-        state.forget_transfers()
+        copy = copy or SyncedCopy(uuid.uuid4().hex, 0, {})
+        with _State.open(folder, copy.id) as state:
+            if copy.number < state.number:
+                if pulls and prefer is None:
+                    lost = f"the copy is at version {copy.number}, and version {state.number} was here already"
+                    raise InputError(f"{place.name}: {lost}; sync the folder to it, or pass --prefer source")
+                state.base = {path: _Base.of(item) for path, item in copy.items.items()}
+            local = _Folder.read(folder, copy, extra_files(beside), part_bytes, state, progress)
+            copied = {
+                path
+                for path, base in state.base.items()
+                if path in copy.items and base.digest == copy.items[path].digest
+            }
+            if pulls:
+                choice = _choose(copy.items, local.items, (copied, local.unchanged), state.base.keys(), prefer, delete)
+            else:
+                choice = _choose(local.items, copy.items, (local.unchanged, copied), state.base.keys(), prefer, delete)
+            run = _Run(folder, place, held, copy, local, choice, state, part_bytes, progress, delete)
+            summary, now = run.pull(goal.name) if pulls else run.push(goal.name)
+            state.base |= {path: _Base.of(now.items[path]) for path in (*choice.send, *choice.same)}
+            state.base = {path: base for path, base in state.base.items() if path not in choice.delete}
+            state.number = now.number
+            state.save()
+            state.forget_transfers()
     return summary
 
 
@@ -219,13 +234,39 @@ def _is_hidden(path: str) -> bool:
     return any(name.startswith(".") for name in path.split("/"))
 
 
+@dataclass(frozen=True)
+class _Base:
+    """A table or file as it was on both sides after the last sync."""
+
+    digest: str
+    cuts: Mapping[str, tuple[int, Sequence[int]]]
+    """Of each column of a table: the rows of a new part, and of the parts that the digest is made of."""
+
+    @staticmethod
+    def of(item: Item) -> "_Base":
+        columns = item.columns if isinstance(item, TableItem) else {}
+        cuts = {name: (column.part_rows, [part.rows for part in column.parts]) for name, column in columns.items()}
+        return _Base(item.digest, cuts)
+
+    @staticmethod
+    def load(digest: str, cuts: dict[str, list]) -> "_Base":
+        """Reads what was saved as JSON."""
+        return _Base(digest, {name: (new, parts) for name, (new, parts) in cuts.items()})
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The parts, without their contents."""
+        return {name: Column(new, tuple(Part(rows, "") for rows in parts)) for name, (new, parts) in self.cuts.items()}
+
+
 @dataclass
 class _State:
-    """What this machine knows of earlier syncs of a folder with one place; it may be lost."""
+    """What this machine knows of earlier syncs of a folder with one copy; it may be lost."""
 
     directory: Path
-    base: dict[str, str] = field(default_factory=dict)
-    """The digest of each table and file that was equal on both sides after the last sync."""
+    number: int = 0
+    """The copy's version at the last sync."""
+    base: dict[str, _Base] = field(default_factory=dict)
     known: Known = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
     """The identity and SHA-256 of each file that was read."""
@@ -234,8 +275,8 @@ class _State:
 
     @staticmethod
     @contextmanager
-    def open(folder: Directory | Bucket, place: Location) -> "Iterator[_State]":
-        key = hashlib.sha256(place.name.encode()).hexdigest()[:16]
+    def open(folder: Directory | Bucket, copy_id: str) -> "Iterator[_State]":
+        key = hashlib.sha256(copy_id.encode()).hexdigest()[:16]
         if isinstance(folder, Directory):
             directory = folder.root / STATE / key
         else:
@@ -245,12 +286,18 @@ class _State:
             directory.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
                 found = json.loads(state._file.read_bytes())
-                state.base, state.known, state.files = found["base"], found["known"], found["files"]
+                base = {path: _Base.load(**one) for path, one in found["base"].items()}
+                state.number, state.known, state.files, state.base = (
+                    found["number"],
+                    found["known"],
+                    found["files"],
+                    base,
+                )
             for line in state._journal.read_text().splitlines() if state._journal.exists() else ():
                 with suppress(ValueError, TypeError):  # cut off by a kill
                     one = Object(**json.loads(line))
                     state.sent[one.path] = one
-            yield state
+        yield state
 
     @property
     def _file(self) -> Path:
@@ -267,7 +314,9 @@ class _State:
 
     def save(self) -> None:
         with whole_file(self._file) as partial:
-            partial.write_text(json.dumps({"base": self.base, "known": self.known, "files": self.files}))
+            base = {path: one.__dict__ for path, one in self.base.items()}
+            found = {"number": self.number, "base": base, "known": self.known, "files": self.files}
+            partial.write_text(json.dumps(found))
 
     def note(self, one: Object) -> None:
         """Remembers an object that arrived intact."""
@@ -285,9 +334,12 @@ class _Folder:
     """The tables and files of a folder."""
 
     items: dict[str, Item]
+    """Tables in the parts that the copy has."""
     datasets: dict[str, "lance.LanceDataset"]
     beside: dict[str, Path]
     """Files from outside the folder."""
+    unchanged: set[str] = field(default_factory=set)
+    """What is as it was after the last sync."""
 
     @staticmethod
     def read(
@@ -316,11 +368,15 @@ class _Folder:
                 dataset = open_dataset(f"{folder.name}/{path}")
                 if dataset is None:
                     continue
-                before = copy.items.get(path)
-                before = before if isinstance(before, TableItem) else None
+                there, base = copy.items.get(path), state.base.get(path)
+                columns = there.columns if isinstance(there, TableItem) else {}
                 found.datasets[path] = dataset
-                found.items[path], keys = describe_table(dataset, before, part_bytes, state.known, bar.update)
+                found.items[path], keys = describe_table(dataset, columns, part_bytes, state.known, bar.update)
                 known |= keys
+                if base is not None and base.digest != found.items[path].digest:  # the copy may be in other parts since
+                    as_then, keys = describe_table(dataset, base.columns, part_bytes, state.known, bar.update)
+                    known |= keys
+                    found.unchanged |= {path} if as_then.digest == base.digest else set()
             state.known = known
             seen: dict[str, list[str]] = {}
             with folder.scratch() as scratch:
@@ -339,6 +395,9 @@ class _Folder:
             for path, file in beside.items():
                 found.items[path] = FileItem(Object("", file.stat().st_size, sha256_of(file)))
         state.save()
+        found.unchanged |= {
+            p for p, item in found.items.items() if p in state.base and state.base[p].digest == item.digest
+        }
         for path in found.items:
             check_path(path, folder.name)
         check_distinct(found.items, folder.name)
@@ -359,33 +418,41 @@ class _Choice:
 def _choose(
     wanted: Mapping[str, Item],
     found: Mapping[str, Item],
-    base: Mapping[str, str],
+    unchanged: tuple[Set[str], Set[str]],
+    synced: Set[str],
     prefer: Literal["source", "target"] | None,
     delete: bool,
 ) -> _Choice:
     """Compares both sides with each other and with what they were after the last sync.
+
+    Args:
+        wanted: What the source has.
+        found: What the target has.
+        unchanged: What is as it was after the last sync, at the source and at the target.
+        synced: What was equal on both sides then.
+        prefer: The side that wins.
+        delete: Delete at the target.
 
     Raises:
         InputError: The target has changed, and nothing says which side wins; or rows or columns would be deleted.
     """
     send, same, keep, skip, gone, both, behind = [], [], [], [], [], [], []
     for path in sorted({*wanted, *found}):
-        new, old, last = wanted.get(path), found.get(path), base.get(path)
+        new, old = wanted.get(path), found.get(path)
         if new is None:
-            assert old is not None
-            (gone if delete and old.digest == last else keep).append(path)
+            (gone if delete and path in unchanged[1] else keep).append(path)
         elif old is None:
             send.append(path)
         elif new.digest == old.digest:
             same.append(path)
-        elif old.digest == last or prefer == "source":
+        elif path in unchanged[1] or prefer == "source":
             send.append(path)
         elif prefer == "target":
             skip.append(path)
         else:
-            (behind if new.digest == last else both).append(path)
+            (behind if path in unchanged[0] else both).append(path)
     if both:
-        what = "changed on both sides since the last sync" if both[0] in base else "differ, and no sync has seen both"
+        what = "changed on both sides since the last sync" if both[0] in synced else "differ, and no sync has seen both"
         raise InputError(f"{_some(both)}: {what}; pass --prefer source or --prefer target, the side that wins")
     if behind:
         what = "changed at the target since the last sync, and not at the source"
@@ -429,8 +496,8 @@ class _Run:
     progress: bool
     delete: bool
 
-    def push(self, target: str) -> tuple[SyncSummary, Mapping[str, Item]]:
-        """Brings the copy up to date; also returns what it holds then."""
+    def push(self, target: str) -> tuple[SyncSummary, SyncedCopy]:
+        """Brings the copy up to date; also returns its new version."""
         numbers, earlier = manifest_numbers(self.held), self.copy.objects()
         have = {path: one for path, one in (self.state.sent | earlier).items() if self.held.get(path) == one.bytes}
         # What is damaged or missing in the copy is sent again, though nothing changed here
@@ -450,7 +517,7 @@ class _Run:
             copy = replace(self.copy, items=items)
             listed = self.place.sizes()
             if send or self.choice.delete:
-                copy = SyncedCopy(max(numbers, default=0) + 1, items)
+                copy = replace(self.copy, number=max(numbers, default=0) + 1, items=items)
                 if max(manifest_numbers(listed), default=0) >= copy.number:
                     raise InputError(f"{self.place.name}: another sync has written there meanwhile; run this one again")
                 write_copy(self.place, copy, staging)
@@ -462,7 +529,7 @@ class _Run:
             if number < self.copy.number:
                 self.place.remove(manifest_name(number))
         sent = [one for one, travelled in done if travelled]
-        return self._summary(target, sent, list(objects.values()), 0 if self.delete else sum(unused.values())), items
+        return self._summary(target, sent, list(objects.values()), 0 if self.delete else sum(unused.values())), copy
 
     def _uploads(self, path: str) -> Iterator[_Upload]:
         item = self.local.items[path]
@@ -523,8 +590,8 @@ class _Run:
             columns[name] = Column(column.part_rows, tuple(parts))
         return replace(item, columns=columns)
 
-    def pull(self, target: str) -> tuple[SyncSummary, Mapping[str, Item]]:
-        """Brings the folder up to date; also returns what the copy holds."""
+    def pull(self, target: str) -> tuple[SyncSummary, SyncedCopy]:
+        """Brings the folder up to date; also returns the copy's version."""
         needed: dict[str, Object] = {}
         for path in self.choice.send:
             item = self.copy.items[path]
@@ -561,7 +628,7 @@ class _Run:
             self._delete(path)
         objects = [one for path in (*self.choice.send, *self.choice.same) for one in self.copy.items[path].objects()]
         fetched = [one for one, (_, travelled) in zip(needed.values(), done, strict=True) if travelled]
-        return self._summary(target, fetched, objects, 0), self.copy.items
+        return self._summary(target, fetched, objects, 0), self.copy
 
     def _table(self, path: str) -> TableItem | None:
         item = self.local.items.get(path)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -102,6 +102,8 @@ Item = FileItem | TableItem
 class SyncedCopy:
     """A version of the copy: everything in it by its path in the folder; a table's path ends in .lance."""
 
+    id: str
+    """Of the copy; all its versions have it, wherever it is carried."""
     number: int
     """Of its manifest."""
     items: Mapping[str, Item]
@@ -183,7 +185,9 @@ def write_copy(location: Location, copy: SyncedCopy, staging: Path) -> None:
     tables = {path: item for path, item in copy.items.items() if isinstance(item, TableItem)}
     files = {path: asdict(item.object) for path, item in copy.items.items() if isinstance(item, FileItem)}
     draft = staging / "manifest"
-    draft.write_text(sealed({"format": FORMAT, "files": files, "tables": {p: asdict(t) for p, t in tables.items()}}))
+    draft.write_text(
+        sealed({"format": FORMAT, "id": copy.id, "files": files, "tables": {p: asdict(t) for p, t in tables.items()}})
+    )
     digest, name = Digest.of(draft), manifest_name(copy.number)
     location.put(draft, name)
     if not location.holds(name, digest):
@@ -204,14 +208,14 @@ def _parse(body: dict[str, Any], where: str, number: int) -> SyncedCopy:
         for one in item.objects():
             check_path(one.path, where)
     check_distinct(items, where)
-    return SyncedCopy(number, items)
+    return SyncedCopy(body["id"], number, items)
 
 
 def _table(body: dict[str, Any]) -> TableItem:
     fields = tuple((name, kind, null, tuple(map(tuple, facts))) for name, kind, null, facts in body.pop("fields"))
     found, columns = body.pop("columns"), {}
     for name, *_ in fields:
-        parts = tuple(replace(Part(**part), object=Object(**part["object"])) for part in found[name]["parts"])
+        parts = tuple(Part(**part | {"object": Object(**part["object"])}) for part in found[name]["parts"])
         columns[name] = Column(found[name]["part_rows"], parts)
         if sum(part.rows for part in parts) != body["rows"]:
             raise ValueError(f"the parts of column {name!r} do not make it up")

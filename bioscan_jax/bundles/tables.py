@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,7 +141,7 @@ def part_keys(dataset: "lance.LanceDataset", item: TableItem) -> Known:
 
 def describe_table(
     dataset: "lance.LanceDataset",
-    before: TableItem | None,
+    before: Mapping[str, Column],
     part_bytes: int,
     known: Known,
     advance: Callable[[int], object],
@@ -150,7 +150,7 @@ def describe_table(
 
     Args:
         dataset: The table.
-        before: The copy's version of it, whose parts end at the same rows; later rows are in parts of their own.
+        before: Columns whose parts shall end at the same rows; later rows are in parts of their own.
         part_bytes: Approximate size in memory of a part.
         known: Hashes found earlier.
         advance: Called with the bytes that were read.
@@ -163,7 +163,7 @@ def describe_table(
     with storage_errors(dataset.uri):
         sample = dataset.to_table(limit=_SAMPLED_ROWS) if total else schema.empty_table()
     for field in schema:
-        old = before.columns.get(field.name) if before is not None else None
+        old = before.get(field.name)
         if old is None:
             row_bytes = max(1, sample[field.name].nbytes // max(1, len(sample)))
             old = Column(max(1, part_bytes // row_bytes // _STEP_ROWS) * _STEP_ROWS, ())
@@ -212,17 +212,6 @@ def write_column_part(column: str, values: pa.Array, file: Path) -> None:
     write_part(pa.table({column: values}), file)
 
 
-def continues(old: TableItem | None, new: TableItem) -> bool:
-    """Returns whether the new table is the old one with rows after it."""
-    if old is None or old.fields != new.fields or old.metadata != new.metadata:
-        return False
-    return all(
-        [part.content for part in column.parts]
-        == [part.content for part in new.columns[name].parts[: len(column.parts)]]
-        for name, column in old.columns.items()
-    )
-
-
 def parts_to_fetch(old: TableItem | None, new: TableItem) -> list[Part]:
     """Returns the parts of the new table that the old one does not hold at the same rows."""
     return [part for name, column in new.columns.items() for _, part, here in _places(old, name, column) if not here]
@@ -249,8 +238,8 @@ def write_table(
 ) -> "lance.LanceDataset":
     """Brings a Lance table to the state of a copy, in one commit, and then its indexes.
 
-    Rows that only the copy has are appended where that is all that changed; otherwise every row is written again, with
-    the unchanged columns read from the table.
+    If there are new rows and no other change, these are appended; if there are new columns and no other change, these are
+    joined. Otherwise all rows are written again, with the unchanged parts read from the table.
 
     Args:
         database: Directory or URL of the table.
@@ -267,23 +256,17 @@ def write_table(
 
     path = f"{database.rstrip('/')}/{table}.lance"
     schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(new.schema))).with_metadata(dict(new.metadata))
-    first = old[1].rows if old is not None and continues(old[1], new) else 0
     with writer_lock(database, table.removesuffix("_rejects")) as check:
         latest = open_dataset(path)
         if (None if latest is None else latest.version) != (None if old is None else old[0].version):
             raise InputError(f"{path} changed while it was compared; run the same command again")
         with storage_errors(path):
-            batches = pa.RecordBatchReader.from_batches(schema, _batches(schema, old, new, first, files))
-            fragments = write_fragments(
-                batches, path if latest is None else latest, schema, max_bytes_per_file=_MAX_BYTES_PER_FILE
-            )
-            appends = latest is not None and first > 0
-            operation = (
-                lance.LanceOperation.Append(fragments) if appends else lance.LanceOperation.Overwrite(schema, fragments)
-            )
-            if latest is None:
-                written = lance.LanceDataset.commit(path, operation)
+            if latest is None or old is None:
+                rows = _reader(schema, _batches(schema, None, new, 0, files))
+                fragments = write_fragments(rows, path, schema, mode="create", max_bytes_per_file=_MAX_BYTES_PER_FILE)
+                written = lance.LanceDataset.commit(path, lance.LanceOperation.Overwrite(schema, fragments))
             else:
+                operation = _change(schema, latest, old[1], new, files)
                 written = commit(latest, operation, {"synced": f"{new.rows} rows"}, check)
             if new.index is not None:
                 build_indexes(written, new.index)
@@ -292,22 +275,79 @@ def write_table(
     return written
 
 
+def _change(
+    schema: pa.Schema, dataset: "lance.LanceDataset", old: TableItem, new: TableItem, files: Mapping[str, Path]
+) -> "lance.LanceOperation.BaseOperation":
+    """Writes the files of a change, and returns it: new rows, new columns, or everything."""
+    from lance import LanceOperation
+    from lance.fragment import write_fragments
+
+    same_facts = old.metadata == new.metadata and old.fields == new.fields[: len(old.fields)]
+    starts_as_old = same_facts and all(
+        [part.content for part in column.parts]
+        == [part.content for part in new.columns[name].parts[: len(column.parts)]]
+        for name, column in old.columns.items()
+    )
+    if starts_as_old and old.fields == new.fields:
+        rows = _reader(schema, _batches(schema, None, new, old.rows, files))
+        return LanceOperation.Append(
+            write_fragments(rows, dataset, schema, mode="append", max_bytes_per_file=_MAX_BYTES_PER_FILE)
+        )
+    if starts_as_old and old.rows == new.rows:
+        added = pa.schema([schema.field(name) for name in new.columns if name not in old.columns])
+        counts = [fragment.count_rows() for fragment in dataset.get_fragments()]
+        batches = _batches(added, None, new, 0, files, np.cumsum(counts).tolist())
+        fragments, merged_schema = [], dataset.lance_schema
+        for fragment, count in zip(dataset.get_fragments(), counts, strict=True):
+            merged, merged_schema = fragment.merge_columns(_reader(added, _next_rows(batches, count)))
+            fragments.append(merged)
+        return LanceOperation.Merge(fragments, merged_schema)
+    rows = _reader(schema, _batches(schema, (dataset, old), new, 0, files))
+    return LanceOperation.Overwrite(
+        schema, write_fragments(rows, dataset, schema, mode="overwrite", max_bytes_per_file=_MAX_BYTES_PER_FILE)
+    )
+
+
+def _reader(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatchReader:
+    return pa.RecordBatchReader.from_batches(schema, batches)
+
+
+def _next_rows(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yields the next batches, which together have these rows."""
+    while rows:
+        batch = next(batches)
+        rows -= len(batch)
+        yield batch
+
+
 def _batches(
     schema: pa.Schema,
     old: tuple["lance.LanceDataset", TableItem] | None,
     new: TableItem,
     first: int,
     files: Mapping[str, Path],
+    stops: Sequence[int] = (),
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows from `first` on; a part of each column is in memory at a time."""
+    """Yields the rows from `first` on, of a part of each column at a time.
+
+    Args:
+        schema: The columns to read.
+        old: The table to read unchanged parts from; None where all are in `files`.
+        new: The state that the rows have.
+        first: A row at which a part of each column begins.
+        files: Local files of the other parts, by SHA-256.
+        stops: Rows at which a batch ends too.
+    """
     parts = {
-        name: [place for place in _places(None if old is None else old[1], name, column) if place[0] >= first]
-        for name, column in new.columns.items()
+        name: [
+            place for place in _places(None if old is None else old[1], name, new.columns[name]) if place[0] >= first
+        ]
+        for name in schema.names
     }
-    ends = sorted({start + part.rows for places in parts.values() for start, part, _ in places})
+    ends = sorted({*stops, *(start + part.rows for places in parts.values() for start, part, _ in places)})
     held: dict[str, tuple[int, pa.Array]] = {}
     for stop in ends:
-        for field in schema:
+        for field in schema if first < stop else ():
             if field.name not in held or held[field.name][0] + len(held[field.name][1]) <= first:
                 start, part, here = parts[field.name].pop(0)
                 values = (
