@@ -5,7 +5,7 @@ from .barcodes.tokenizer import Vocabulary, encode
 from .bundles.bundle import bundle
 from .bundles.manifest import verify_bundle
 from .bundles.merge import import_bundle
-from .bundles.sync import SyncSummary, sync
+from .bundles.sync import sync
 from .checkpoints.convert import convert
 from .config import (
     ArchiveConfig,
@@ -83,7 +83,6 @@ __all__ = [
     "SimulateConfig",
     "SinkConfig",
     "StreamBlock",
-    "SyncSummary",
     "Table",
     "TrackingConfig",
     "TrainConfig",
