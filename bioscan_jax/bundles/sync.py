@@ -42,6 +42,7 @@ from bioscan_jax.bundles.tables import (
     write_column_part,
     write_table,
 )
+from bioscan_jax.cache import cache_directory
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import (
     Bucket,
@@ -49,7 +50,6 @@ from bioscan_jax.location import (
     Directory,
     Location,
     Remote,
-    cache_directory,
     check_mounted,
     locate,
 )

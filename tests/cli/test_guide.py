@@ -28,6 +28,8 @@ PROGRAMS = (
 )
 
 ELSEWHERE = {
+    "bioscan sync --source outputs --target rclone:gdrive:DeepBio/outputs": "needs an account; tests/bundles/test_rclone.py",
+    "bioscan sync --source rclone:gdrive:DeepBio/outputs --target outputs": "needs an account; tests/bundles/test_rclone.py",
     "pip install -e .": "CI installs so",
     "pip install -e '.[test]'": "CI installs so",
     "pytest": "CI runs it",
