@@ -7,6 +7,7 @@ from .bundles.manifest import verify_bundle
 from .bundles.merge import import_bundle
 from .bundles.sync import sync
 from .checkpoints.convert import convert
+from .checkpoints.push import push_to_hub
 from .config import (
     ArchiveConfig,
     CalibrateConfig,
@@ -109,6 +110,7 @@ __all__ = [
     "open_table",
     "plan",
     "project",
+    "push_to_hub",
     "query",
     "report",
     "sync",

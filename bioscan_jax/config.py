@@ -40,10 +40,11 @@ class ModelConfig:
     seed: int = 0
     """Seed of random:PRESET weights; ignored for a real checkpoint."""
     adapter: str | None = None
-    """Directory or URL of a LoRA adapter (PEFT format) trained on this checkpoint; none if absent."""
+    """Directory, URL or OWNER/NAME@COMMIT on the Hugging Face hub of a LoRA adapter (PEFT format) trained on this
+    checkpoint; none if absent."""
     projection: str = "auto"
-    """Directory of a projection of the pooled vectors (from fit-metric). auto is the one beside the weights (or beside
-    the adapter), if there is one; none stores raw vectors."""
+    """Directory, URL or OWNER/NAME@COMMIT of a projection of the pooled vectors (from fit-metric). auto is the one beside
+    the weights (or beside the adapter), if there is one; none stores raw vectors."""
     attention: Literal["auto", "dense", "splash", "cudnn"] = "auto"
     """How attention is computed. auto is dense below 512 tokens, else splash (TPU v4 or newer) or cuDNN flash (NVIDIA).
 
@@ -580,7 +581,7 @@ class IdentifyConfig:
     refine_factor: int | None = None
     """The index returns refine_factor * k candidates, which are then compared by exact vectors."""
     heads: str | None = None
-    """Directory of an export whose taxonomic heads were trained on these vectors; they vote too."""
+    """Directory of an export, or OWNER/NAME@COMMIT, whose taxonomic heads were trained on these vectors; they vote too."""
     processes: int = 2
     """Worker processes for alignment."""
     batch_tokens: int = EmbedConfig.batch_tokens

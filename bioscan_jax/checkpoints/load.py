@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.checkpoints.hub import Provenance, ResolvedCheckpoint, resolve_checkpoint
+from bioscan_jax.checkpoints.hub import Provenance, ResolvedCheckpoint, resolve_checkpoint, resolve_part
 from bioscan_jax.checkpoints.keys import has_lm_head, load_model, random_model
 from bioscan_jax.checkpoints.orbax import has_converted_head, is_converted, load_converted, read_provenance
 from bioscan_jax.checkpoints.peft import Adapter, read_adapter
@@ -23,7 +23,6 @@ from bioscan_jax.checkpoints.readers import sha256_of, weight_files
 from bioscan_jax.devices.memory import memory_errors
 from bioscan_jax.devices.sharding import Layout, compute_dtype
 from bioscan_jax.errors import InputError
-from bioscan_jax.location import local_copy
 from bioscan_jax.model.attention import attention_setting, choose_attention
 from bioscan_jax.model.config import PRESETS, TransformerConfig, read_config
 from bioscan_jax.model.projection import Projection
@@ -137,7 +136,7 @@ def load_weights(
     loaded.model.attention = model.attention
     if model.adapter is None:
         return _with_projection(loaded, model)
-    directory = local_copy(model.adapter, "model.adapter")
+    directory = resolve_part(model.adapter, "model.adapter")
     adapter = read_adapter(directory, loaded.model, layout, base=loaded.provenance)
     provenance = dataclasses.replace(loaded.provenance, adapter=model.adapter, adapter_sha256=adapter.sha256)
     return _with_projection(
@@ -155,9 +154,9 @@ def _with_projection(loaded: LoadedModel, model: config.ModelConfig) -> LoadedMo
     if model.projection == "none":
         return loaded
     if model.projection != "auto":
-        directory = local_copy(model.projection, "model.projection")
+        directory = resolve_part(model.projection, "model.projection")
     elif model.adapter is not None:
-        directory = local_copy(model.adapter, "model.adapter")
+        directory = resolve_part(model.adapter, "model.adapter")
     elif model.checkpoint.startswith(RANDOM):
         return loaded
     else:

@@ -9,6 +9,7 @@ COMMANDS = {
     "data": "get published reference sequences with lineages",
     "finetune": "train adapters and taxonomic heads on labelled barcodes",
     "export": "export the result of a training run",
+    "push": "put a model, an adapter or a projection on the Hugging Face hub",
     "identify": "name barcodes by a vector table",
     "calibrate": "fit confidences and thresholds for identify",
     "default-model": "train a model like the one in the package",

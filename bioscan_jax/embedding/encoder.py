@@ -23,10 +23,20 @@ from bioscan_jax.barcodes.schemas import TokenBatch
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.barcodes.views import Views
 from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads, read_heads
-from bioscan_jax.checkpoints.hub import DEFAULT, DEFAULT_DIRECTORY, Provenance, newest_commit, resolve_checkpoint
+from bioscan_jax.checkpoints.hub import (
+    DEFAULT,
+    DEFAULT_DIRECTORY,
+    Provenance,
+    download_parts,
+    is_on_hub,
+    pinned,
+    resolve_checkpoint,
+    resolve_part,
+)
 from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights, recorded_model
 from bioscan_jax.checkpoints.peft import CONFIG_FILE, adapter_base, write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
+from bioscan_jax.checkpoints.push import push_to_hub
 from bioscan_jax.config import DataConfig, EmbedConfig, MeshConfig, ModelConfig
 from bioscan_jax.data.batching import BatchShape, fitted_shapes, fixed_shapes, make_batches
 from bioscan_jax.data.encode import EncodedBlock, Encoding, check_finite, encode_block, reject_not_finite
@@ -63,6 +73,8 @@ _BLOCKS_AHEAD = 1
 _COLUMN = "dna_sequence"
 _VECTOR_SETTINGS = ("pooling", "layer", "strand", "phases")
 _HEAD_ROWS = 4096
+_TRAINED_FACTS = ("objective", "which", "step", "data", "figures", "run")
+"""What an export says of its training, and a model with that adapter passes on."""
 
 Overlong = Literal["truncate", "window", "error"]
 Sequences = Sequence[str | None] | np.ndarray | pa.Array | pa.ChunkedArray | Any
@@ -768,19 +780,66 @@ class Encoder:
         with output_directory(os.fspath(directory), "output") as target:
             self._save(target, merge)
 
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        merge: bool = True,
+        private: bool | None = None,
+        branch: str = "main",
+        commit_message: str | None = None,
+    ) -> str:
+        """Puts what `save_pretrained` writes on the Hugging Face hub, in one commit; see `bioscan_jax.push_to_hub`.
+
+        Args:
+            name: OWNER/NAME of the repository, which is made if there is none.
+            merge: As for `save_pretrained`.
+            private: Whether a new repository is private.
+            branch: Made if there is none.
+            commit_message: Of the commit.
+
+        Returns:
+            The commit: `bioscan_jax.load(name, revision=COMMIT)` gives the model back.
+
+        Raises:
+            InputError: See `bioscan_jax.push_to_hub`.
+
+        Example:
+            >>> import bioscan_jax as bj
+            >>> bj.load("random:tiny-v2").push_to_hub("not a name")
+            Traceback (most recent call last):
+            bioscan_jax.errors.InputError: --name 'not a name' is not a hub id such as OWNER/NAME
+        """
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="bioscan_jax-") as scratch:
+            self.save_pretrained(f"{scratch}/model", merge=merge)
+            return push_to_hub(f"{scratch}/model", name, private=private, branch=branch, commit_message=commit_message)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **settings: Any) -> "Encoder":
+        """Loads a model by the name that Hugging Face users know; the same as `bioscan_jax.load`.
+
+        Example:
+            >>> import bioscan_jax as bj
+            >>> bj.Encoder.from_pretrained("random:tiny-v2", seed=1).dimension
+            64
+        """
+        return load(name, **settings)
+
     def _save(self, target: Path, merge: bool) -> None:
         loaded = self.loaded
         base = dataclasses.replace(loaded.provenance, adapter=None, adapter_sha256=None)
+        known = (loaded.adapter and loaded.adapter.facts) or {}
+        facts = {name: known[name] for name in _TRAINED_FACTS if name in known}
         if not merge:
             if loaded.adapter is None:
                 raise InputError(f"{base.model} has no adapter to write alone; pass merge=True")
             lora, parts = loaded.adapter.lora, {"heads": self.heads, "projection": self.projection}
-            write_adapter(target, loaded.model, lora, provenance=base, **parts)
+            write_adapter(target, loaded.model, lora, provenance=base, facts=facts, **parts)
             return
-        made_by = loaded.provenance
-        facts = (
-            {} if made_by.adapter is None else {"adapter": made_by.adapter, "adapter_sha256": made_by.adapter_sha256}
-        )
+        if (made_by := loaded.provenance).adapter is not None:
+            facts |= {"adapter": made_by.adapter, "adapter_sha256": made_by.adapter_sha256}
         write_merged(
             target,
             self._with_lm_head(),
@@ -826,15 +885,16 @@ def load(
     """Loads a model to embed sequences with.
 
     Args:
-        checkpoint: A hub id, a directory with a checkpoint (Hugging Face's format or converted), with an adapter or
+        checkpoint: A hub id or a directory with a checkpoint (Hugging Face's format or converted), with an adapter or
             with what `save_pretrained` wrote, or random:PRESET for seeded random weights; the model in the package if
             absent.
         revision: Commit of the hub id; without it the newest one is taken, with a warning.
-        adapter: Directory with a LoRA adapter for the checkpoint, in PEFT's format.
-        projection: Directory with a projection of the pooled vectors; `auto` takes the one beside the weights (or beside
-            the adapter), if there is one, `none` returns raw vectors. What it was fitted on (pooling, layer, strand,
-            phases, max_tokens, overlong) becomes the default of every call.
-        heads: Directory with taxonomic heads; those beside the adapter or the checkpoint if absent.
+        adapter: Directory with a LoRA adapter for the checkpoint, in PEFT's format, or OWNER/NAME@COMMIT on the hub
+            (without @COMMIT the newest one, with a warning).
+        projection: Directory with a projection of the pooled vectors, or OWNER/NAME@COMMIT; `auto` takes the one beside
+            the weights (or beside the adapter), if there is one, `none` returns raw vectors. What it was fitted on
+            (pooling, layer, strand, phases, max_tokens, overlong) becomes the default of every call.
+        heads: Directory with taxonomic heads, or OWNER/NAME@COMMIT; those beside the adapter or the checkpoint if absent.
         dtype: Of parameters and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU.
         seed: Of random:PRESET weights.
         attention: As `ModelConfig.attention`.
@@ -850,42 +910,35 @@ def load(
         64
     """
     mesh = mesh or MeshConfig()
-    name, adapter_name = os.fspath(checkpoint), None if adapter is None else os.fspath(adapter)
-    given = DEFAULT_DIRECTORY if name == DEFAULT else local_copy(name, "checkpoint")
+    name, adapter_name = os.fspath(checkpoint), None if adapter is None else pinned(os.fspath(adapter))
+    if on_hub := is_on_hub(name):
+        revision = revision or pinned(name).rpartition("@")[2]
+        given = download_parts(name, revision, "model.checkpoint")
+    else:
+        given = DEFAULT_DIRECTORY if name == DEFAULT else local_copy(name, "model.checkpoint")
     wanted = ModelConfig(
         checkpoint=name,
         revision=revision,
         dtype=dtype,
         seed=seed,
         adapter=adapter_name,
-        projection=os.fspath(projection),
+        projection=pinned(os.fspath(projection)),
         attention=attention,
     )
     if adapter is None and (given / CONFIG_FILE).is_file() and not (given / "config.json").is_file():
         base = recorded_model(adapter_base(given))
-        wanted = dataclasses.replace(
-            wanted, checkpoint=base.checkpoint, revision=revision or base.revision, seed=base.seed, adapter=name
-        )
-    if wanted.revision is None and _is_hub_id(wanted.checkpoint):
-        commit = newest_commit(wanted.checkpoint)
-        logger.warning(
-            "%s is loaded at its newest commit; pass revision=%r to get the same weights again",
-            wanted.checkpoint,
-            commit,
-        )
-        wanted = dataclasses.replace(wanted, revision=commit)
+        own = base.revision if on_hub else revision or base.revision
+        if own is None and is_on_hub(base.checkpoint):
+            own = pinned(base.checkpoint).rpartition("@")[2]
+        adapter = f"{name}@{revision}" if on_hub else name
+        wanted = dataclasses.replace(wanted, checkpoint=base.checkpoint, revision=own, seed=base.seed, adapter=adapter)
     start_devices(mesh)
     with progress_bar(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
         loaded = load_weights(wanted, make_layout(mesh), on_bytes=bar.update)
-    beside = [given] if adapter_name is None else [local_copy(adapter_name, "adapter"), given]
+    beside = [given] if adapter_name is None else [resolve_part(adapter_name, "model.adapter"), given]
     found = next((directory for directory in beside if (directory / HEADS_FILE).is_file()), None)
-    where = found if heads is None else local_copy(os.fspath(heads), "heads")
+    where = found if heads is None else resolve_part(pinned(os.fspath(heads)), "heads")
     return Encoder(loaded=loaded, heads=None if where is None else read_heads(where, loaded.layout), wanted=wanted)
-
-
-def _is_hub_id(checkpoint: str) -> bool:
-    directory = Path(checkpoint).expanduser()
-    return not (checkpoint.startswith((RANDOM, ".", "~", os.sep)) or directory.exists()) and checkpoint.count("/") == 1
 
 
 def _changed(settings: EmbedConfig, **wanted: Any) -> EmbedConfig:

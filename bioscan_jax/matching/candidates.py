@@ -16,13 +16,13 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.lineage import RANKS, lineage_columns, read_lineages
 from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads
+from bioscan_jax.checkpoints.hub import resolve_part
 from bioscan_jax.checkpoints.readers import sha256_of
 from bioscan_jax.data.encode import EncodedBlock
 from bioscan_jax.data.fasta import SIZE_COLUMN
 from bioscan_jax.data.parquet import ParquetBlocks
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError, logger
-from bioscan_jax.location import local_copy
 from bioscan_jax.matching.alignment import Floors, Pool, align_cigar, compared, edit_distances, none_nearer
 from bioscan_jax.matching.neighbours import by_index, exact, search_kind
 from bioscan_jax.matching.queries import QueryEncoder, encoder_of_table
@@ -95,7 +95,7 @@ def open_matcher(
     opened.lineages  # noqa: B018 - missing labels raise before the model is loaded, which takes longer
     encoder = encoder_of_table(opened, model, mesh, settings.batch_tokens)
     heads = None if settings.heads is None else open_heads(settings.heads, encoder)
-    digest = None if settings.heads is None else sha256_of([local_copy(settings.heads, "heads") / HEADS_FILE])
+    digest = None if settings.heads is None else sha256_of([resolve_part(settings.heads, "heads") / HEADS_FILE])
     taxa = Taxa.of(opened) if heads is None else Taxa.of(opened, heads.space.names)
     return Matcher(opened, taxa, encoder, heads, digest, settings, search)
 

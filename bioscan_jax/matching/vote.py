@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Float32, Float64, Int32
 from bioscan_jax import config
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.head_files import Heads, read_heads
+from bioscan_jax.checkpoints.hub import resolve_part
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError
-from bioscan_jax.location import local_copy
 from bioscan_jax.matching.reference import Taxa, name_codes
 
 _MOST_TAXA = 8
@@ -218,7 +218,7 @@ def open_heads(directory: str, encoder: Encoder) -> Heads:
         raise InputError(
             f"--heads {directory}: heads classify raw vectors, the table's are projected; leave --heads out"
         )
-    heads = read_heads(local_copy(directory, "heads"), encoder.layout)
+    heads = read_heads(resolve_part(directory, "heads"), encoder.layout)
     last = encoder.config.num_hidden_layers
     if heads.pooling != encoder.settings.pooling or encoder.settings.layer != last:
         raise InputError(

@@ -10,9 +10,11 @@ from flax import nnx
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
+from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.head_files import Heads, taxon_tree
 from bioscan_jax.checkpoints.hub import resolve_checkpoint
 from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights
+from bioscan_jax.checkpoints.model_card import data_facts
 from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.devices.sharding import make_layout, start_devices
@@ -20,9 +22,10 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.location import output_directory
 from bioscan_jax.model.classifier import Classifier, make_classifier, named_arrays
 from bioscan_jax.training.record import configs_of, read_record
-from bioscan_jax.training.run_directory import LABEL_SPACE_FILE, RunDirectory, locate_run, open_run_directory
+from bioscan_jax.training.run_directory import LABEL_SPACE_FILE, METRICS, RunDirectory, locate_run, open_run_directory
 from bioscan_jax.training.state import restore_params
 from bioscan_jax.training.step import split_trainable
+from bioscan_jax.training.tracking import STEP, read_metrics
 
 
 def export(
@@ -89,7 +92,14 @@ def _export(
     loaded = _base(record, checkpoint, mesh, lm_head=format == "merged" or train.objective == "mlm")
     space = LabelSpace.load(directory.local / LABEL_SPACE_FILE) if train.objective == "taxonomy" else None
     step, classifier = _trained(directory, which, loaded, loss, lora, train, space)
-    facts = {"objective": train.objective, "which": which, "step": step, "run": record["decided_by"]}
+    facts = {
+        "objective": train.objective,
+        "which": which,
+        "step": step,
+        "data": _data(record["decided_by"], space),
+        "figures": _figures(directory.local / METRICS, step),
+        "run": record["decided_by"],
+    }
     heads = None
     if space is not None and classifier.head is not None:
         heads = Heads(
@@ -129,6 +139,31 @@ def _base(record: dict[str, Any], checkpoint: str | None, mesh: config.MeshConfi
             f"({record['provenance']['model']}); pass --checkpoint with those"
         )
     return loaded
+
+
+def _data(settings: dict[str, Any], space: LabelSpace | None) -> dict[str, Any]:
+    """Returns what a run was trained on."""
+    split = settings["data"]
+    found: dict[str, Any] = data_facts(settings["input"])
+    found["split"] = (
+        f"column {split['split_column']}"
+        if split["split_column"]
+        else f"{split['split']}, validation {split['validation']:g}, test {split['test']:g}, seed {split['split_seed']}"
+    )
+    if space is not None:
+        found |= {f"taxa, {rank}": len(names) for rank, names in zip(RANKS, space.names, strict=True) if names}
+    return found
+
+
+def _figures(metrics: Path, step: int) -> dict[str, float]:
+    """Returns what the run recorded of the validation rows after a step; nothing where it did not evaluate."""
+    records = [record for _, record in read_metrics(metrics) if record[STEP] == step] if metrics.exists() else []
+    return {
+        f"validation {name.removeprefix('eval/').replace('_', ' ')}": value
+        for record in records
+        for name, value in record.items()
+        if name.startswith("eval/") and value is not None
+    }
 
 
 def _trained(

@@ -17,6 +17,8 @@ from tqdm import tqdm
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.checkpoints.hub import Provenance
+from bioscan_jax.checkpoints.model_card import data_facts, write_facts
 from bioscan_jax.checkpoints.projection_files import write_projection
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
 from bioscan_jax.embedding.encoder import unit
@@ -297,9 +299,32 @@ def _fit(
     )
     with whole_directory(directory) as partial:
         write_projection(partial, projection)
+        write_facts(partial, "projection", _base(dataset), _card_facts(summary, dataset))
         (partial / RECORD_FILE).write_text(summary.to_json())
     remove_tree(run)
     return summary
+
+
+def _base(dataset: "lance.LanceDataset") -> Provenance:
+    """Returns the identity of the weights that made a table's vectors."""
+    facts = schema_metadata(dataset)
+    known: dict[str, Any] = {field.name: facts.get(field.name) for field in dataclasses.fields(Provenance)}
+    weights = ProjectionInputs.from_plan(json.loads(facts["plan_facts"])).weights_sha256
+    unnamed = {"model": "a model without a name", "dtype": "unknown", "weights_sha256": weights}
+    return Provenance(**unnamed | {name: value for name, value in known.items() if value is not None})
+
+
+def _card_facts(summary: MetricSummary, dataset: "lance.LanceDataset") -> dict[str, Any]:
+    """Returns what the model card says of the data and of what the projection reached."""
+    counts = {"barcodes": summary.rows, "species": summary.species, "genera": summary.genera}
+    figures = {
+        f"held out, {name.replace('_', ' ')} of the nearest neighbour{when}": value
+        for when, found in ((" (raw vectors)", summary.raw), ("", summary.projected))
+        for name, value in vars(found).items()
+        if not np.isnan(value)
+    }
+    files = json.loads(schema_metadata(dataset)["plan_facts"]).get("input", [])
+    return {"data": data_facts(files) | counts, "figures": figures}
 
 
 class _Clock:

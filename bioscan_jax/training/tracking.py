@@ -157,7 +157,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def read_metrics(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Returns the lines of metrics.jsonl and their parsed records, without an incomplete last line.
 
     Raises:
@@ -182,7 +182,7 @@ def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
     """Removes the lines after `resumed_at` and returns the records that remain."""
     if not path.exists():
         return []
-    kept = [(line, record) for line, record in _read(path) if record[STEP] <= resumed_at]
+    kept = [(line, record) for line, record in read_metrics(path) if record[STEP] <= resumed_at]
     whole = b"".join(line for line, _ in kept)
     if whole != path.read_bytes():
         with whole_file(path, locked=True) as partial:
@@ -285,7 +285,7 @@ def draw_curves(directory: Path) -> Path | None:
     path = directory / METRICS
     if not path.exists():
         raise InputError(f"{path} is missing; pass the output directory of a training run")
-    records = [record for _, record in _read(path)]
+    records = [record for _, record in read_metrics(path)]
     panels = [draw for draw, names in _PANELS if any(r.get(name) is not None for r in records for name in names)]
     if not panels:
         return None

@@ -2,15 +2,14 @@ import hashlib
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 from safetensors.numpy import save
+from support.hub import Hub, Repository, running_hub
 
 from bioscan_jax.checkpoints.hub import ResolvedCheckpoint, resolve_checkpoint
 from bioscan_jax.checkpoints.readers import list_tensors, read_rows, sha256_of, weight_files
@@ -66,78 +65,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves one repository as huggingface.co does, or one error for everything."""
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.files = files
-        self.status = 200
-        self.error_code: str | None = None
-        self.fetched: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        files = self.server.files
-        if self.server.status != 200:
-            code = self.server.error_code
-            self.answer(self.server.status, b"", {"X-Error-Code": code} if code else {})
-        elif path == f"/api/models/{NAME}/revision/{COMMIT}":
-            siblings = [{"rfilename": file} for file in files]
-            self.answer(200, json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode(), {})
-        elif path == f"/api/models/{NAME}/tree/{COMMIT}":
-            tree = [
-                {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for file, content in files.items()
-            ]
-            self.answer(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
-        elif path.startswith(f"/{NAME}/resolve/{COMMIT}/"):
-            file = path.rpartition("/")[2]
-            if self.command == "GET":
-                self.server.fetched.append(file)
-            etag = f'"{hashlib.sha256(files[file]).hexdigest()}"'
-            self.answer(200, files[file], {"ETag": etag, "X-Repo-Commit": COMMIT})
-        else:
-            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub(dict(REPOSITORY))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    close_session()
-    yield server
-    close_session()
-    server.shutdown()
-    server.server_close()
+    with running_hub(monkeypatch) as server:
+        server.repositories[NAME] = Repository({COMMIT: dict(REPOSITORY)}, {"main": COMMIT})
+        yield server
+
+
+def files_of(hub: Hub) -> dict[str, bytes]:
+    return hub.repositories[NAME].commits[COMMIT]
 
 
 # Local directories
@@ -286,14 +223,14 @@ def test_download_takes_one_format_and_then_needs_no_network(hub: Hub, cache: Pa
 
 
 def test_download_takes_the_shards_of_the_index(hub: Hub):
-    del hub.files["model.safetensors"]
+    del files_of(hub)["model.safetensors"]
     shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
-    hub.files |= {shard: shard.encode() for shard in shards}
-    hub.files["pytorch_model.bin.index.json"] = json.dumps(
+    files_of(hub).update({shard: shard.encode() for shard in shards})
+    files_of(hub)["pytorch_model.bin.index.json"] = json.dumps(
         {"weight_map": dict(zip("ab", shards, strict=True))}
     ).encode()
-    del hub.files["pytorch_model.bin"]
-    hub.files["model-00001-of-00001.safetensors"] = b"never wanted"
+    del files_of(hub)["pytorch_model.bin"]
+    files_of(hub)["model-00001-of-00001.safetensors"] = b"never wanted"
     assert [path.name for path in weight_files(resolve_checkpoint(NAME, COMMIT).directory)] == shards
     assert sorted(hub.fetched) == ["README.md", "config.json", *shards, "pytorch_model.bin.index.json", "vocab.txt"]
 
@@ -305,8 +242,8 @@ def test_download_completes_a_half_filled_cache(hub: Hub, cache: Path):
 
 
 def test_repository_without_readable_weights(hub: Hub):
-    del hub.files["model.safetensors"], hub.files["pytorch_model.bin"]
-    hub.files["flax_model.msgpack"] = b""
+    del files_of(hub)["model.safetensors"], files_of(hub)["pytorch_model.bin"]
+    files_of(hub)["flax_model.msgpack"] = b""
     assert refusal(NAME, COMMIT) == (
         f"{NAME} at {COMMIT} has no weights this library reads "
         "(model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json)"
@@ -315,7 +252,7 @@ def test_repository_without_readable_weights(hub: Hub):
 
 
 def test_repository_without_vocabulary(hub: Hub):
-    del hub.files["vocab.txt"]
+    del files_of(hub)["vocab.txt"]
     assert refusal(NAME, COMMIT) == (
         f"{NAME} at {COMMIT} is not a checkpoint this library can read: vocab.txt is missing"
     )

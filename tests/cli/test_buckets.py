@@ -28,7 +28,20 @@ from bioscan_jax.planning.plan import model_size
 URL = "gs://no-such-bucket/x"
 NO_PATHS = {
     *("sequence_column", "id_column", "split_column", "delimiter", "encoding", "revision", "table", "filter", "sql"),
-    *("sequence", "targets", "project", "name", "coordinator", "title", "creator", "email", "organization"),
+    *(
+        "push",
+        "branch",
+        "commit_message",
+        "sequence",
+        "targets",
+        "project",
+        "name",
+        "coordinator",
+        "title",
+        "creator",
+        "email",
+        "organization",
+    ),
 }
 """Flags that take text which is no path."""
 MODEL, MESH = ("model.checkpoint", "model.adapter", "model.projection"), ("mesh.compilation_cache",)
@@ -37,6 +50,7 @@ PATHS = {
     "describe": ("data.path",),
     "finetune": (*MODEL, "data.path", "train.output_dir", "simulate.path", "profile", *MESH),
     "export": ("run", "output", "checkpoint", *MESH),
+    "push": ("directory",),
     "identify": (
         *MODEL,
         "reference.uri",
@@ -130,6 +144,7 @@ def settings_of(command: str, world: World, labelled: str, fitted: str, here: Pa
         "describe": {"data.path": barcodes},
         "finetune": model | {"data.path": barcodes, "train.output_dir": here / "out"},
         "export": {"run": here / "run", "output": here / "out"},
+        "push": {"directory": here / "run", "name": "me/model"},
         "identify": model | reference | {"query.path": world.queries, "output": here / "a.dwca.zip"},
         "calibrate": model | reference | {"query.path": world.queries},
         "default-model": {"data.path": barcodes, "output": here / "out", "work": here / "work"},

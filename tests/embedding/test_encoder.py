@@ -1,6 +1,5 @@
 """One object that encodes: its vectors are embed's to the last bit and PyTorch's within rounding."""
 
-import dataclasses
 import json
 import logging
 import subprocess
@@ -24,7 +23,6 @@ from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.data.batching import BatchShape, fixed_widths
 from bioscan_jax.devices.sharding import make_layout
 from bioscan_jax.embedding import encoder as encoder_module
-from bioscan_jax.embedding.encoder import Encoder
 
 BOUND = 1e-5
 """Largest difference from PyTorch, over its largest value."""
@@ -281,21 +279,6 @@ def test_a_saved_model_gives_the_same_bits(tmp_path, family):
     np.testing.assert_array_equal(again.encode([DNA, "ACGTAC"]), model.encode([DNA, "ACGTAC"]))
     with pytest.raises(bj.InputError, match="not empty"):
         model.save_pretrained(tmp_path / "out")
-
-
-def test_a_hub_id_without_a_revision_takes_the_newest_commit_with_a_warning(monkeypatch, caplog):
-    asked = []
-
-    def load_weights_of(wanted, layout, **_):
-        asked.append(wanted)
-        return load_weights(dataclasses.replace(wanted, checkpoint="random:tiny-v2", revision=None), layout)
-
-    monkeypatch.setattr(encoder_module, "newest_commit", lambda name: "c" * 40)
-    monkeypatch.setattr(encoder_module, "load_weights", load_weights_of)
-    with caplog.at_level(logging.WARNING, "bioscan_jax"):
-        assert isinstance(bj.load("owner/name", mesh=MESH), Encoder)
-    assert asked[0].revision == "c" * 40
-    assert "revision='cccc" in caplog.text
 
 
 def test_an_unknown_hub_id_without_a_revision_asks_for_one(monkeypatch, tmp_path):
