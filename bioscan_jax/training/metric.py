@@ -311,7 +311,7 @@ def _base(dataset: "lance.LanceDataset") -> Provenance:
     known: dict[str, Any] = {field.name: facts.get(field.name) for field in dataclasses.fields(Provenance)}
     weights = ProjectionInputs.from_plan(json.loads(facts["plan_facts"])).weights_sha256
     unnamed = {"model": "a model without a name", "dtype": "unknown", "weights_sha256": weights}
-    return Provenance(**unnamed | {name: value for name, value in known.items() if value is not None})
+    return Provenance(**known | {name: value for name, value in unnamed.items() if known[name] is None})
 
 
 def _card_facts(summary: MetricSummary, dataset: "lance.LanceDataset") -> dict[str, Any]:
