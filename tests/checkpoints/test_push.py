@@ -78,8 +78,8 @@ def test_a_model_comes_back_bit_for_bit(hub, model, caplog):
     assert bj.load("me/model", revision=commit, mesh=MESH).projection is not None
 
 
-def test_an_adapter_and_a_projection_are_pinned_in_the_provenance(hub, tmp_path):
-    trunk, base = adapt(golden_model("v2")), bj.load("random:tiny-v2", mesh=MESH)
+def test_an_adapter_and_a_projection_are_pinned_in_the_provenance(hub, model, tmp_path):
+    trunk, base = adapt(golden_model("v2")), bj.load(model, projection="none", mesh=MESH)
     private = tmp_path / "of_ada" / "base"
     facts = {"figures": {"validation genus accuracy": 0.8123456}, "data": {"file coi.parquet": "9 rows"}}
     facts["made_of"] = str(private)
@@ -103,18 +103,19 @@ def test_an_adapter_and_a_projection_are_pinned_in_the_provenance(hub, tmp_path)
 
     own = {"weights_sha256": base.provenance.weights_sha256, "max_tokens": base.config.max_tokens}
     write_projection(tmp_path / "p", random_projection(64, layer=0, phases=1, **own))
-    write_facts(tmp_path / "p", "projection", base.provenance, {})
+    write_facts(tmp_path / "p", "projection", BASE, {})
     place = f"me/p@{push_to_hub(str(tmp_path / 'p'), 'me/p')}"
-    found = bj.load("random:tiny-v2", projection=place, mesh=MESH)
+    found = bj.load(str(model), projection=place, mesh=MESH)
     assert found.loaded.facts["projection"] == place
-    assert found.projection.sha256 == bj.load("random:tiny-v2", projection=tmp_path / "p", mesh=MESH).projection.sha256
+    assert found.projection.sha256 == bj.load(str(model), projection=tmp_path / "p", mesh=MESH).projection.sha256
     with pytest.raises(bj.InputError, match="--model.projection me/p@main can move; pass a full commit"):
-        bj.load("random:tiny-v2", projection="me/p@main", mesh=MESH)
+        bj.load(str(model), projection="me/p@main", mesh=MESH)
     with pytest.raises(bj.InputError, match="me/adapter@COMMIT"):
-        load_weights(bj.ModelConfig(checkpoint="random:tiny-v2", adapter="me/adapter"), base.layout)
+        load_weights(bj.ModelConfig(checkpoint=str(model), adapter="me/adapter"), base.layout)
     assert commit in hub.repositories["me/adapter"].commits
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_its_base_and_heads(hub, tmp_path):
     base = bj.load("random:tiny-v2", seed=3, mesh=MESH)
     trunk = adapt(nnx.merge(*nnx.split(base.loaded.model)))
