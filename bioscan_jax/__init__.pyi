@@ -42,6 +42,7 @@ from .matching.search import Table, open_table
 from .model.config import PRESETS, TransformerConfig
 from .model.transformer import NucleotideTransformer
 from .planning.describe import describe
+from .planning.fleet import FleetPlan, plan_fleet
 from .planning.plan import Plan, plan
 from .reports.run import ReportSummary, map_html, report
 from .table.annotate import annotate
@@ -61,6 +62,7 @@ __all__ = [
     "Encoder",
     "ExamplesConfig",
     "FleetConfig",
+    "FleetPlan",
     "IdentifyConfig",
     "IdentifySummary",
     "InputError",
@@ -109,6 +111,7 @@ __all__ = [
     "map_html",
     "open_table",
     "plan",
+    "plan_fleet",
     "project",
     "push_to_hub",
     "query",

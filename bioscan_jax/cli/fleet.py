@@ -4,6 +4,7 @@ plan: hours, machines and price for rows, a model and a kind of device. simulate
 back, with the scheduler that `bioscan embed --fleet.address` uses. Each has its own help: bioscan fleet plan --help
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -43,6 +44,11 @@ def command(words: Sequence[str]) -> None:
     mode, *flags = words or [""]
     if mode in ("-h", "--help"):
         print((__doc__ or "").strip())
+    elif mode == "plan":
+        from bioscan_jax.planning.fleet import plan_fleet
+
+        show = functools.wraps(plan_fleet)(lambda **settings: print(plan_fleet(**settings)))
+        from_flags(show, "fleet plan")(flags)
     elif mode == "simulate":
         from_flags(simulate, "fleet simulate", unprefixed=["fleet"])(flags)
     else:

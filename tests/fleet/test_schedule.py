@@ -105,7 +105,7 @@ class Events(RuleBasedStateMachine):
 
 
 TestEvents = Events.TestCase
-TestEvents.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+TestEvents.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
 
 
 def test_a_block_that_failed_on_a_worker_goes_to_another_one_first():
