@@ -134,7 +134,9 @@ def plan_fleet(
     else:
         rate, speed = rows_per_second, "measured by you"
         if not 0 < rate < math.inf:
-            raise InputError(f"--rows_per_second {rate} is out of range; pass the rows that one machine embeds in a second")
+            raise InputError(
+                f"--rows_per_second {rate} is out of range; pass the rows that one machine embeds in a second"
+            )
     block_seconds = min(BLOCK_SECONDS, rows / (machines * rate * _BLOCKS_EACH))
     simulated = min(rows, math.ceil(_SIMULATED_BLOCKS * block_seconds * rate))
     fleet = Fleet(
@@ -192,7 +194,9 @@ def find_machine(name: str) -> Machine:
     count, kind = re.fullmatch(r"(?:(\d+) x )?(.*)", name, re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
     if kind not in GPUS or count == "0":
         slices = ", ".join(f"{key}-{min(chip.slices)}" for key, chip in CHIPS.items())
-        raise InputError(f"--device {name!r} is unknown; pass a TPU slice such as {slices}, or N x one of {', '.join(GPUS)}")
+        raise InputError(
+            f"--device {name!r} is unknown; pass a TPU slice such as {slices}, or N x one of {', '.join(GPUS)}"
+        )
     gpu = GPUS[kind]
     return Machine(
         devices=int(count or 1),
@@ -264,7 +268,9 @@ def _price(path: str, device: str) -> float:
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
         raise InputError(f"--prices {path} is not a table of prices ({one_line(error, 150)}); {layout}") from None
     if device not in table:
-        raise InputError(f"--prices {path} has no {device!r}, only {', '.join(table) or 'nothing'}; add its price per hour")
+        raise InputError(
+            f"--prices {path} has no {device!r}, only {', '.join(table) or 'nothing'}; add its price per hour"
+        )
     if not 0 <= table[device] < math.inf:
         raise InputError(f"--prices {path}: {device!r} costs {table[device]}; pass a price per hour of 0 or more")
     return table[device]
