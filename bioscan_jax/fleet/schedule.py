@@ -46,7 +46,9 @@ class Schedule:
         """
         if blocks.step != 1 or blocks_ahead < 1 or attempts < 1 or copies < 0:
             raise ValueError(f"{blocks}, blocks_ahead={blocks_ahead}, attempts={attempts}, copies={copies}")
-        self._stop, self._ahead, self._attempts, self._copies = blocks.stop, blocks_ahead, attempts, copies
+        self._stop, self._attempts, self._copies = blocks.stop, attempts, copies
+        self.blocks_ahead = blocks_ahead
+        """May be changed at any time, as workers come; blocks that are handed out stay so."""
         self._frontier = self._new = blocks.start
         self._returned: set[int] = set()  # handed out before, and nobody works on them now
         self._done: set[int] = set()  # finished, not committed
@@ -89,7 +91,7 @@ class Schedule:
         """
         self._held.setdefault(worker, set())
         block = self._pop_returned(worker)
-        if block is None and self._new < min(self._stop, self._frontier + self._ahead):
+        if block is None and self._new < min(self._stop, self._frontier + self.blocks_ahead):
             block, self._new = self._new, self._new + 1
         if block is None:
             block = self._block_to_copy(worker)

@@ -45,7 +45,7 @@ class Fleet:
     """Share of the machines that are slow each time they come."""
     slow_factor: float = 4.0
     """How many times as long a block takes on a slow one."""
-    held: int = 2
+    held: int = 3
     """Blocks that a worker holds: the one that it computes, and those that wait for it."""
     commit_seconds: float = 0.005
     """Time of a commit to an empty table; measured on a local disk."""

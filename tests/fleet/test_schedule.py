@@ -80,6 +80,11 @@ class Events(RuleBasedStateMachine):
             self.schedule.committed(block)
             self.committed.append(block)
 
+    @rule(more=st.integers(0, 3))
+    def workers_come(self, more):
+        self.ahead += more
+        self.schedule.blocks_ahead = self.ahead
+
     @invariant()
     def bound(self):
         assert self.schedule.ahead <= self.ahead
