@@ -181,8 +181,8 @@ def identify(
     Raises:
         InputError: The table, the model, the settings or the barcodes are invalid; no file is written then.
 
-    The answers of each block of 4,096 queries are kept in .NAME.blocks beside the output until it is whole: after a
-    kill, the same call continues there.
+    The answers of each block of 4,096 queries are kept in .NAME.blocks beside the output, also in a bucket, until it is
+    whole: after a kill or an error, the same call continues there.
 
     Example:
         >>> from bioscan_jax.barcodes.simulate import write_simulated

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,11 +18,13 @@ import pyarrow.parquet as pq
 
 from bioscan_jax.cache import cache_directory
 from bioscan_jax.errors import InputError, logger
-from bioscan_jax.location import check_output, local_directory
+from bioscan_jax.location import Location, check_output, local_directory, locate
 from bioscan_jax.output import whole_file
 
 _FACTS = "run.json"
 _RECALL = b"recall"
+_ENDS = (".npz", ".rejects", ".parquet")
+"""Files of a block; the last one is written last."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +44,9 @@ class PartialAnswers:
     """The answers of the blocks finished so far; each is on the disk before the next one begins."""
 
     directory: Path | None
-    """None where nothing is kept."""
+    """On this machine; None where nothing is kept."""
+    place: Location | None = None
+    """Where the output is remote: the directory beside it, with the same files."""
     blocks: list[BlockAnswers] = field(default_factory=list)
 
     @property
@@ -62,6 +68,9 @@ class PartialAnswers:
                 noted = block.answers.replace_schema_metadata({_RECALL: json.dumps(block.recall)})
                 with whole_file(name.with_suffix(".parquet"), locked=True) as path:
                     pq.write_table(noted, path)
+                if self.place is not None:
+                    for end in _ENDS:
+                        _put(self.place, name.with_suffix(end))
             except OSError as error:
                 raise InputError(f"{self.directory}: cannot be written ({error}); free space there") from error
         self.blocks.append(block)
@@ -69,10 +78,11 @@ class PartialAnswers:
 
 @contextmanager
 def partial_answers(output: str, facts: dict[str, Any], *, blocks: int) -> Iterator[PartialAnswers]:
-    """Opens what an earlier run of the same command answered, in .NAME.blocks beside the output, or for a bucket in the cache of this machine.
+    """Opens what an earlier run of the same command answered, in .NAME.blocks beside the output.
 
-    It is removed at the end, after an error in the input, and where another command made it; after a kill or Ctrl-C it
-    stays. An input of one block, or an output that is no file, keeps nothing.
+    Where the output is in a bucket, the blocks are there too, with a copy in the cache of this machine, so that the
+    command continues on any machine. They are removed at the end and where another command made them; after a kill,
+    Ctrl-C or an error they stay. An input of one block, or an output that is no file, keeps nothing.
 
     Args:
         output: The file to be written in the end.
@@ -80,27 +90,32 @@ def partial_answers(output: str, facts: dict[str, Any], *, blocks: int) -> Itera
         blocks: Number of blocks of queries.
     """
     check_output(output)
-    path = local_directory(output, flag="output")
-    if path is None:
+    path, place = local_directory(output, flag="output"), None
+    if path is None and blocks >= 2:
+        place = locate(re.sub(r"([^/:]+)$", r".\1.blocks", output), "output")
         path = cache_directory() / "answers" / hashlib.sha256(output.encode()).hexdigest()[:16]
         path.parent.mkdir(parents=True, exist_ok=True)
-    if blocks < 2 or (path.exists() and not path.is_file()):
+    if path is None or blocks < 2 or (path.exists() and not path.is_file()):
         yield PartialAnswers(None)
         return
     path = path.resolve()
     directory = path.with_name(f".{path.name}.blocks")
     wanted = json.dumps(facts, sort_keys=True, default=str)
-    with suppress(OSError):
-        if (directory / _FACTS).read_text() != wanted:
-            logger.warning(f"the answers that another command left unfinished in {directory} are removed")
-            shutil.rmtree(directory)
     try:
+        if place is not None:
+            _fetch(place, directory)
+        with suppress(FileNotFoundError):
+            if (directory / _FACTS).read_text() != wanted:
+                logger.warning(f"the answers that another command left unfinished for {output} are removed")
+                _remove(directory, place)
         directory.mkdir(exist_ok=True)
         with whole_file(directory / _FACTS, locked=True) as file:
             file.write_text(wanted)
+        if place is not None:
+            _put(place, directory / _FACTS)
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written ({error}); free space or pass another") from error
-    found = PartialAnswers(directory)
+    found = PartialAnswers(directory, place)
     for number in range(blocks):
         name = directory / f"{number:08d}.parquet"
         if not name.is_file():
@@ -111,9 +126,30 @@ def partial_answers(output: str, facts: dict[str, Any], *, blocks: int) -> Itera
     try:
         yield found
     except Exception:
-        shutil.rmtree(directory, ignore_errors=True)
+        if not found.blocks:
+            _remove(directory, place)
         raise
+    _remove(directory, place)
+
+
+def _put(place: Location, file: Path) -> None:
+    with place.staging() as staging:
+        place.put(Path(shutil.copy(file, staging)), file.name)
+
+
+def _fetch(place: Location, directory: Path) -> None:
+    """Makes the local directory what the place has."""
     shutil.rmtree(directory, ignore_errors=True)
+    for name in place.sizes():
+        directory.mkdir(exist_ok=True)
+        os.replace(place.fetch(name, directory), directory / name)
+
+
+def _remove(directory: Path, place: Location | None) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    if place is not None:
+        for name in sorted(place.sizes(), reverse=True):  # run.json, by which another command would know it, last
+            place.remove(name)
 
 
 def _read(name: Path) -> BlockAnswers:

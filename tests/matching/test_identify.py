@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def ask(world: World, path: str, output: Path, **more) -> IdentifySummary:
+def ask(world: World, path: str, output: Path | str, **more) -> IdentifySummary:
     chosen = {"k": 10, "rerank": "alignment", "processes": 1}
     chosen |= {name: more.pop(name) for name in ("k", "filter", "rerank", "strand") if name in more}
     settings = config.IdentifyConfig(**chosen)
@@ -391,6 +392,37 @@ def test_a_killed_run_continues_after_its_last_block(judged, tmp_path: Path, mon
     names = ["sequence_id", *RANKS, "nearest_id", "strand"]
     assert pq.read_table(output).select(names).equals(pq.read_table(whole).select(names))
     assert {path.name for path in tmp_path.iterdir()} == {"whole.parquet", "blocks.parquet", "a.parquet"}
+
+
+@pytest.mark.slow
+def test_another_machine_continues_a_run_into_a_bucket_that_failed(judged, tmp_path: Path, monkeypatch):
+    world, _ = judged
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    monkeypatch.setattr("bioscan_jax.matching.queries._BLOCK_ROWS", 128)
+    ask(world, world.queries, tmp_path / "whole.parquet")
+    seen: list[int] = []
+
+    def failing(matcher, texts, *rest):
+        seen.append(len(texts))
+        if len(seen) == 3:
+            raise InputError("the disk of the reference is gone")
+        return candidates.nearest_evidence(matcher, texts, *rest)
+
+    monkeypatch.setattr("bioscan_jax.matching.identify.nearest_evidence", failing)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    output = "memory://bucket/names/a.parquet"
+    try:
+        with pytest.raises(InputError, match="the disk of the reference is gone"):
+            ask(world, world.queries, output)
+        assert len(memory.glob("/bucket/names/.a.parquet.blocks/*.parquet")) == 2
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+        again = ask(world, world.queries, output)
+        assert sum(seen) == 128 + again.queries
+        assert memory.find("/bucket") == ["/bucket/names/a.parquet"]
+        assert memory.cat_file("/bucket/names/a.parquet") == (tmp_path / "whole.parquet").read_bytes()
+    finally:
+        memory.store.clear()
 
 
 def test_an_archive_refuses_ids_that_repeat(world: World, tmp_path: Path):
