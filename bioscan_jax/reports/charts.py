@@ -147,6 +147,7 @@ def draw_embedding(axes: "Axes", contents: TableContents, projection: Projection
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xticks=[], yticks=[], xlabel=projection.method)
+    axes.spines[["left", "bottom"]].set_visible(False)
 
 
 def draw_places(axes: "Axes", contents: TableContents) -> None:
