@@ -74,18 +74,39 @@ def resolve_checkpoint(checkpoint: str, revision: str | None) -> ResolvedCheckpo
         InputError: `checkpoint` is neither; the hub id has no full commit; or neither the cache nor the hub can
             provide it (the message gives the reason and the fix).
     """
+    directory = _directory_of(checkpoint, revision)
+    if directory is not None:
+        return _from_directory(directory, checkpoint, revision)
+    assert revision is not None
+    directory = _from_hub(checkpoint, revision)
+    return ResolvedCheckpoint(directory, checkpoint, revision, stated_license(directory, checkpoint))
+
+
+def cached_checkpoint(checkpoint: str, revision: str | None) -> Path | None:
+    """Returns the directory of a checkpoint that is on this machine, and None where `resolve_checkpoint` downloads it.
+
+    Raises:
+        InputError: As from `resolve_checkpoint`, without network.
+    """
+    directory = _directory_of(checkpoint, revision)
+    if directory is not None:
+        return _from_directory(directory, checkpoint, revision).directory
+    assert revision is not None
+    return _cached(checkpoint, revision)[0]
+
+
+def _directory_of(checkpoint: str, revision: str | None) -> Path | None:
+    """Returns the directory that a name stands for; None for a hub id with its commit."""
     if checkpoint == DEFAULT:
         if not (DEFAULT_DIRECTORY / "config.json").is_file():
             raise InputError(
                 f"--model.checkpoint {DEFAULT}: this installation has no default model in {DEFAULT_DIRECTORY}; install "
                 "bioscan_jax again, or pass a directory, a hub id or random:PRESET"
             )
-        return _from_directory(DEFAULT_DIRECTORY, checkpoint, revision)
+        return DEFAULT_DIRECTORY
     directory = local_copy(checkpoint, "model.checkpoint") if checkpoint else Path()
-    if is_remote(checkpoint):
-        return _from_directory(directory, checkpoint, revision)
-    if checkpoint and directory.is_dir():
-        return _from_directory(directory, checkpoint, revision)
+    if is_remote(checkpoint) or (checkpoint and directory.is_dir()):
+        return directory
     if directory.is_file():
         raise InputError(f"--model.checkpoint {checkpoint!r} is a file; pass the directory it is in")
     if checkpoint.startswith((".", "~", os.sep)) or checkpoint.count(os.sep) > 1:
@@ -99,8 +120,7 @@ def resolve_checkpoint(checkpoint: str, revision: str | None) -> ResolvedCheckpo
             f"pass --model.revision COMMIT, 40 hex digits from {commits}"
         )
     _check_commit(checkpoint, revision, f"--model.revision {revision!r}")
-    directory = _from_hub(checkpoint, revision)
-    return ResolvedCheckpoint(directory, checkpoint, revision, stated_license(directory, checkpoint))
+    return None
 
 
 def resolve_part(place: str, flag: str) -> Path:
@@ -214,6 +234,17 @@ def _from_directory(directory: Path, checkpoint: str, revision: str | None) -> R
 
 
 def _from_hub(name: str, commit: str) -> Path:
+    cached, missing = _cached(name, commit)
+    if cached is not None:
+        return cached
+    directory = _download(name, commit, missing)
+    if (lacking := _missing(directory)) is not None:
+        raise InputError(f"{name} at {commit} is not a checkpoint this library can read: {lacking}")
+    return directory
+
+
+def _cached(name: str, commit: str) -> tuple[Path | None, str]:
+    """Returns the commit's directory in the hub cache if it is complete there, else None and what is missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -221,17 +252,10 @@ def _from_hub(name: str, commit: str) -> Path:
         # huggingface_hub cannot check completeness here: it does not know that one weight format is enough.
         beside = list(_BESIDE_WEIGHTS)
         cached = Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=beside))
-        missing = _missing(cached)
     except LocalEntryNotFoundError:
-        missing = "it has never been downloaded"
-    else:
-        if missing is None:
-            return cached
-    directory = _download(name, commit, missing)
-    missing = _missing(directory)
-    if missing is not None:
-        raise InputError(f"{name} at {commit} is not a checkpoint this library can read: {missing}")
-    return directory
+        return None, "it has never been downloaded"
+    missing = _missing(cached)
+    return (cached, "") if missing is None else (None, missing)
 
 
 def _missing(directory: Path) -> str | None:

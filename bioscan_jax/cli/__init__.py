@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "convert a checkpoint once, for faster starts",
     "fleet": "plan or simulate embedding with many machines",
     "plan": "compile for a TPU you do not have yet, and report what fits",
+    "doctor": "tell what of this machine would stop a run, and what to change",
     "benchmark": "compare with other programs (needs a checkout)",
 }
 """Each subcommand and its line in `bioscan --help`."""
@@ -71,7 +72,7 @@ def invoke(name: str, words: list[str]) -> int:
         words: Its flags.
 
     Returns:
-        The exit code: 0 for success; 2 for a mistake that the user can fix, with one line on stderr; 128 + signal after
+        The exit code: 0 for success; 1 where `doctor` finds a problem; 2 for a mistake that the user can fix, with one line on stderr; 128 + signal after
         a request to stop, or when the reader of the output has gone.
     """
     from bioscan_jax.cli._command import exit_code_of

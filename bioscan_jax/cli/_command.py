@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import os
@@ -15,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-Command = Callable[[Sequence[str]], None]
-"""Runs with the words that follow its name on the command line."""
+Command = Callable[[Sequence[str]], int | None]
+"""Runs with the words that follow its name on the command line; may return an exit code."""
 
 
 class UsageError(Exception):
@@ -53,7 +54,7 @@ def exit_code_of(command: Command, words: Sequence[str]) -> int:
 
     try:
         with _memory_errors():
-            command(words)
+            code = command(words)
         sys.stdout.flush()
     except (InputError, UsageError) as error:
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
@@ -64,7 +65,7 @@ def exit_code_of(command: Command, words: Sequence[str]) -> int:
     except BrokenPipeError:
         print("the reader of the output has gone; what was committed is safe", file=sys.stderr)
         os._exit(128 + signal.SIGPIPE)  # an orderly exit would try to write once more
-    return 0
+    return code or 0
 
 
 @contextmanager
@@ -141,6 +142,23 @@ def parse(
     for group, kind in groups.items():
         arguments[group] = kind(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(kind)})
     return arguments
+
+
+def optional_flags(run: Callable[..., object], required: Sequence[str] = ()) -> list[inspect.Parameter]:
+    """Returns the parameters of a run's command for another command that reads the same settings; few are required.
+
+    Args:
+        run: The run's command. `data` and `model` become empty ones where they are not given, others None.
+        required: Parameters that stay as they are.
+    """
+    empty, found = {"data": {"path": ""}, "model": {"checkpoint": ""}}, []
+    for name, flag in inspect.signature(run).parameters.items():
+        if name in empty and name not in required:
+            flag = flag.replace(default=flag.annotation(**empty[name]))
+        elif name not in required and flag.default is inspect.Parameter.empty:
+            flag = flag.replace(default=None, annotation=flag.annotation | None)
+        found.append(flag.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    return found
 
 
 def positional(words: Sequence[str], flag: str) -> list[str]:

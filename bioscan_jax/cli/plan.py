@@ -12,22 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bioscan_jax.cli import embed, finetune
-from bioscan_jax.cli._command import UsageError, from_flags
+from bioscan_jax.cli._command import UsageError, from_flags, optional_flags
 
-_RUNS = {"embed": embed.main, "finetune": finetune.main}
+RUNS = {"embed": embed.main, "finetune": finetune.main}
+"""The runs whose flags and config files it takes."""
 _OF_THE_PLAN = ("topology", "batch", "tokens", "params", "species", "largest")
-
-
-def _flags(plan: inspect.Signature, run: inspect.Signature) -> list[inspect.Parameter]:
-    """The parameters that are the plan's own, and those of the run, of which none but the model is required."""
-    found = [plan.parameters[name] for name in _OF_THE_PLAN]
-    for name, flag in run.parameters.items():
-        if name == "data":
-            flag = flag.replace(default=flag.annotation(path=""))
-        elif name != "model" and flag.default is inspect.Parameter.empty:
-            flag = flag.replace(default=None, annotation=flag.annotation | None)
-        found.append(flag)
-    return [flag.replace(kind=inspect.Parameter.KEYWORD_ONLY) for flag in found]
 
 
 def command(words: Sequence[str]) -> None:
@@ -38,8 +27,8 @@ def command(words: Sequence[str]) -> None:
     parser.add_argument("--step", default="embed")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE")
     wanted, flags = parser.parse_known_args(words)
-    if wanted.step not in _RUNS:
-        raise UsageError(f"--step {wanted.step!r} is unknown; pass one of {', '.join(_RUNS)}")
+    if wanted.step not in RUNS:
+        raise UsageError(f"--step {wanted.step!r} is unknown; pass one of {', '.join(RUNS)}")
     signature = inspect.signature(plan)
 
     def show(**settings: Any) -> None:
@@ -57,5 +46,6 @@ def command(words: Sequence[str]) -> None:
 
     first, _, rest = (plan.__doc__ or "").partition("\n")
     show.__doc__ = f"{first} --json prints the plan as JSON, --json FILE writes it there too.\n{rest}"
-    show.__signature__ = inspect.Signature(_flags(signature, inspect.signature(_RUNS[wanted.step])))
+    own = [signature.parameters[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in _OF_THE_PLAN]
+    show.__signature__ = inspect.Signature([*own, *optional_flags(RUNS[wanted.step], required=["model"])])
     from_flags(show, "plan")(flags)

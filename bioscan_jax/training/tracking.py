@@ -193,18 +193,18 @@ def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
 def _mode(tracking: TrackingConfig) -> Literal["online", "offline", "disabled"]:
     mode, flag = tracking.mode, f"--tracking.mode {tracking.mode}"
     if mode == "auto":
-        chosen = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        chosen = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         mode, flag = {"dryrun": "offline"}.get(chosen, chosen), f"WANDB_MODE={chosen}"
     if mode == "offline" or mode == "disabled":
         return mode
     if mode != "online":
         raise InputError(f"{flag} is not a mode; set WANDB_MODE to online, offline or disabled, or unset it")
-    if not _has_key():
+    if not has_key():
         raise InputError(f"{flag} needs an API key; set WANDB_API_KEY, run `wandb login`, or pass offline")
     return "online"
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Returns whether wandb would find credentials, without prompting for them."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
