@@ -21,7 +21,6 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram, Program
 from bioscan_jax.training.step import microbatch_shape
 
-
 _KILLED_SECONDS = 2.0
 """Most seconds to wait for a killed process, which a driver may hold for good."""
 
