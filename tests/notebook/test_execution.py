@@ -70,6 +70,28 @@ def test_colab_from_barcodes_to_a_bundle(tmp_path):
     assert bj.query("SELECT count(*) FROM sequences", str(tmp_path / "laptop"))[0][0].as_py() == 560
     for said in ("Hemiceras losa", "srcdoc", "adapter: peft of best parameters", "9 of 9 files are whole"):
         assert said in shown
+    again = outputs_of(ROOT / "scripts" / "colab.ipynb", tmp_path)
+    assert again.count("complete before this run: nothing was left to do") == 4  # embed and finetune, text and HTML
+    assert "9 of 9 files are whole" in again
+    assert "<script" not in shown + again
+
+
+@pytest.mark.notebook
+def test_from_a_stick_to_names_and_a_report(tmp_path):
+    shown = outputs_of(ROOT / "scripts" / "stick_to_names.ipynb", tmp_path)
+    assert bj.query("SELECT count(*) FROM sequences", str(tmp_path / "laptop" / "vectors"))[0][0].as_py() == 490
+    assert len(pq.read_table(tmp_path / "laptop" / "names.parquet")) == 70
+    assert (tmp_path / "laptop" / "report.html").read_text().startswith("<!doctype html>")
+    assert "490 rows and 0 rejects inserted" in shown
+
+
+@pytest.mark.notebook
+def test_a_tpu_vm_without_a_tpu(tmp_path):
+    for _ in range(2):
+        shown = outputs_of(ROOT / "scripts" / "tpu_vm_2.5b.ipynb", tmp_path, skipped="tpu")
+        assert "1,024 x 128 tokens" in shown
+        assert lance.dataset(str(tmp_path / "nt" / "vectors" / "sequences.lance")).count_rows() == 560
+    assert "complete before this run: nothing was left to do" in shown
 
 
 EMBED = """
