@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from tqdm import tqdm
-
 from bioscan_jax.bundles.bundle import extra_files
 from bioscan_jax.bundles.manifest import check_distinct, check_path, sha256_of
 from bioscan_jax.bundles.synced import (
@@ -53,6 +51,7 @@ from bioscan_jax.location import (
     check_mounted,
     locate,
 )
+from bioscan_jax.notebook import Shown, progress_bar
 from bioscan_jax.output import whole_file
 from bioscan_jax.table.lock import machine_lock, writer_lock
 from bioscan_jax.table.storage import open_dataset, storage_errors
@@ -71,7 +70,7 @@ _Done = TypeVar("_Done")
 
 
 @dataclass(frozen=True)
-class SyncSummary:
+class SyncSummary(Shown):
     """What a sync did."""
 
     target: str
@@ -361,7 +360,7 @@ class _Folder:
             raise InputError(f"--with: {folder.name} has {min(clash)!r} too; rename one")
         found = _Folder({}, {}, beside)
         identities = folder.versions() if isinstance(folder, Bucket) else {}
-        with tqdm(unit="B", unit_scale=True, desc="compare", disable=not progress) as bar:
+        with progress_bar(unit="B", unit_scale=True, desc="compare", disable=not progress) as bar:
             known: Known = {}
             # A table before its rejects: `embed` commits a block's rejects first, and copes with too many of them
             for path in tables:
@@ -677,7 +676,7 @@ class _Run:
     ) -> list[_Done]:
         """Does all jobs, some at a time; after an error no further one is begun."""
         total = sum(map(size_of, jobs))
-        with tqdm(total=total, unit="B", unit_scale=True, desc="sync", disable=not self.progress) as bar:
+        with progress_bar(total=total, unit="B", unit_scale=True, desc="sync", disable=not self.progress) as bar:
 
             def shown(job: _Job) -> _Done:
                 done = do(job)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -65,11 +66,12 @@ def test_colab_from_barcodes_to_a_bundle(tmp_path):
     assert len(names) == 70
     assert names["species"].null_count < 10
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (home / "adapter").iterdir()}
-    assert not bj.verify_bundle(str(home / "bundle")).faults
-    bj.import_bundle(str(home / "bundle"), str(tmp_path / "laptop"))
+    assert not bj.verify_bundle(str(tmp_path / "bioscan_bundle")).faults
+    bj.import_bundle(str(tmp_path / "bioscan_bundle"), str(tmp_path / "laptop"))
     assert bj.query("SELECT count(*) FROM sequences", str(tmp_path / "laptop"))[0][0].as_py() == 560
     for said in ("Hemiceras losa", "srcdoc", "adapter: peft of best parameters", "9 of 9 files are whole"):
         assert said in shown
+    shutil.rmtree(home)  # with the machine; the copy brings it back
     again = outputs_of(ROOT / "scripts" / "colab.ipynb", tmp_path)
     assert again.count("complete before this run: nothing was left to do") == 4  # embed and finetune, text and HTML
     assert "9 of 9 files are whole" in again
