@@ -5,6 +5,7 @@
 .. include:: training.md
 .. include:: tables.md
 .. include:: planning.md
+.. include:: cloud.md
 .. include:: measured.md
 .. include:: internals.md
 .. include:: changelog.md
