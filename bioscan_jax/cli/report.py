@@ -24,7 +24,7 @@ def main(
         uri: Database directory or URL.
         output: FILE.html to write.
         table: Name of the vector table.
-        identified: Parquet file written by bioscan identify.
+        identified: Parquet file written by bioscan identify; with its --details also the queries' points and alignments.
         truth: File with sequence_id and the true lineages of what was identified; `--truth FILE` is short for
             `--truth.path FILE`.
         pictures: Directory for PNG files of the main pictures.

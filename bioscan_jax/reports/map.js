@@ -86,7 +86,7 @@ function pointMap(section, points) {
   function arrange() {
     const layers = Array.from({ length: 7 }, () => []);
     for (let k = 0, i = 0; k < n; k++, i = (i + points.stride) % n) {
-      const layer = !isLit(i) ? 0 : (codes[i] === UNKNOWN ? 1 : codes[i] === OTHER ? 2 : 3) + (diamond(i) ? 3 : 0);
+      const layer = !isLit(i) && !marks.includes(i) ? 0 : (codes[i] === UNKNOWN ? 1 : codes[i] === OTHER ? 2 : 3) + (diamond(i) ? 3 : 0);
       layers[layer].push(i);
     }
     pale = layers[0].length;
@@ -315,7 +315,7 @@ function pointMap(section, points) {
   return {
     draw, hover, pan, zoom, toScreen, recolour, redraw, nearest, drawMode, selectView, goTo,
     show(mask) { matches = mask; order = null; tip.hidden = true; redraw(); },
-    mark(list) { marks = list; redraw(); },
+    mark(list) { marks = list; order = null; redraw(); },
     keep(mask) { selected = mask; order = null; if (!mask) outline = null; redraw(); },
     onPick(act) { pick = act; },
     onSelect(act) { drawn = act; },

@@ -165,7 +165,7 @@ def _summary(contents: TableContents) -> str:
     """Where the table is and how many of its rows are shown."""
     more = len(contents.rows) - contents.sampled
     shown = "all" if contents.sampled == contents.total else f"a random sample of {contents.sampled:,}"
-    shown += f" and {more:,} nearest references of the queries" * (more > 0)
+    shown += f" and {more:,} nearest reference{'s' * (more > 1)} of the queries" * (more > 0)
     return f"<p class=soft>{escape(contents.uri)}: {contents.total:,} rows, {shown} on the map.</p>"
 
 

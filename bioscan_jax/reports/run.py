@@ -71,7 +71,8 @@ def report(
         uri: Database directory or URL.
         output: FILE.html to write, here or in a bucket; an existing file is replaced once the new one is complete.
         table: Name of the vector table.
-        identified: Parquet file that `identify` wrote, about this table's rows or with this table as reference.
+        identified: Parquet file that `identify` wrote, about this table's rows or with this table as reference; if with
+            `details`, the queries are on the map too, up to 5,000 of them, with their alignments.
         truth: Parquet, CSV or TSV file with `sequence_id` and the true lineages of the queries; see `SideTableConfig`.
         pictures: Directory or URL for PNG files of the main charts; created if absent.
         rows: Most rows to show on the maps; of a larger table a random sample is shown. Counts are of all rows.
@@ -145,7 +146,8 @@ def map_html(
     Args:
         uri: Database directory or URL.
         table: Name of the vector table.
-        identified: Parquet file that `identify` wrote, about this table's rows or with this table as reference.
+        identified: Parquet file that `identify` wrote, about this table's rows or with this table as reference; if with
+            `details`, the queries are on the map too, up to 5,000 of them, with their alignments.
         rows: Most rows to show; of a larger table a random sample is shown.
         projection: How vectors become points of a plane: PaCMAP, or the first two principal components.
         seed: Random seed of the sample and of the map.

@@ -1,4 +1,5 @@
 import base64
+import gzip
 import hashlib
 import itertools
 import json
@@ -33,6 +34,7 @@ from bioscan_jax.reports.identifications import (
     read_truth,
 )
 from bioscan_jax.reports.projection import project
+from bioscan_jax.reports.queries import fitting_cigars, read_queries
 from bioscan_jax.reports.run import report
 
 SCRIPT = SCRIPTS / "report.py"
@@ -353,6 +355,46 @@ def test_the_page_holds_what_the_table_holds(tmp_path):
     np.testing.assert_allclose(points, wanted / wanted.max() * 65535, atol=0.6)
     assert [i for i, text in enumerate(data["found"]) if text] == [3, 4, 5, 6]
     assert data["found"][3] == "F0 (family, confidence 0.950)"
+
+
+def details(table: pa.Table, hidden: int = 8) -> pa.Table:
+    """Answers with the columns that identify adds for the page; the last query was rejected."""
+    rows, dna = len(table), ["ACGTACGT"] * (len(table) - 1) + [None]
+    vectors = pa.array([[float(i)] + [1.0] * (hidden - 1) for i in range(rows)], pa.list_(pa.float32(), hidden))
+    more = {"sequence": dna, "alignment_start": pa.array([2] * rows, pa.int32()), "alignment": ["1S7="] * rows}
+    return answers(table, **more, vector=vectors, nearest_id=["id9"] * rows)
+
+
+def test_queries_of_their_own_vectors_are_on_the_map(tmp_path):
+    table = sequences(40).append_column("dna_sequence", pa.array(["GGCGTACGTT"] * 20 + ["TTTTT"] * 20))
+    uri, path = write(tmp_path, table), str(tmp_path / "a.parquet")
+    asked = changed(table.slice(0, 6), "sequence_id", [f"q{i}" for i in range(6)])
+    pq.write_table(details(asked), path)
+    found = read_queries(path, 3, 0)
+    assert (len(found), found.total) == (3, 5)
+    np.testing.assert_array_equal(found.vectors[:, 0], found.index)
+    # Of the sample of 5 rows the nearest reference is no part
+    report(uri, str(tmp_path / "r.html"), identified=path, projection="pca", rows=5)
+    page = (tmp_path / "r.html").read_text()
+    data = payload(page)
+    assert "a random sample of 5 and 1 nearest reference of the queries on the map" in page
+    assert (data["rows"], data["ids"][5:]) == (6, ["id9", "q0", "q1", "q2", "q3", "q4"])
+    assert len(decoded(data["xy"], "<u2")) == 2 * 11
+    assert decoded(data["queries"]["nearest"], "<i4").tolist() == [5] * 5
+    assert data["queries"]["cigar"] == ["1S7="] * 5
+    lines = gzip.decompress(base64.b64decode(data["dna"])).decode().split("\n")
+    texts = dict(zip(decoded(data["dna_of"], "<i4").tolist(), lines, strict=True))
+    assert (texts[5], texts[6], len(texts)) == ("GGCGTACGTT", "ACGTACGT", 11)
+    pq.write_table(details(asked, hidden=4), path)
+    with pytest.raises(InputError, match="vectors of 4 numbers, those of .* have 8"):
+        report(uri, str(tmp_path / "r.html"), identified=path, projection="pca")
+
+
+def test_an_alignment_that_fits_no_longer_is_left_out(tmp_path):
+    pq.write_table(details(sequences(5)), tmp_path / "a.parquet")
+    found = read_queries(str(tmp_path / "a.parquet"), 9, 0)
+    assert fitting_cigars(found, {"id9": "ACGTACGTA"}) == ["1S7="] * 4
+    assert fitting_cigars(found, {"id9": "ACGTACGT"}) == fitting_cigars(found, {}) == [""] * 4
 
 
 def test_pictures_are_drawn_where_there_is_data(tmp_path):
