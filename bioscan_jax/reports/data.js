@@ -23,6 +23,14 @@ function element(kind, given = {}, ...inside) {
   return made;
 }
 
+const textElement = (kind, textContent, className = "") => element(kind, { textContent, className });
+
+function button(label, act, className = "") {
+  const made = element("button", { type: "button", textContent: label, className });
+  made.addEventListener("click", act);
+  return made;
+}
+
 const number = new Intl.NumberFormat("en");
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const short = (value) => Number(value.toPrecision(4)).toString();

@@ -136,7 +136,9 @@ function pointMap(section, points) {
     context.scale(ratio, ratio);
     context.strokeStyle = inkColour(); context.lineWidth = 2; context.lineJoin = "round";
     if (marks.length > 1) {
-      context.beginPath(); marks.forEach((i) => context.lineTo(...toScreen(i))); context.setLineDash([4, 4]); context.stroke(); context.setLineDash([]);
+      context.beginPath();
+      marks.forEach((i) => context.lineTo(...toScreen(i)));
+      context.setLineDash([4, 4]); context.stroke(); context.setLineDash([]);
     }
     marks.forEach((i, k) => { context.beginPath(); context.arc(...toScreen(i), k ? 8 : 11, 0, 7); context.stroke(); });
     if (outline) {
@@ -191,12 +193,10 @@ function pointMap(section, points) {
   }
 
   function legendItem(dot, label, pressed, press) {
-    const item = document.createElement("li"), button = document.createElement("button");
-    button.type = "button"; button.append(dot, label);
-    button.setAttribute("aria-pressed", String(pressed));
-    button.addEventListener("click", press);
-    item.append(button);
-    return item;
+    const made = button("", press);
+    made.append(dot, label);
+    made.setAttribute("aria-pressed", String(pressed));
+    return element("li", {}, made);
   }
 
   function paintLegend() {
@@ -204,13 +204,17 @@ function pointMap(section, points) {
     const kinds = points.diamond ? [["table", rows.own], ["queries", rows.n - rows.own]] : [];
     for (let i = 0; i < rows.n; i++) if (points.holds(i)) counts[shown.codes[i]]++;
     const labels = [...shown.labels.map((label, k) => [k, label]), [OTHER, shown.other], [UNKNOWN, "unknown"]];
-    legend.replaceChildren(...kinds.map(([label, total], k) => legendItem(
-      element("span", { className: k ? "dot diamond" : "dot plain" }), `${label} (${number.format(total)})`, kind === k, () => { kind = kind === k ? -1 : k; recolour(); },
-    )), ...labels.filter(([k]) => counts[k]).map(([k, label]) => {
-      const dot = element("span", { className: "dot" });
+    const counted = (label, count) => `${label} (${number.format(count)})`;
+    const ofKinds = kinds.map(([label, total], k) => {
+      const dot = textElement("span", "", k ? "dot diamond" : "dot plain");
+      return legendItem(dot, counted(label, total), kind === k, () => { kind = kind === k ? -1 : k; recolour(); });
+    });
+    const ofClasses = labels.filter(([k]) => counts[k]).map(([k, label]) => {
+      const dot = textElement("span", "", "dot");
       dot.style.background = colour[k];
-      return legendItem(dot, `${label} (${number.format(counts[k])})`, only === k, () => { only = only === k ? -1 : k; recolour(); });
-    }));
+      return legendItem(dot, counted(label, counts[k]), only === k, () => { only = only === k ? -1 : k; recolour(); });
+    });
+    legend.replaceChildren(...ofKinds, ...ofClasses);
   }
 
   function recolour() {
@@ -243,10 +247,10 @@ function pointMap(section, points) {
   }
 
   function goTo(list) {
-    const xs = list.map((i) => points.x[i]), ys = list.map((i) => points.y[i]), [x, u, y, v] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-    view.x = (x + u) / 2; view.y = (y + v) / 2;
-    const closest = Math.max(view.scale, home * 6), room = 0.7 * Math.min(width / Math.max(u - x, 1e-9), height / Math.max(v - y, 1e-9));
-    view.scale = Math.min(closest, room);
+    const range = (all) => list.reduce(([low, high], i) => [Math.min(low, all[i]), Math.max(high, all[i])], [Infinity, -Infinity]);
+    const [x, u] = range(points.x), [y, v] = range(points.y);
+    const room = 0.7 * Math.min(width / Math.max(u - x, 1e-9), height / Math.max(v - y, 1e-9));
+    view.x = (x + u) / 2; view.y = (y + v) / 2; view.scale = Math.min(Math.max(view.scale, home * 6), room);
     moved = true; tip.hidden = true; redraw();
   }
 

@@ -107,8 +107,9 @@ function drawLand(canvas, view, width, height, ratio) {
 // The map of the vectors with its search, its selection and the details of a point
 function explore(section) {
   const map = pointMap(section, embedding), part = (name) => section.querySelector(name);
-  const modes = [part(".lasso"), part(".box")], card = part(".card"), figure = part(".alignment"), panel = part(".picked"), hint = part(".hint");
-  const tidy = () => { hint.hidden = [card, panel, part(".results")].some((one) => !one.hidden); };
+  const [card, figure, panel, results] = [".card", ".alignment", ".picked", ".results"].map(part);
+  const modes = [part(".lasso"), part(".box")];
+  const tidy = () => { part(".hint").hidden = [card, panel, results].some((one) => !one.hidden); };
   const press = (button) => {
     const on = button && button.getAttribute("aria-pressed") !== "true";
     for (const one of modes) one.setAttribute("aria-pressed", String(on && one === button));
@@ -129,10 +130,13 @@ function explore(section) {
   for (const button of modes) button.addEventListener("click", () => press(button));
   part(".view").addEventListener("click", () => map.selectView());
   section.addEventListener("keydown", (event) => { if (event.key === "Escape") press(null); });
-  searchField(section, map, embedding, part(".results"), choose);
-  new MutationObserver(tidy).observe(part(".results"), { attributes: true });
+  searchField(section, map, embedding, results, choose);
+  new MutationObserver(tidy).observe(results, { attributes: true });
   let wide = innerWidth;
-  addEventListener("resize", () => { if (!figure.hidden && innerWidth !== wide) showAlignment(figure, Number(figure.dataset.point)); wide = innerWidth; });
+  addEventListener("resize", () => {
+    if (!figure.hidden && innerWidth !== wide) showAlignment(figure, Number(figure.dataset.point));
+    wide = innerWidth;
+  });
   return map;
 }
 

@@ -457,6 +457,7 @@ def _map_data(
         "top": charts.TOP,
         "ranks": list(RANKS),
         "rows": len(rows),
+        "main_rank": RANKS[contents.main_rank],
         "ids": ids,
         "xy": _base64(scaled, "<u2"),
         "lineages": _base64(codes, "<i4"),

@@ -19,7 +19,8 @@ function byName(text) {
 // DNA that was typed or pasted, as the page writes it; null if the text is none
 function asDna(text) {
   const bases = text.replace(/\s/g, "").toUpperCase().replaceAll("U", "T");
-  return bases.length >= FEWEST_BASES && /^[ACGTNRYSWKMBDHV]+$/.test(bases) && /[ACGT]{8}/.test(bases) ? bases.replace(/[^ACGT]/g, "N") : null;
+  const isDna = bases.length >= FEWEST_BASES && /^[ACGTNRYSWKMBDHV]+$/.test(bases) && /[ACGT]{8}/.test(bases);
+  return isDna ? bases.replace(/[^ACGT]/g, "N") : null;
 }
 
 function otherStrand(bases) {
@@ -86,8 +87,12 @@ async function findPoints(text) {
   }
   const held = await dna, exact = containing(held, bases);
   if (!held.of.length) return { all, line: "the page holds no DNA to search in" };
-  for (const [point, strand] of exact) all.push({ point, note: strand === "+" ? "contains it" : "contains its reverse complement" });
-  if (all.length) return { all, line: `${number.format(all.length)} of ${number.format(held.of.length)} sequences contain it` };
+  for (const [point, strand] of exact) {
+    all.push({ point, note: `contains ${strand === "+" ? "it" : "its reverse complement"}` });
+  }
+  if (all.length) {
+    return { all, line: `${number.format(all.length)} of ${number.format(held.of.length)} sequences contain it` };
+  }
   for (const { point, share, strand } of sharedWords(held, bases)) {
     all.push({ point, note: `${percent(share)} of its 6-mers${strand === "-" ? ", reverse complement" : ""}` });
   }
@@ -122,15 +127,17 @@ function searchField(section, map, points, list, choose) {
 function showResults(list, text, { all, line }, choose) {
   list.hidden = !text;
   const items = all.slice(0, SHOWN).map(({ point, note }) => {
-    const button = element("button", { type: "button" });
-    const where = isQuery(point) ? "query" : "row";
-    button.append(element("strong", { textContent: data.ids[point] }), element("span", { textContent: `${where} · ${lowestName(point)}` }));
-    if (note) button.append(element("span", { className: "score", textContent: note }));
-    button.addEventListener("click", () => choose(point, true));
-    return element("li", {}, button);
+    const made = button("", () => choose(point, true));
+    made.append(textElement("strong", data.ids[point]));
+    made.append(textElement("span", `${isQuery(point) ? "query" : "row"} · ${lowestName(point)}`));
+    if (note) made.append(textElement("span", note));
+    return element("li", {}, made);
   });
   const more = all.length > SHOWN ? `; the first ${SHOWN} are listed, all are marked on the map` : "";
-  const title = element("h3", { textContent: all.length ? "Results" : "Nothing found" });
-  const hint = all.length ? `${line}${more}.` : `No id and no name of any rank contains this text. At least ${FEWEST_BASES} bases are searched as DNA.`;
-  list.replaceChildren(title, element("p", { className: "soft", textContent: hint }), element("ol", {}, ...items));
+  const nothing = `No id and no name of any rank contains this text. At least ${FEWEST_BASES} bases are searched as DNA.`;
+  list.replaceChildren(
+    textElement("h3", all.length ? "Results" : "Nothing found"),
+    textElement("p", all.length || asDna(text) ? `${line}${more}.` : nothing, "soft"),
+    element("ol", {}, ...items),
+  );
 }

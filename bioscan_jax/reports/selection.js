@@ -9,13 +9,19 @@ function csvCell(value) {
 
 // One line for each point: what the page knows of it
 function asCsv(points) {
-  const numbers = Object.entries(rows.numbers), evidence = queries ? Object.entries(queries.numbers) : [];
-  const lines = [["sequence_id", "kind", ...data.ranks, ...numbers.map(([name]) => name), ...(queries ? ["nearest_id", "strand"] : []), ...evidence.map(([name]) => name)]];
+  const numbers = Object.keys(rows.numbers), texts = queries ? ["nearest_id", "strand"] : [];
+  const evidence = queries ? Object.keys(queries.numbers) : [];
+  const lines = [["sequence_id", "kind", ...data.ranks, ...numbers, ...texts, ...evidence]];
   for (const point of points) {
-    const query = point - rows.own, cells = [data.ids[point], isQuery(point) ? "query" : "table"];
-    cells.push(...data.ranks.map((_, r) => nameOf(point, r)), ...numbers.map(([, values]) => values[point]));
-    if (queries) cells.push(...(query < 0 ? ["", ""] : [data.queries.nearest_id[query], data.queries.strand[query]]), ...evidence.map(([, values]) => (query < 0 ? "" : values[query])));
-    lines.push(cells);
+    const query = point - rows.own, ofQuery = (column) => (query < 0 ? "" : column[query]);
+    lines.push([
+      data.ids[point],
+      isQuery(point) ? "query" : "table",
+      ...data.ranks.map((_, r) => nameOf(point, r)),
+      ...numbers.map((name) => rows.numbers[name][point]),
+      ...texts.map((name) => ofQuery(data.queries[name])),
+      ...evidence.map((name) => ofQuery(queries.numbers[name])),
+    ]);
   }
   return lines.map((cells) => `${cells.map(csvCell).join(",")}\r\n`).join("");
 }
@@ -47,35 +53,39 @@ function takenTaxa(points, rank) {
     pair[isQuery(point) ? 1 : 0]++;
     counts.set(name, pair);
   }
-  const ordered = [...counts].sort(([, a], [, b]) => b[0] + b[1] - a[0] - a[1]);
-  const lines = ordered.slice(0, LISTED).map(([name, pair]) => [name, ...pair]), rest = ordered.slice(LISTED);
-  if (rest.length) lines.push([`${number.format(rest.length)} more`, ...[0, 1].map((k) => rest.reduce((sum, [, pair]) => sum + pair[k], 0))]);
+  const ordered = [...counts].sort(([, a], [, b]) => b[0] + b[1] - a[0] - a[1]), rest = ordered.slice(LISTED);
+  const sum = (kind) => rest.reduce((total, [, pair]) => total + pair[kind], 0);
+  const lines = ordered.slice(0, LISTED).map(([name, pair]) => [name, ...pair]);
+  if (rest.length) lines.push([`${number.format(rest.length)} more`, sum(0), sum(1)]);
   const heads = [data.ranks[rank], "table", ...(queries ? ["queries"] : [])];
-  const cell = (kind, value, k) => element(kind, { textContent: typeof value === "number" ? number.format(value) : value, className: k ? "number" : "" });
-  return element("table", {}, element("thead", {}, element("tr", {}, ...heads.map((head, k) => cell("th", head, k)))),
-    element("tbody", {}, ...lines.map((line) => element("tr", {}, ...line.slice(0, heads.length).map((value, k) => cell("td", value, k))))));
+  const row = (kind, cells) => element("tr", {}, ...cells.slice(0, heads.length).map((cell, k) => (
+    k ? textElement(kind, typeof cell === "number" ? number.format(cell) : cell, "number") : textElement(kind, cell)
+  )));
+  const body = element("tbody", {}, ...lines.map((line) => row("td", line)));
+  return element("table", {}, element("thead", {}, row("th", heads)), body);
 }
 
 function showSelection(panel, map, mask) {
-  const points = [], status = element("p", { className: "soft" });
-  if (mask) for (let i = 0; i < mask.length; i++) if (mask[i]) points.push(i);
-  status.setAttribute("role", "status");
   panel.hidden = !mask;
   if (!mask) return;
-  const total = points.length, asked = points.filter(isQuery).length, whole = queries ? `${number.format(total - asked)} of the table, ${number.format(asked)} queries` : "";
-  const rank = data.ranks.includes(map.field) ? map.field : document.querySelector("#embedding select option[selected]")?.value;
-  const acts = total ? [
-    ["Save as CSV", () => { download("selection.csv", asCsv(points)); status.textContent = "selection.csv saved"; }],
-    ["Copy ids", async () => { status.textContent = (await copy(points.map((point) => data.ids[point]).join("\n"))) ? `${number.format(total)} ids copied` : "This browser does not allow it; save them as CSV"; }],
-    ["Zoom to them", () => map.goTo(points)],
-  ] : [];
-  const buttons = element("div", { className: "buttons" });
-  for (const [text, act] of [...acts, ["Clear", () => { map.keep(null); showSelection(panel, map, null); panel.dispatchEvent(new Event("cleared")); }]]) {
-    const button = element("button", { type: "button", textContent: text });
-    button.addEventListener("click", act);
-    buttons.append(button);
-  }
-  const title = element("h3", { textContent: total === 1 ? "1 point selected" : `${number.format(total)} points selected` });
-  const taxa = total && data.ranks.includes(rank) ? [takenTaxa(points, data.ranks.indexOf(rank))] : [];
-  panel.replaceChildren(title, element("p", { className: "soft", textContent: total ? whole : "No point lies inside; pale points are not selected." }), ...taxa, buttons, status);
+  const points = [], status = textElement("p", "", "soft");
+  for (let i = 0; i < mask.length; i++) if (mask[i]) points.push(i);
+  const total = points.length, asked = points.filter(isQuery).length, ids = points.map((point) => data.ids[point]);
+  const save = () => { download("selection.csv", asCsv(points)); status.textContent = "selection.csv saved"; };
+  const take = async () => {
+    const done = await copy(ids.join("\n"));
+    status.textContent = done ? `${number.format(total)} ids copied` : "This browser does not allow it; save them as CSV";
+  };
+  const clear = () => { map.keep(null); panel.hidden = true; panel.dispatchEvent(new Event("cleared")); };
+  const acts = total ? [["Save as CSV", save], ["Copy ids", take], ["Zoom to them", () => map.goTo(points)]] : [];
+  const kinds = queries ? `${number.format(total - asked)} of the table, ${number.format(asked)} queries` : "";
+  const rank = data.ranks.indexOf(data.ranks.includes(map.field) ? map.field : data.main_rank);
+  status.setAttribute("role", "status");
+  panel.replaceChildren(
+    textElement("h3", `${plural(total, "point")} selected`),
+    textElement("p", total ? kinds : "No point lies inside; pale points are not selected.", "soft"),
+    ...(total && data.names[rank].length ? [takenTaxa(points, rank)] : []),
+    element("div", { className: "buttons" }, ...[...acts, ["Clear", clear]].map(([label, act]) => button(label, act))),
+    status,
+  );
 }
