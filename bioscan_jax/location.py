@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -147,8 +148,10 @@ class Directory:
                 links = [name for name in below if (Path(directory) / name).is_symlink()]
                 for name in [*names, *links]:
                     path = Path(directory) / name
-                    plain = path.is_file() and not path.is_symlink()
-                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size if plain else None
+                    with suppress(FileNotFoundError):  # deleted meanwhile
+                        about = path.lstat()
+                        size = about.st_size if stat.S_ISREG(about.st_mode) else None
+                        found[path.relative_to(self.root).as_posix()] = size
         return found
 
     @contextmanager

@@ -382,13 +382,16 @@ class _Folder:
                 for path, size in files.items():
                     if size is None:
                         continue
-                    if isinstance(folder, Directory):
-                        identities[path] = f"{size} {(folder.root / path).stat().st_mtime_ns}"
-                    if state.files.get(path, [""])[0] == identities[path]:
-                        seen[path] = state.files[path]
-                    else:
-                        seen[path] = [identities[path], sha256_of(folder.fetch(path, scratch))]
-                        bar.update(size)
+                    try:
+                        if isinstance(folder, Directory):
+                            identities[path] = f"{size} {(folder.root / path).stat().st_mtime_ns}"
+                        if state.files.get(path, [""])[0] == identities[path]:
+                            seen[path] = state.files[path]
+                        else:
+                            seen[path] = [identities[path], sha256_of(folder.fetch(path, scratch))]
+                            bar.update(size)
+                    except FileNotFoundError:
+                        continue  # deleted since it was listed, as finetune does with older checkpoints
                     found.items[path] = FileItem(Object("", size, seen[path][1]))
             state.files = seen
             for path, file in beside.items():
@@ -537,7 +540,10 @@ class _Run:
 
             def snapshot(file: Path) -> None:
                 with self.folder.scratch() as scratch:
-                    shutil.copyfile(outside or self.folder.fetch(path, scratch), file)
+                    try:
+                        shutil.copyfile(outside or self.folder.fetch(path, scratch), file)
+                    except FileNotFoundError as error:
+                        raise InputError(f"{path}: deleted while it was copied; run the sync again") from error
 
             yield _Upload(object_path(path, item.digest), path, snapshot, item.object.bytes)
             return

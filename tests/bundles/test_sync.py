@@ -14,6 +14,8 @@ from support.killed import run_killed
 from support.tables import make_table, read, same_bits
 
 from bioscan_jax import location
+from bioscan_jax.bundles import sync as sync_module
+from bioscan_jax.bundles.manifest import sha256_of
 from bioscan_jax.bundles.sync import SyncSummary
 from bioscan_jax.bundles.sync import sync as run_sync
 from bioscan_jax.bundles.tables import content_digest
@@ -182,6 +184,21 @@ def test_nothing_is_deleted_without_the_flag(folder, tmp_path):
     assert same_bits(read(laptop), read(folder))
     assert not (laptop / "report.html").exists()
     assert not (laptop / "sequences_rejects.lance").exists()
+
+
+def test_files_that_vanish_meanwhile_are_left_out(tmp_path, monkeypatch):
+    """As the older checkpoints of a run that goes on."""
+    folder, copy = tmp_path / "run", tmp_path / "stick"
+    folder.mkdir()
+    for name in ("1", "2", "3"):
+        (folder / name).write_text(name)
+
+    def hashing(file: Path) -> str:
+        (folder / "3").unlink(missing_ok=True)
+        return sha256_of(file)
+
+    monkeypatch.setattr(sync_module, "sha256_of", hashing)
+    assert sync(folder, copy).changed == ("1", "2")
 
 
 @pytest.mark.slow

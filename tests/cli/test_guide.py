@@ -34,6 +34,7 @@ ELSEWHERE = {
     "pip install -e '.[test]'": "CI installs so",
     "pytest": "CI runs it",
     "pytest -m device": "CI runs it with its folder, tests/device",
+    "pytest -m notebook": "CI runs it",
     "pip install 'jax[tpu]==0.10.2'": "CI installs it for -m aot",
     "JAX_PLATFORMS=cpu bioscan plan --config embed_nt_2.5b_v3-8 --topology v3-8": "tests/planning, -m aot",
     "pip install '.[data]'": "an install",

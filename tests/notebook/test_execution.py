@@ -75,7 +75,7 @@ def test_colab_from_barcodes_to_a_bundle(tmp_path):
         path = tmp_path / lost
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     again = outputs_of(ROOT / "scripts" / "colab.ipynb", tmp_path)
-    assert again.count("complete before this run: nothing was left to do") == 4  # embed and finetune, text and HTML
+    assert again.count("complete before this run: nothing was left to do") == 2  # embed, finetune
     assert "9 of 9 files are whole" in again
     assert "<script" not in shown + again
 
