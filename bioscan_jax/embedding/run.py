@@ -142,6 +142,9 @@ def embed_with(
         # Also keeps the other processes here while process 0 builds an index: one that exits would stop it.
         work, vectors, rejects = _totals(work, table)
         summary = _summary(job, work, vectors, rejects, resumed, index, clock, begun)
+        if (advice := summary.slow_input) is not None:
+            notes = [*notes, advice]
+            logger.warning(advice)
         summary = dataclasses.replace(summary, notes=notes)
         if table is not None and resumed < source.rows:
             with storage_errors(sink.uri, source.rows):

@@ -20,6 +20,10 @@ from bioscan_jax.data.encode import BlockCounts
 from bioscan_jax.notebook import facts_html
 
 VERSIONED = ("bioscan_jax", "jax", "jaxlib", "flax", "grain", "pyarrow", "pylance", "lancedb")
+SLOW_INPUT = 0.25
+"""Share of the time without input from which a run warns of it."""
+_SHORT_RUN_SECONDS = 30.0
+"""Runs that take less do not warn."""
 
 
 @dataclass
@@ -173,7 +177,7 @@ class RunSummary:
     index: str | None
     """The indexes built at the end."""
     notes: list[str] = field(default_factory=list)
-    """Warnings about the lineages and columns of the input; empty in a run that resumes."""
+    """Warnings about the lineages and columns of the input, in a run that does not resume, and about its speed."""
     fleet: FleetFigures | None = None
     """Where the workers of a fleet embedded."""
 
@@ -182,6 +186,17 @@ class RunSummary:
         """Rows that this run read, divided by its time without loading and compiling."""
         busy = self.seconds["total"] - self.seconds["load"] - self.seconds["compile"]
         return self.counts.rows / max(busy, 1e-9)
+
+    @property
+    def slow_input(self) -> str | None:
+        """What to do if a run of some length was held up by its input; None where it was not."""
+        busy = self.seconds["total"] - self.seconds["load"] - self.seconds["compile"]
+        if self.waiting_for_input < SLOW_INPUT or busy < _SHORT_RUN_SECONDS:
+            return None
+        return (
+            f"the devices waited for input {self.waiting_for_input:.0%} of the time: copy the input to a local disk, write "
+            "it as Parquet in several row groups, or take a machine with more or faster cores"
+        )
 
     def to_json(self) -> str:
         """Returns every field and the rate as JSON."""

@@ -6,6 +6,7 @@
 .. include:: tables.md
 .. include:: planning.md
 .. include:: cloud.md
+.. include:: troubleshooting.md
 .. include:: measured.md
 .. include:: internals.md
 .. include:: changelog.md
