@@ -104,7 +104,7 @@ function alignmentColumns(query, reference, start, cigar) {
   return { top, bottom, kinds, first: first ?? 0, after, start, beyond: reference.length - there };
 }
 
-const plural = (n, word) => `${number.format(n)} ${word}${n === 1 ? "" : "s"}`;
+const plural = (n, one, more = `${one}s`) => `${number.format(n)} ${n === 1 ? one : more}`;
 const count = (kinds, kind) => kinds.split(kind).length - 1;
 
 // Text of which each run of one kind is marked
@@ -155,7 +155,7 @@ function drawColumns(pre, { top, bottom, kinds, first, start }) {
     line(names[0], one, here);
     lines.push(" ".repeat(left), ...marked([...part].map((kind) => KINDS[kind].sign).join(""), part), "\n");
     line(names[1], other, there);
-    lines.push("\n");
+    if (at + each < kinds.length) lines.push("\n");
     here += bases(one); there += bases(other);
   }
   pre.replaceChildren(...lines);

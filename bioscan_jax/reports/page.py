@@ -191,17 +191,19 @@ def _embedding(
         text += f" The page holds the DNA of {some}{' and of the queries' * bool(queries)}, to search in."
     parts = ("taxa", "depth", "queries", "dna", "alignments")
     notes = "".join(_note(contents.notes[part]) for part in parts if part in contents.notes)
-    return f"<p>{escape(text)}</p>{notes}{_explorer(_map('Map of the embedding', contents, identifications, selectable=True))}"
+    return f"<p>{escape(text)}</p>{notes}{_explorer(_map('Map of the embedding', contents, identifications, selectable=True), bool(queries))}"
 
 
-def _explorer(point_map: str) -> str:
+def _explorer(point_map: str, with_queries: bool) -> str:
     """A map with its tools: a list of results, the selection, and the details of one point."""
+    more = "<button type=button class=by-novelty>List the queries, most novel first</button>" * with_queries
+    alignment = "; a query also shows its alignment" * with_queries
     return f"""<div class=work><div>{point_map}</div>
 <div class=side>
 <section class=hint><h3>What to do here</h3><ul>
 <li>Type a name, an id or some DNA into the search field.</li>
-<li>Click a point, or a result, for its names and evidence; a query also shows its alignment.</li>
-<li>Draw around points to count them and to save their ids.</li></ul></section>
+<li>Click a point, or a result, for what is known of it{alignment}.</li>
+<li>Draw around points to count them and to save their ids.</li></ul>{more}</section>
 <section class=results aria-label="Search results" hidden></section>
 <section class=card aria-label="Chosen point" aria-live=polite hidden></section>
 <section class=picked aria-label="Selection" hidden></section>

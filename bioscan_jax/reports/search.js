@@ -112,8 +112,11 @@ function searchField(section, map, points, list, choose) {
     if (text) { mask = new Uint8Array(points.x.length); for (const { point } of there) mask[points.of(point)] = 1; }
     map.show(mask);
     found.textContent = there.length === result.all.length ? result.line : `${number.format(there.length)} found`;
-    if (list) showResults(list, text, result, choose);
+    if (list) showResults(list, text, result, choose, () => { field.value = ""; search(); });
   }
+  section.querySelector(".by-novelty")?.addEventListener("click", () => {
+    showResults(list, "queries", mostNovel(), choose, () => showResults(list, "", {}, choose));
+  });
   field.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(search, asDna(field.value) ? 200 : 0); });
   field.addEventListener("paste", (event) => {  // a record of FASTA without its header
     const text = event.clipboardData.getData("text");
@@ -124,8 +127,18 @@ function searchField(section, map, points, list, choose) {
   });
 }
 
-function showResults(list, text, { all, line }, choose) {
+// All queries, those likely to be of species that the table lacks first
+function mostNovel() {
+  const novelty = (point) => rows.numbers.novelty?.[point] ?? NaN, rank = (point) => (Number.isNaN(novelty(point)) ? -1 : novelty(point));
+  const points = Array.from({ length: rows.n - rows.own }, (_, query) => rows.own + query);
+  points.sort((a, b) => rank(b) - rank(a));
+  const note = (point) => (rank(point) < 0 ? "" : `novelty ${short(novelty(point))}`);
+  return { all: points.map((point) => ({ point, note: note(point) })), line: plural(points.length, "query", "queries") };
+}
+
+function showResults(list, text, { all, line }, choose, clear) {
   list.hidden = !text;
+  if (!text) return;
   const items = all.slice(0, SHOWN).map(({ point, note }) => {
     const made = button("", () => choose(point, true));
     made.append(textElement("strong", data.ids[point]));
@@ -133,11 +146,12 @@ function showResults(list, text, { all, line }, choose) {
     if (note) made.append(textElement("span", note));
     return element("li", {}, made);
   });
-  const more = all.length > SHOWN ? `; the first ${SHOWN} are listed, all are marked on the map` : "";
+  const more = all.length > SHOWN ? `; the first ${SHOWN} are listed` : "";
   const nothing = `No id and no name of any rank contains this text. At least ${FEWEST_BASES} bases are searched as DNA.`;
   list.replaceChildren(
     textElement("h3", all.length ? "Results" : "Nothing found"),
     textElement("p", all.length || asDna(text) ? `${line}${more}.` : nothing, "soft"),
     element("ol", {}, ...items),
+    element("div", { className: "buttons" }, button("Clear", clear)),
   );
 }

@@ -66,7 +66,13 @@ def shown(tmp_path_factory) -> Shown:
             {"sequence_id": f"query {i}", **{rank: near[rank] for rank in RANKS}}
             | {f"{rank}_confidence": 0.9 for rank in RANKS}
             | {"nearest_id": near["sequence_id"], "similarity": 0.9, "identity": matches / columns, "overlap": columns}
-            | {"coverage": 1.0, "strand": "-" if i % 2 else "+", "support": 3, "unnamed": None, "novelty": 0.1}
+            | {
+                "coverage": 1.0,
+                "strand": "-" if i % 2 else "+",
+                "support": 3,
+                "unnamed": None,
+                "novelty": i * 5 % 12 / 12,
+            }
             | {"novel": i == 3, "abstained_at": "genus" if i == 4 else None, "sequence": dna}
             | {"alignment_start": start, "alignment": cigar, "vector": vector.tolist()}
         )
@@ -121,6 +127,11 @@ def test_search_selection_and_alignment(shown: Shown, tmp_path: Path, width: int
 
 
 def check_search(page: Page, shown: Shown) -> None:
+    page.click("document.querySelector('.by-novelty')")
+    listed = page.run("[...document.querySelectorAll('.results li strong')].map(one => one.innerText)")
+    novelty = {one["sequence_id"]: one["novelty"] for one in shown.queries}
+    assert listed == sorted(novelty, key=lambda key: -novelty[key])
+    page.click("document.querySelector('.results .buttons button')")
     assert len(search(page, "g1")) == 30 + 4  # a genus: rows and queries
     assert text_of(page, ".found") == "34 found"
     assert [one.split("\n")[0] for one in search(page, "REF89")] == ["ref89"]
