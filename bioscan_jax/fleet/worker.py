@@ -92,7 +92,7 @@ class Worker:
         """Embeds a block; its vectors wait here.
 
         Raises:
-            InputError: The block cannot be read, or is not what the driver has read.
+            InputError: The block cannot be read, is not what the driver has read, or does not fit on the devices.
         """
         job, dispatcher = self._job, self._dispatcher
         assert job is not None
@@ -103,10 +103,11 @@ class Worker:
             raise InputError(f"block {order.index} is not the same here and at the driver; the input was changed")
         item = PreparedBlock(encoded, repeats, fresh_views(encoded.views, repeats.copied))
         block = begin(job, item, order.row)
-        with self._starting:
-            futures = [dispatcher.start(batch, block.results) for batch in block.batches]
-        for future in futures:
-            future.result()
+        with job.blocks.memory_errors():
+            with self._starting:
+                futures = [dispatcher.start(batch, block.results) for batch in block.batches]
+            for future in futures:
+                future.result()
         self._waiting[order.index] = order, block
 
     def write(self, index: int, earlier: Mapping[int, Earlier]) -> Written:

@@ -420,7 +420,10 @@ def _fit(run: Run, model: config.ModelConfig, devices: Any) -> Iterator[Finding]
         return
     found = ask(step, FIT_SECONDS)
     if isinstance(found, InputError):  # more devices than there are, heads that do not divide
-        yield Finding("fit", "problem", str(found))
+        fix = "`bioscan plan` with these flags and --topology is for TPUs that are elsewhere" * (
+            devices.platform == "cpu"
+        )
+        yield Finding("fit", "problem", str(found), fix)
     elif not isinstance(found, StepFit) or found.found is None:
         why = found.text if isinstance(found, Failure) and found.text else "the compiler gave no figure in time"
         yield Finding("fit", "warning", f"unknown ({why}): {_weights(transformer, model, devices)}")
