@@ -13,15 +13,7 @@ import jax
 
 from bioscan_jax.errors import InputError, one_line
 
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
-"""Limit, use and statistics of this container's memory, of cgroups 2 and 1."""
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +74,10 @@ def host_memory() -> Memory:
     with suppress(OSError, TypeError):
         given = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
         found.append(Memory(total, int(given[1]) * 1024))  # pyright: ignore[reportOptionalSubscript]
-    for limit, used, statistics in _CGROUPS:
+    for directory, limit, used in _memory_groups():
         with suppress(OSError, ValueError, TypeError):  # "max" is no limit
-            most, now = int(Path(limit).read_text()), int(Path(used).read_text())
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)", Path(statistics).read_text(), re.M)
+            most, now = int((directory / limit).read_text()), int((directory / used).read_text())
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", (directory / "memory.stat").read_text(), re.M)
             found.append(Memory(most, most - now + int(cached[1])))  # pyright: ignore[reportOptionalSubscript]
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
     if most != resource.RLIM_INFINITY:
@@ -93,6 +85,24 @@ def host_memory() -> Memory:
             now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             found.append(Memory(most, most - now))
     return Memory(min(one.total for one in found), max(0, min(one.free for one in found)))
+
+
+def _memory_groups() -> Iterator[tuple[Path, str, str]]:
+    """Yields the control groups (versions 2 and 1) that may limit this process, and their files of limit and use."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = _CGROUPS / controllers
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            )
+            below = root / path.lstrip("/")
+            for directory in {root, below, *below.parents} - {*root.parents}:
+                yield directory, *names
 
 
 def device_memory(device: Any) -> Memory | None:

@@ -92,6 +92,8 @@ def advise_batch_tokens(compile_step: CompileStep, shapes: Iterable[BatchShape],
             gib = "more" if found.needed is None else f"{found.needed / 2**30:.2f} GiB"
             failed = f"it needs {gib} on each device, and {found.available / 2**30:.2f} GiB can be had; "
             rows = min(rows, shape.rows // devices // 2)  # the compiler's figure leaves out what other programs take
+            if found.fits and not rows:
+                return f"{failed}end other programs that use the memory of the devices"
         budgets.append(rows * shape.tokens)
     if not min(budgets):
         return f"{failed}not one row fits: {NO_ROW_FITS}"

@@ -307,7 +307,7 @@ def _credentials(run: Run) -> Iterator[Finding]:
     schemes = {place.partition("://")[0] for place in run.places.values() if "://" in place}
     yield _hub_token()
     online = run.tracking is not None and run.tracking.mode == "online"
-    has = has_key()
+    has = bool(_within(DISK_SECONDS, has_key))
     text = "a key was found" if has else "no key: finetune logs offline"
     fix = "run `wandb login`, or pass --tracking.mode offline" if online and not has else ""
     yield Finding("W&B", "problem" if fix else "ok", text, fix)
@@ -329,7 +329,7 @@ def _driver(package: str, level: Level, text: str) -> tuple[Level, str, str]:
 def _hub_token() -> Finding:
     from huggingface_hub import get_token
 
-    token = get_token()
+    token = _within(DISK_SECONDS, get_token)  # Colab's secrets are asked of its browser tab
     if token is None:
         return Finding("hub token", "ok", "none: public models only")
     if not re.fullmatch(r"hf_[A-Za-z0-9]{20,}|hf_oauth_\S+|hf_jwt_\S+", token):

@@ -17,6 +17,7 @@ from support.embed_runs import Table, files, lines
 
 from bioscan_jax.cli import _command
 from bioscan_jax.devices.memory import host_memory, memory_errors
+from bioscan_jax.embedding.step import CompiledSteps
 from bioscan_jax.errors import InputError
 
 TOO_MUCH = 1 << 60
@@ -124,3 +125,19 @@ def test_finetune_says_what_fits_and_the_same_run_goes_on_with_that(tmp_path):
         worked = call("finetune", *flags, f"--train.batch_tokens={found[3]}")
     assert worked.returncode == 0, worked.stderr
     assert "all epochs done" in worked.stdout
+
+
+@pytest.mark.slow
+def test_identify_names_its_own_flag(tmp_path, monkeypatch):
+    lineage = "Animalia;Chordata;Actinopteri;Gadiformes;Gadidae;Gadus;Gadus morhua"
+    sequences = ["".join(np.random.default_rng(row).choice(list("ACGT"), 120)) for row in range(8)]
+    columns = {"sequence_id": list("abcdefgh"), "dna_sequence": sequences, "taxonomy": [lineage] * 8}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    flags = ["--model.checkpoint=random:tiny-v2", f"--data.path={tmp_path / 'in.parquet'}", f"--sink.uri={tmp_path}"]
+    assert call("embed", *flags, *MESH, "--embed.max_shapes=1").returncode == 0
+    monkeypatch.setattr(CompiledSteps, "__call__", lambda steps, ids: jax.block_until_ready(jnp.zeros(1 << 58)))
+    queries = [f"--reference.uri={tmp_path}", f"--query.path={tmp_path / 'in.parquet'}", *MESH]
+    done = call("identify", *queries, f"--output={tmp_path / 'names.tsv'}", "--batch_tokens=4096")
+    assert done.returncode == 2
+    assert re.search(r"out of memory while embedding a batch of .*; pass --batch_tokens \d+$", done.stderr.strip())
+    assert not (tmp_path / "names.tsv").exists()
