@@ -191,11 +191,11 @@ def printed(function: Callable[..., object]) -> Callable[..., None]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The config files that come with the package, by the name that `--config` takes."""
+    """The config files that come with the package, by the name that `--config` takes; not those for `ray up`."""
     package = Path(__file__).parents[1]
     for directory in (package / "configs", package.parent / "configs"):  # in a wheel, in a checkout
         if found := sorted(directory.glob("*.yaml")):
-            return {path.stem: path for path in found}
+            return {path.stem: path for path in found if not path.stem.startswith("fleet_")}
     return {}
 
 

@@ -25,7 +25,7 @@ from support.places import GOLDEN, ROOT, SCRIPTS
 
 from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, embed
 from bioscan_jax.cli import finetune, fit_metric
-from bioscan_jax.cli._command import parse
+from bioscan_jax.cli._command import parse, shipped_configs
 from bioscan_jax.embedding import encoder
 from bioscan_jax.table.lock import writer_lock
 
@@ -528,7 +528,7 @@ def test_a_wrong_command_line(tmp_path, monkeypatch, arguments, words):
     assert not Path("db").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", shipped_configs().values(), ids=lambda path: path.name)
 def test_each_config_is_one_of_the_command_that_its_first_line_names(path):
     named = re.match(r"# python scripts/(\w+)\.py --config configs/(\S+)", path.read_text())
     assert named, f"{path} must start with its command"

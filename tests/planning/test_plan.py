@@ -16,6 +16,7 @@ from support.commands import call
 from support.places import ROOT, SCRIPTS
 
 from bioscan_jax import InputError, MeshConfig, ModelConfig, config
+from bioscan_jax.cli._command import shipped_configs
 from bioscan_jax.data.batching import BatchShape
 from bioscan_jax.devices.chips import CHIPS, find_slice
 from bioscan_jax.devices.sharding import make_layout
@@ -197,7 +198,7 @@ def test_the_command_reads_every_config_file_of_a_run_and_refuses_in_one_line():
         ("--model.checkpoint", "random:tiny-v1"): "the following arguments are required: topology",
         ("--model.checkpoint", "random:tiny-v1", "--topology", "v3-8", "--batch", "x"): "--batch: ",
     }
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
+    for path in shipped_configs().values():
         groups = yaml.safe_load(path.read_text())
         if "model" in groups:
             step = "finetune" if groups.keys() & {"train", "lora", "loss"} else "embed"
