@@ -5,6 +5,7 @@
 .. include:: training.md
 .. include:: tables.md
 .. include:: planning.md
+.. include:: fleet.md
 .. include:: cloud.md
 .. include:: troubleshooting.md
 .. include:: measured.md

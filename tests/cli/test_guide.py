@@ -49,6 +49,20 @@ ELSEWHERE = {
     "bioscan default-model --config default_model": "needs 15,868 barcodes; tests/training/test_default_model.py",
     "bioscan benchmark identify --reference FILE --queries FILE": "tests/benchmarks, -m vsearch",
     "bioscan benchmark taxonomy --reference FILE --queries FILE --models DIR,6mer,vsearch": "tests/benchmarks, -m vsearch",
+    "pip install 'bioscan_jax[fleet]'": "an install",
+    "bioscan embed --config demo --fleet.address local --fleet.workers 2": "starts Ray; tests/fleet, -m fleet",
+    "ray up configs/fleet_tpu.yaml": "rents machines; tests/fleet/test_cluster_files.py checks the file and the flags",
+    'ray exec configs/fleet_tpu.yaml --tmux "bioscan embed --config embed_nt_2.5b_v3-8 --data.path '
+    "gs://BUCKET/barcodes.parquet --data.block_rows 30000 --sink.uri gs://BUCKET/vectors --fleet.address auto "
+    """--fleet.workers 16 --fleet.resources '{\\"TPU\\": 8}' --fleet.start_seconds 900\"""": "needs a cluster in the cloud",
+    "ray attach configs/fleet_tpu.yaml --tmux": "needs a cluster in the cloud",
+    "ray down configs/fleet_tpu.yaml": "needs a cluster in the cloud",
+    "ray start --head": "tests/fleet, -m fleet, start clusters of several nodes",
+    "ray start --address=HOST:6379": "tests/fleet, -m fleet, start clusters of several nodes",
+    "bioscan finetune --config finetune_nt_2.5b_v3-8 --mesh.distributed true --train.output_dir gs://BUCKET/runs/coi": (
+        "needs a pod; tests/training has two processes"
+    ),
+    "bioscan benchmark scale --part fragments --rows 200000 --block_rows 20": "minutes; tests/benchmarks has a small one",
 }
 """Commands that are not run below, each with what runs it, or what it needs."""
 
@@ -65,7 +79,7 @@ PLACES = {
 STARTS_WITH_A_TABLE = {"tables"}
 """Pages whose reader has embedded already."""
 
-SHORTER = {"finetune": ["--train.epochs=1"]}
+SHORTER = {"finetune": ["--train.epochs=1"], "fleet": ["--rows=300000"]}
 """Flags that the tests add, by command: as in the pages, but shorter."""
 
 
@@ -115,6 +129,7 @@ def desk(tmp_path, monkeypatch):
         file.writelines(f"@{name}\n{text}\n+\n{'I' * len(text)}\n" for name, text in reads)
     ids = demo["sequence_id"][:50].to_pylist()
     Path("cruise.csv").write_text("sequence_id,station\n" + "".join(f"{name},S{n % 5}\n" for n, name in enumerate(ids)))
+    Path("prices.csv").write_text("device,price_per_hour\nv5e-8,1\n")
     Path("checkpoint").symlink_to(GOLDEN / "v2")
     return tmp_path
 
