@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.commands import call
 from support.embed_runs import Table, environment, files, lines, run, start, unnamed_files
-from support.places import GOLDEN, ROOT, SCRIPTS
+from support.places import GOLDEN, SCRIPTS
 
 from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, embed
 from bioscan_jax.cli import finetune, fit_metric
