@@ -54,15 +54,8 @@ def campaign(
             if change is not None:
                 change(folder, directory)
             versions.append(_contents(folder))
-            wrong += _killed(
-                (folder, copy),
-                proxy,
-                environment,
-                kills,
-                chosen,
-                say,
-                partial(_check_copy, direct, directory, versions),
-            )
+            check = partial(_check_copy, direct, directory, versions)
+            wrong += _killed((folder, copy), proxy, environment, kills, MOST_REQUESTS[store], chosen, say, check)
         wrong += _killed((copy, laptop), proxy, environment, kills, MOST_REQUESTS[store], chosen, say, lambda: [])
         if not _same(_contents(laptop), versions[-1]):
             wrong.append("the second folder differs from the first")
