@@ -26,7 +26,7 @@ from bioscan_jax.errors import InputError, logger
 from bioscan_jax.matching.alignment import Floors, Pool, align_cigar, compared, edit_distances, none_nearer
 from bioscan_jax.matching.neighbours import by_index, exact, search_kind
 from bioscan_jax.matching.queries import QueryEncoder, encoder_of_table
-from bioscan_jax.matching.reference import Reference, Taxa, open_reference, sequence_digests
+from bioscan_jax.matching.reference import Reference, Taxa, open_reference
 from bioscan_jax.matching.strands import has_dna, is_strand_invariant, orient, reference_profile
 from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, head_votes, open_heads, same_taxon, vote, without_names
 
@@ -293,8 +293,7 @@ def in_reference(matcher: Matcher, candidates: Candidates) -> Bool[np.ndarray, "
     """Tells which queries have the id or the cleaned DNA of a row that may be matched."""
     ids = candidates.ids.filter(pa.array(candidates.kept))
     known = pc.call_function("is_in", [ids], pc.SetLookupOptions(matcher.reference.ids)).to_numpy(zero_copy_only=False)
-    first_of = matcher.reference.copies.first_of
-    return known | np.array([one in first_of for one in sequence_digests(candidates.texts)], bool)
+    return known | matcher.reference.copies.have(candidates.texts)
 
 
 def _sequences(matcher: Matcher, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import pyarrow as pa
 # pyarrow.compute defines most of its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
 import pyarrow.compute as pc
-from jaxtyping import Float32, Float64, Int32, Int64, UInt64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64, UInt64
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 _BLOCK_ROWS = 8192
 _WITHIN = np.uint64((1 << 32) - 1)
+_DIGEST = np.dtype("S16")
+_LINEAGE_ROWS = 1 << 20
+"""Rows whose lineages are compared at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,22 +81,24 @@ class Reference:
     @cached_property
     def copies(self) -> "Copies":
         """Which rows hold the same DNA."""
-        first_of: dict[bytes, int] = {}
         first = np.full(self.dataset.count_rows(), -1, np.int64)
         if self.sequence_column not in self.dataset.schema.names:
             first[self.chosen] = self.chosen
-            return Copies(first_of, first)
-        done = 0
+            return Copies(np.empty(0, _DIGEST), first)
+        digests, done = np.empty(len(self.chosen), _DIGEST), 0
         scanner = self.dataset.scanner(
             columns=[self.sequence_column], filter=self.filter, batch_size=_BLOCK_ROWS, scan_in_order=True
         )
         with storage_errors(self.dataset.uri):
             for batch in scanner.to_batches():
-                rows = self.chosen[done : done + len(batch)]
-                digests = sequence_digests(clean(batch[0]).sequences.to_pylist())
-                first[rows] = [first_of.setdefault(one, row) for one, row in zip(digests, rows.tolist(), strict=True)]
+                digests[done : done + len(batch)] = sequence_digests(clean(batch[0]).sequences.to_pylist())
                 done += len(batch)
-        return Copies(first_of, first)
+        halves = digests.view(">u8").reshape(-1, 2)
+        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: of equal digests the first row comes first
+        digests = digests[order]
+        begins = np.append(True, digests[1:] != digests[:-1])
+        first[self.chosen[order]] = self.chosen[order[begins]][np.cumsum(begins) - 1]
+        return Copies(digests[begins], first)
 
     @cached_property
     def addresses(self) -> "RowAddresses":
@@ -138,8 +143,8 @@ class Reference:
 class Copies:
     """Which rows of a reference hold the same cleaned DNA; without DNA in the table, every row is its own."""
 
-    first_of: dict[bytes, int]
-    """Position of the first row with a sequence, by `sequence_digests`; empty without DNA."""
+    digests: np.ndarray
+    """The distinct sequences as `sequence_digests`, ascending; empty without DNA."""
     first: Int64[np.ndarray, " rows"]
     """Position of the first row with the DNA of a row; -1 of rows that may not be matched."""
 
@@ -148,10 +153,17 @@ class Copies:
         """Number of distinct sequences."""
         return int((self.first == np.arange(len(self.first))).sum())
 
+    def have(self, texts: Sequence[str]) -> Bool[np.ndarray, " texts"]:
+        """Returns which cleaned sequences a row that may be matched has."""
+        wanted = sequence_digests(texts)
+        if not len(self.digests):
+            return np.zeros(len(wanted), bool)
+        return self.digests[np.searchsorted(self.digests, wanted).clip(max=len(self.digests) - 1)] == wanted
 
-def sequence_digests(texts: Sequence[str]) -> list[bytes]:
+
+def sequence_digests(texts: Sequence[str]) -> np.ndarray:
     """Hashes cleaned DNA to 128 bits (BLAKE2b): n sequences have an equal pair by chance with probability n^2 / 2^129."""
-    return [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    return np.array([hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts], _DIGEST)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,13 +228,22 @@ class Taxa:
             pa.concat_arrays([column, pa.array(known, pa.string())]).unique().sort()
             for column, known in zip(own, more, strict=True)
         )
-        codes = np.empty((len(lineages[0]), len(lineages)), np.int32)
-        for rank, (column, known) in enumerate(zip(lineages, names, strict=True)):
-            code_of = np.append(name_codes(column.dictionary, known), np.int32(-1))  # the last is that of null
-            codes[:, rank] = code_of[column.indices.fill_null(len(column.dictionary)).to_numpy()]
+        code_of = [
+            np.append(name_codes(c.dictionary, known), np.int32(-1)) for c, known in zip(lineages, names, strict=True)
+        ]
+
+        def codes(rows: Int64[np.ndarray, " some"]) -> Int32[np.ndarray, "some 7"]:
+            places = [c.indices.take(pa.array(rows)).fill_null(len(c.dictionary)).to_numpy() for c in lineages]
+            return np.stack([known[here] for known, here in zip(code_of, places, strict=True)], axis=1)
+
         rows = reference.chosen
-        voting, shares, first = _lineages_of_sequences(fill_gaps(codes, rows)[rows], reference.copies.first, rows)
-        return Taxa(names, voting, shares, first, own)
+        distinct, lineage_of = _distinct(
+            codes(rows[at : at + _LINEAGE_ROWS]) for at in range(0, len(rows), _LINEAGE_ROWS)
+        )
+        filled, again = _unique_rows(fill_gaps(distinct))
+        lineage_of = again[lineage_of]
+        first = reference.copies.first
+        return Taxa(names, *_lineages_of_sequences(filled, lineage_of, first[rows], len(first)), own)
 
     def voters(
         self, rows: Int64[np.ndarray, "queries candidates"]
@@ -249,66 +270,102 @@ class Taxa:
         return np.stack(found, axis=1).astype(np.int32)
 
 
+def _distinct(
+    blocks: Iterable[Int32[np.ndarray, "_ 7"]],
+) -> tuple[Int32[np.ndarray, "lineages 7"], Int32[np.ndarray, " rows"]]:
+    """Returns the distinct lineages, ascending, and which of them each row has; sorts a block of rows at a time."""
+    found, places, seen = [], [], 0
+    for block in blocks:
+        one, place = _unique_rows(block)
+        found.append(one)
+        places.append(place + np.int32(seen))
+        seen += len(one)
+    distinct, place = _unique_rows(np.concatenate(found))
+    return distinct, place[np.concatenate(places)]
+
+
+def _unique_rows(
+    rows: Int32[np.ndarray, "rows 7"],
+) -> tuple[Int32[np.ndarray, "lineages 7"], Int32[np.ndarray, " rows"]]:
+    """Returns the distinct rows of codes from -1 on, ascending, and where each row is among them.
+
+    The codes of a row become one integer, which sorts faster than rows do.
+    """
+    key, size = np.zeros(len(rows), np.int64), 1
+    for column in rows.T:
+        width = int(column.max(initial=-1)) + 2
+        if size > (1 << 62) // width:
+            values, key = np.unique(key, return_inverse=True)
+            size = len(values)
+        key, size = key * width + (column + 1), size * width
+    _, first, place = np.unique(key, return_index=True, return_inverse=True)
+    return rows[first], place.astype(np.int32)
+
+
 def _lineages_of_sequences(
-    codes: Int32[np.ndarray, "chosen 7"], first: Int64[np.ndarray, " rows"], chosen: Int64[np.ndarray, " chosen"]
+    distinct: Int32[np.ndarray, "distinct 7"],
+    lineage_of: Int32[np.ndarray, " chosen"],
+    sequence_of: Int64[np.ndarray, " chosen"],
+    rows: int,
 ) -> tuple[Int32[np.ndarray, "lineages 7"], Float64[np.ndarray, "lineages 7"], Int64[np.ndarray, " more"]]:
     """Returns the fields of `Taxa`: lineages, shares and where each row's begin.
 
     Args:
-        codes: Codes of the rows that may be matched.
-        first: From `Copies`.
-        chosen: Positions of these rows.
+        distinct: Codes of the distinct lineages, ascending.
+        lineage_of: Which of them each row has that may be matched.
+        sequence_of: Position of the first row with its DNA.
+        rows: Rows of the table.
     """
-    found, copies = np.unique(np.column_stack([first[chosen], codes]), axis=0, return_counts=True)
-    found = found[np.lexsort((-copies, found[:, 0]))]  # of names with equal votes, the one with most copies comes first
-    sequence, lineages = found[:, 0], found[:, 1:].astype(np.int32)
+    found, copies = np.unique(sequence_of * len(distinct) + lineage_of, return_counts=True)
+    sequence, lineage = np.divmod(found, len(distinct))
+    order = np.lexsort((-copies, sequence))  # of names with equal votes, the one with most copies comes first
+    sequence, lineages = sequence[order], distinct[lineage[order]]
     shares = np.zeros(lineages.shape)
     for rank in range(lineages.shape[1]):
         named = np.flatnonzero(lineages[:, rank] >= 0)
+        most = lineages[:, rank].max(initial=0) + np.int64(1)
         names, of, lines = np.unique(
-            np.column_stack([sequence[named], lineages[named, rank]]), axis=0, return_inverse=True, return_counts=True
+            sequence[named] * most + lineages[named, rank], return_inverse=True, return_counts=True
         )
-        _, place, taxa = np.unique(names[:, 0], return_inverse=True, return_counts=True)
-        shares[named, rank] = (1 / (lines * taxa[place]))[of.reshape(-1)]
-    return lineages, shares, np.searchsorted(sequence, np.arange(len(first) + 1))
+        _, place, taxa = np.unique(names // most, return_inverse=True, return_counts=True)
+        shares[named, rank] = (1 / (lines * taxa[place]))[of]
+    return lineages, shares, np.searchsorted(sequence, np.arange(rows + 1))
 
 
-def fill_gaps(codes: Int32[np.ndarray, "rows 7"], chosen: Int64[np.ndarray, " chosen"]) -> Int32[np.ndarray, "rows 7"]:
-    """Fills blank ranks above a name from lineages that agree on all names of the row and have more.
+def fill_gaps(lineages: Int32[np.ndarray, "lineages 7"]) -> Int32[np.ndarray, "lineages 7"]:
+    """Fills blank ranks above a name from lineages that agree on all its names and have more.
 
     A gap stays where no lineage has more names, or two that have the most disagree.
 
     Args:
-        codes: Codes of taxa, -1 where unknown.
-        chosen: Rows that may be matched; others are neither read nor filled.
+        lineages: Codes of the taxa of each distinct lineage, -1 where unknown.
 
     Example:
         >>> full, gap, other = [0, 0, 0, 4, 5, 6, 7], [0, 0, 0, -1, -1, 6, 7], [0, 0, 0, -1, -1, 6, 8]
-        >>> fill_gaps(np.array([full, gap, other], np.int32), np.arange(3)).tolist() == [full, full, other]
+        >>> fill_gaps(np.array([full, gap, other], np.int32)).tolist() == [full, full, other]
         True
     """
-    last = codes.shape[1] - 1 - (codes[chosen, ::-1] >= 0).argmax(axis=1)
-    above = np.arange(codes.shape[1]) < last[:, None]
-    if not (above & (codes[chosen] < 0)).any():
-        return codes
-    found, lineage_of = np.unique(codes[chosen], axis=0, return_inverse=True)
+    last = lineages.shape[1] - 1 - (lineages[:, ::-1] >= 0).argmax(axis=1)
+    gaps = ((np.arange(lineages.shape[1]) < last[:, None]) & (lineages < 0)).any(axis=1) & (lineages >= 0).any(axis=1)
+    if not gaps.any():
+        return lineages
+    wanted = {(int(rank), int(lineages[row, rank])) for row, rank in zip(np.flatnonzero(gaps), last[gaps], strict=True)}
     holders: dict[tuple[int, int], list[int]] = {}
-    for row, rank in np.argwhere(found >= 0).tolist():
-        holders.setdefault((rank, int(found[row, rank])), []).append(row)
-    filled = found.copy()
-    for row, lineage in enumerate(found):
+    for rank in {rank for rank, _ in wanted}:
+        sought = np.array([name for at, name in wanted if at == rank])
+        for row in np.flatnonzero(np.isin(lineages[:, rank], sought)).tolist():
+            holders.setdefault((rank, int(lineages[row, rank])), []).append(row)
+    filled = lineages.copy()
+    for row in np.flatnonzero(gaps):
+        lineage, end = lineages[row], int(last[row]) + 1
         known = np.flatnonzero(lineage >= 0)
-        if not len(known) or known[-1] == len(known) - 1:
-            continue
-        others = found[holders[int(known[-1]), int(lineage[known[-1]])], : known[-1] + 1]
+        others = lineages[holders[end - 1, int(lineage[end - 1])], :end]
         others = others[(others[:, known] == lineage[known]).all(axis=1)]
         names = (others >= 0).sum(axis=1)
         most = np.unique(others[names == names.max()], axis=0)
         if len(most) == 1:
-            filled[row, : known[-1] + 1] = most[0]
-    codes = codes.copy()
-    codes[chosen] = filled[lineage_of.reshape(-1)]
-    return codes
+            filled[row, :end] = most[0]
+    return filled
 
 
 def name_codes(column: pa.Array, names: pa.Array) -> Int32[np.ndarray, " rows"]:

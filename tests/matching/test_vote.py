@@ -18,7 +18,7 @@ from bioscan_jax.checkpoints.head_files import Heads, taxon_tree, write_heads
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.candidates import open_matcher
 from bioscan_jax.matching.identify import identify
-from bioscan_jax.matching.reference import Taxa, _lineages_of_sequences, fill_gaps
+from bioscan_jax.matching.reference import Taxa, _distinct, _lineages_of_sequences, fill_gaps
 from bioscan_jax.matching.vote import HeadVotes, Voting, head_votes, vote
 from bioscan_jax.model.heads import HeadKind, make_head
 
@@ -134,11 +134,11 @@ def test_blank_ranks_take_names_only_from_a_lineage_with_all_names_of_the_row() 
     full, other_family = [0, 0, 0, 4, 5, 6, 7], [0, 0, 0, 4, 9, 6, 7]
     same_genus, no_genus, shorter = [0, 0, 0, -1, -1, 6, 8], [0, 0, 0, 4, 5, -1, -1], [0, 0, 0, -1, -1, 6, -1]
     given = np.array([full, [0, 0, 0, -1, -1, 6, 7], same_genus, no_genus, shorter], np.int32)
-    filled = fill_gaps(given, np.arange(5)).tolist()
+    filled = fill_gaps(given).tolist()
     assert filled == [full, full, same_genus, no_genus, [0, 0, 0, 4, 5, 6, -1]]
-    assert fill_gaps(given, np.arange(1, 5)).tolist() == given.tolist()  # the full one may not be matched
+    assert fill_gaps(given[1:]).tolist() == given[1:].tolist()  # without the full one
     doubtful = np.array([full, other_family, [0, 0, 0, 4, -1, 6, 7]], np.int32)
-    assert fill_gaps(doubtful, np.arange(3)).tolist() == doubtful.tolist()
+    assert fill_gaps(doubtful).tolist() == doubtful.tolist()
 
 
 @settings(max_examples=100, deadline=None)
@@ -148,7 +148,9 @@ def test_a_sequence_has_one_vote_that_its_names_share(rows: list[tuple[int, list
     sequence = np.array([one for one, _ in rows])
     first = np.array([sequence.tolist().index(one) for one in sequence])
     codes = np.array([lineage for _, lineage in rows], np.int32)
-    lineages, shares, starts = _lineages_of_sequences(codes, first, np.arange(len(rows)))
+    distinct, lineage_of = _distinct([codes[:5], codes[5:]])
+    assert distinct[lineage_of].tolist() == codes.tolist()
+    lineages, shares, starts = _lineages_of_sequences(distinct, lineage_of, first, len(rows))
     taxa = Taxa((), lineages, shares, starts, ())
     candidates = data.draw(st.lists(st.sampled_from([*np.unique(first).tolist(), -1]), min_size=1, max_size=4))
     places, found = (one[0] for one in taxa.voters(np.array([candidates])))
