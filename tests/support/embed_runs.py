@@ -69,9 +69,9 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=environment())
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
+def run(arguments: list[str], seconds: float = 240) -> subprocess.CompletedProcess:
     return subprocess.run(
-        arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment(), timeout=240
+        arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment(), timeout=seconds
     )
 
 
