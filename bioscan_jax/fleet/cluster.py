@@ -78,12 +78,17 @@ def _check_reachable(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise InputError(f"--fleet.address {address!r} has no port; pass local, auto, HOST:6379 or ray://HOST:10001")
+    import grpc  # comes with Ray
+
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            with grpc.insecure_channel(f"{host}:{port}") as channel:
+                grpc.channel_ready_future(channel).result(timeout=_CONNECT_SECONDS)
+    except (OSError, grpc.FutureTimeoutError) as error:
+        why = one_line(error) if isinstance(error, OSError) else "what listens is not Ray"
         raise InputError(
-            f"--fleet.address {address}: nothing answers there ({one_line(error)}); "
-            "pass the address that `ray start --head` printed"
+            f"--fleet.address {address}: no Ray answers there ({why}); pass the address that `ray start --head` printed"
         ) from error
 
 
