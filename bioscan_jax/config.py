@@ -135,8 +135,8 @@ class FleetConfig:
     """What one worker takes of its machine, such as '{"TPU": 4}' or '{"GPU": 1, "CPU": 8}'."""
     mixed: bool = False
     """Allow workers on different kinds of devices, whose vectors differ by rounding."""
-    blocks_ahead: int = 256
-    """How far the blocks in work may be ahead of the first one that is not committed."""
+    blocks_ahead: int | None = None
+    """How many blocks may be handed out beyond the committed ones; 16 for each worker if absent."""
     start_seconds: float = 45.0
     """How long to wait for the first machine; raise it where an autoscaler has to start one."""
 

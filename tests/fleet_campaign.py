@@ -35,7 +35,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fleet-campaign-") as name:
         directory = Path(name)
         data = directory / "input.parquet"
-        table = simulate(-(-given.rows // 10), 10) if given.data is None else pq.read_table(given.data)
+        table = (
+            simulate(species=-(-given.rows // 10), per_species=10) if given.data is None else pq.read_table(given.data)
+        )
         pq.write_table(table.slice(0, given.rows), data, row_group_size=5000)
         rows = min(given.rows, table.num_rows)
 

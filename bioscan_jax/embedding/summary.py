@@ -163,8 +163,8 @@ class RunSummary:
     """Wall time in total and per stage; stages overlap, so they do not add up."""
     device_busy: float
     """Share of the time, compiling left out, in which a batch was on the devices, as the host sees it."""
-    waiting_for_input: float
-    """Share of that time in which no block was ready for the devices."""
+    waiting_for_input: float | None
+    """Share of that time in which no block was ready for the devices; None for a fleet."""
     seconds_to_first_commit: float | None
     """From the call to the first commit; None where this process did not commit."""
     peak_host_bytes: int
@@ -191,7 +191,7 @@ class RunSummary:
     def slow_input(self) -> str | None:
         """What to do if a run of some length was held up by its input; None where it was not."""
         busy = self.seconds["total"] - self.seconds["load"] - self.seconds["compile"]
-        if self.waiting_for_input < SLOW_INPUT or busy < _SHORT_RUN_SECONDS:
+        if (self.waiting_for_input or 0.0) < SLOW_INPUT or busy < _SHORT_RUN_SECONDS:
             return None
         return (
             f"the devices waited for input {self.waiting_for_input:.0%} of the time: copy the input to a local disk, write "
@@ -238,12 +238,12 @@ class RunSummary:
             "shapes": f"{shapes}; compiled in {self.seconds['compile']:.1f} s",
             "seconds": stages,
             "speed": f"{self.rows_per_second:,.0f} rows/s, {flops / 1e9:,.1f} model GFLOP/s",
-            "overlap": f"devices busy {self.device_busy:.1%} of the time, no input ready {self.waiting_for_input:.1%}",
+            "overlap": f"devices busy {self.device_busy:.1%} of the time"
+            + ("" if self.waiting_for_input is None else f", no input ready {self.waiting_for_input:.1%}"),
             "memory": f"host {_gib(self.peak_host_bytes)}{device}",
             "devices": f"{self.devices}, {self.processes} process(es)",
         }
         if self.fleet is not None:
-            del lines["overlap"]
             lines["fleet"] = str(self.fleet)
         if self.index is not None:
             lines["index"] = self.index

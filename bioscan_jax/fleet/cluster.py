@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ def connected(fleet: config.FleetConfig) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", "10")
+    if fleet.address != "local":
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # else its retries are logged to stderr
     try:
         import ray
         import ray.exceptions
@@ -60,7 +63,10 @@ def connected(fleet: config.FleetConfig) -> Iterator[Any]:
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if main else None
     try:
-        ray.init(address=fleet.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        own: dict[str, Any] = {"include_dashboard": False} if fleet.address == "local" else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is in the error
+            ray.init(address=fleet.address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _connection_error(fleet.address, error) from error
     finally:
@@ -92,8 +98,15 @@ def _check_reachable(address: str) -> None:
         ) from error
 
 
-def _connection_error(address: str, error: Exception) -> InputError:
-    text = one_line(error)
+def _connection_error(address: str, error: BaseException) -> InputError:
+    text, cause = one_line(error), error
+    while cause is not None and "Authentication" not in type(cause).__name__:
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return InputError(
+            f"--fleet.address {address}: that cluster asks for a token, which this process does not give; set "
+            "RAY_AUTH_MODE=token and the token as Ray's documentation says, here and on every machine"
+        )
     if "ersion mismatch" in text or "ersions" in text and "Python" in text:
         return InputError(
             f"--fleet.address {address}: that cluster has another version of Ray or Python than this machine ({text}); "
@@ -106,7 +119,7 @@ def _connection_error(address: str, error: Exception) -> InputError:
         )
     return InputError(
         f"--fleet.address {address}: Ray cannot connect ({text}); HOST:6379 is for machines of the cluster, "
-        "ray://HOST:10001 for others"
+        "ray://HOST:10001 for others, and a cluster with tokens needs RAY_AUTH_MODE=token here, too"
     )
 
 
@@ -246,7 +259,7 @@ class Cluster:
         elif call == "load":
             if isinstance(value, Refusal):
                 self._refuse(member, value.reason)
-            elif reason := self._mismatch(value):
+            elif self.facts is not None and (reason := mismatch(self.facts, value, mixed=self._fleet.mixed)):
                 self._refuse(member, reason)
             else:
                 self.facts = self.facts or value
@@ -254,37 +267,6 @@ class Cluster:
                 self._failed_loads.clear()
                 member.state, member.began, member.record.devices = "ready", time.perf_counter(), value.devices
                 self.records.append(member.record)
-
-    def _mismatch(self, found: Facts) -> str | None:
-        """Returns why a worker would not compute what the first one computes."""
-        first = self.facts
-        if first is None:
-            return None
-        if Plan(found.plan).sha256 != Plan(first.plan).sha256:
-            return f"its plan is another one: {differences(first.plan, found.plan)}"
-        same = (found.devices, found.shapes) == (first.devices, first.shapes)
-        if not same and not self._fleet.mixed:
-            return (
-                f"it has {found.devices}, the first worker {first.devices}: their vectors differ by rounding; take "
-                "one kind, or allow that with --fleet.mixed true"
-            )
-        if found.probe.shape == first.probe.shape and np.array_equal(found.probe, first.probe):
-            return None
-        if not self._fleet.mixed:
-            return (
-                "its vectors of the probe have other bits than those of the first worker, though the devices have the "
-                "same name; take one kind of processor, or allow that with --fleet.mixed true"
-            )
-        scale = np.linalg.norm(first.probe, axis=1).max(initial=1e-30)
-        error = np.linalg.norm(found.probe - first.probe, axis=1).max(initial=0.0) / scale
-        return (
-            None
-            if error <= PROBE_TOLERANCE
-            else (
-                f"its vectors of the probe differ by {error:.2g} of their length from those of the first worker, more than "
-                f"the {PROBE_TOLERANCE} that rounding explains"
-            )
-        )
 
     def _refuse(self, member: Member, reason: str) -> None:
         """Leaves a worker idle: it keeps its place, so that no other one is started there to be refused again."""
@@ -347,6 +329,38 @@ class Cluster:
                 self._ray.kill(member.actor)
         self._members.clear()
         self._calls.clear()
+
+
+def mismatch(first: Facts, found: Facts, *, mixed: bool) -> str | None:
+    """Returns why a worker would not compute what the first one computes; None if it would.
+
+    Args:
+        first: What the first worker tells.
+        found: What another one tells.
+        mixed: Whether kinds of devices may differ, and with them vectors by rounding.
+    """
+    if Plan(found.plan).sha256 != Plan(first.plan).sha256:
+        return f"its plan is another one: {differences(first.plan, found.plan)}"
+    if (found.devices, found.shapes) != (first.devices, first.shapes) and not mixed:
+        return (
+            f"it has {found.devices}, the first worker {first.devices}: their vectors differ by rounding; take one "
+            "kind, or allow that with --fleet.mixed true"
+        )
+    if found.probe.shape == first.probe.shape and np.array_equal(found.probe, first.probe):
+        return None
+    if not mixed:
+        return (
+            "its vectors of the probe have other bits than those of the first worker, though the devices have the same "
+            "name; take one kind of processor, or allow that with --fleet.mixed true"
+        )
+    scale = np.linalg.norm(first.probe, axis=1).max(initial=1e-30)
+    error = np.linalg.norm(found.probe - first.probe, axis=1).max(initial=0.0) / scale
+    if error <= PROBE_TOLERANCE:
+        return None
+    return (
+        f"its vectors of the probe differ by {error:.2g} of their length from those of the first worker, more than the "
+        f"{PROBE_TOLERANCE} that rounding explains"
+    )
 
 
 def _options(resources: dict[str, float]) -> dict[str, Any]:

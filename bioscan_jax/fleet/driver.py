@@ -27,7 +27,7 @@ from bioscan_jax.errors import InputError, Interrupted, logger
 from bioscan_jax.fleet.cluster import Cluster, Member, connected, summed
 from bioscan_jax.fleet.naming import Naming
 from bioscan_jax.fleet.orders import Earlier, Facts, Order, Settings, Written
-from bioscan_jax.fleet.schedule import Schedule
+from bioscan_jax.fleet.schedule import BLOCKS_AHEAD, Schedule
 from bioscan_jax.location import is_remote, local_directory, locate, write_whole
 from bioscan_jax.notebook import progress_bar, same_again
 from bioscan_jax.table.columns import vector_schema
@@ -179,10 +179,10 @@ class Run:
     ) -> None:
         self._cluster, self._source, self._sink, self._facts = cluster, source, sink, facts
         self._table, self._work, self._bar, self._clock = table, work, bar, clock
-        self._most_ahead = fleet.blocks_ahead
+        self._fleet = fleet
         self._window = window_blocks(embed, source.block_rows)
-        self._schedule = Schedule(range(table.next_block, len(source)), blocks_ahead=fleet.blocks_ahead)
-        self._naming = Naming(source, facts.encoding, self._window, table.safe_rows, fleet.blocks_ahead)
+        self._schedule = Schedule(range(table.next_block, len(source)), blocks_ahead=self._bound)
+        self._naming = Naming(source, facts.encoding, self._window, table.safe_rows, self._bound)
         self._states: dict[str, _State] = {}
         self._orders: dict[int, Order] = {}
         self._written: dict[int, Written] = {}
@@ -196,6 +196,11 @@ class Run:
         self._last: dict[str, Written] = {}
         self._failures = self._again = 0
         self._straggling = 0.0
+
+    @property
+    def _bound(self) -> int:
+        """How many blocks may be handed out beyond the committed ones, with the workers there are."""
+        return self._fleet.blocks_ahead or BLOCKS_AHEAD * max(1, len(self._cluster.ready))
 
     def until_finished(self, stop: StopRequest) -> None:
         """Hands out and commits blocks until all are in the table, or what is finished soon after a request to stop.
@@ -239,6 +244,8 @@ class Run:
             self._begun = self._earlier.pop(next_block)
 
     def _hand_out(self) -> None:
+        self._schedule.blocks_ahead = max(self._schedule.blocks_ahead, self._bound)
+        self._naming.advance(self._schedule.frontier, self._schedule.blocks_ahead)
         for member in self._cluster.ready:
             state = self._states.setdefault(member.name, _State())
             while self._has_room(state) and (block := self._next(member, state)) is not None:
@@ -268,7 +275,7 @@ class Run:
         return block
 
     def _nothing_new(self) -> bool:
-        last = min(len(self._source), self._schedule.frontier + self._most_ahead)
+        last = min(len(self._source), self._schedule.frontier + self._schedule.blocks_ahead)
         return not self._returned and self._schedule.frontier + self._schedule.ahead >= last
 
     def _write_ready(self) -> None:
@@ -364,7 +371,6 @@ class Run:
         for block in blocks:
             self._schedule.committed(block)
             self._orders.pop(block, None)
-        self._naming.advance(self._schedule.frontier)
         for block in [block for block in self._earlier if block < self._schedule.frontier - self._window]:
             del self._earlier[block]
         self._bar.update(work.safe_rows - self._bar.n)
@@ -392,7 +398,7 @@ class Run:
             shapes=sorted({shape for one in last for shape in one.shapes}),
             seconds=seconds | self._clock.seconds,
             device_busy=float(np.mean([one.device_busy for one in last])) if last else 0.0,
-            waiting_for_input=0.0,
+            waiting_for_input=None,
             seconds_to_first_commit=None if work.first_commit is None else work.first_commit - begun,
             peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=max(peaks, default=None),

@@ -67,9 +67,10 @@ class Naming:
                 raise self._error
             return self._orders.get(block)
 
-    def advance(self, frontier: int) -> None:
-        """Forgets the blocks before the first uncommitted one, and lets the reading go on."""
+    def advance(self, frontier: int, ahead: int) -> None:
+        """Forgets the blocks before the first uncommitted one, and lets the reading go on to `ahead` blocks from it."""
         with self._changed:
+            self._ahead = ahead
             for block in range(self._frontier, frontier):
                 self._orders.pop(block, None)
             self._frontier = frontier

@@ -176,7 +176,9 @@ def _probe(job: Job) -> Float32[np.ndarray, "probes d"]:
     """Embeds the same random sequences on every worker, in the batch shapes of the run."""
     random = np.random.default_rng(0)
     encoding = job.blocks.encoding
-    bases = min(_PROBE_BASES, 6 * (encoding.max_tokens - 1))
+    # No longer than what fits the shapes of a short input, with the single letters that a start phase leaves over.
+    widest = max((shape.tokens for shape in job.blocks.shapes), default=encoding.max_tokens)
+    bases = min(_PROBE_BASES, 6 * max(1, widest - 6))
     texts = ["".join(random.choice(list("ACGT"), bases)) for _ in range(_PROBES)]
     source = SequencesInMemory(pa.chunked_array([texts]), _PROBES, encoding.sequence_column)
     encoder = Encoder(loaded=job.loaded)

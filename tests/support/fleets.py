@@ -19,6 +19,8 @@ from support.embed_runs import environment, rows_there
 from support.places import SCRIPTS
 
 _STORE_BYTES = 80 << 20
+_PATIENCE = {"RAY_raylet_start_wait_time_s": "300"}
+"""Busy machines start a node slowly."""
 _SECONDS = 600.0
 """Without a new row in the table for so long, a campaign has failed."""
 
@@ -82,7 +84,7 @@ def _raylet(node: Any) -> int:
 @contextmanager
 def ray_cluster(nodes: int, cache: Path) -> Iterator[Nodes]:
     """Starts a cluster whose processes have one CPU device, and notices soon when one is gone."""
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", **_PATIENCE)
     from ray.cluster_utils import Cluster
 
     system = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
@@ -125,6 +127,7 @@ def fleet_environment(cache: Path) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **_PATIENCE,
         "PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]),
     }
 

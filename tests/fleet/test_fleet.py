@@ -1,0 +1,158 @@
+"""A fleet on a Ray cluster: killed at random it leaves the table of one process, and what is wrong is one line."""
+
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.commands import call
+from support.embed_runs import Uninterrupted, lines, rows_there
+from support.fleets import fleet_campaign, ray_cluster, start_driver
+
+from bioscan_jax import DataConfig, EmbedConfig, FleetConfig, InputError, MeshConfig, ModelConfig, SinkConfig
+from bioscan_jax.fleet.cluster import mismatch
+from bioscan_jax.fleet.orders import Facts, Refusal, Settings
+from bioscan_jax.fleet.worker import Worker
+
+ROWS = 3000
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    (tmp_path / "barcodes.fasta").write_text(">a\nACGTTGCAACGT\n>b\nTTGACATTGACA\n")
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / ".sequences.fleet").write_bytes(b"token")
+    return Settings(
+        model=ModelConfig(checkpoint="random:tiny-v2"),
+        data=DataConfig(path=str(tmp_path / "barcodes.fasta")),
+        sink=SinkConfig(uri=str(tmp_path / "table")),
+        embed=EmbedConfig(),
+        mesh=MeshConfig(compilation_cache=None, data=1),
+        marker=".sequences.fleet",
+        token=b"token",
+    )
+
+
+def facts_of(settings: Settings) -> Facts:
+    found = Worker(settings).load()
+    assert isinstance(found, Facts), found
+    return found
+
+
+def test_workers_that_would_compute_other_vectors_are_told_from_those_that_would_not(settings):
+    first = facts_of(settings)
+    assert first.probe.any()
+    assert mismatch(first, facts_of(settings), mixed=False) is None
+    other = facts_of(replace(settings, model=replace(settings.model, seed=1)))
+    assert "model.weights_sha256" in str(mismatch(first, other, mixed=True))
+    two = facts_of(replace(settings, mesh=replace(settings.mesh, data=2)))
+    assert "2 x cpu, the first worker 1 x cpu" in str(mismatch(first, two, mixed=False))
+    assert mismatch(first, two, mixed=True) is None
+    for change, refused in ((1 + 1e-5, [True, False]), (1.1, [True, True])):
+        changed = replace(first, probe=first.probe * np.float32(change))
+        assert [mismatch(first, changed, mixed=mixed) is not None for mixed in (False, True)] == refused
+
+
+def test_a_worker_without_the_input_or_the_directory_of_the_table_says_so(settings):
+    absent = Worker(replace(settings, data=DataConfig(path="/absent/barcodes.parquet"))).load()
+    assert isinstance(absent, Refusal)
+    assert "/absent/barcodes.parquet" in absent.reason
+    elsewhere = Worker(replace(settings, token=b"of the driver")).load()
+    assert isinstance(elsewhere, Refusal)
+    assert "share" in elsewhere.reason
+    assert settings.sink.uri in elsewhere.reason
+
+
+def embed_by(address: str, tmp_path: Path, *more: str) -> tuple[int, str, float]:
+    """Runs embed with a fleet; returns the exit code, stderr and the seconds."""
+    (tmp_path / "barcodes.fasta").write_text(">a\nACGTTGCAACGT\n")
+    flags = {
+        "model.checkpoint": "random:tiny-v2",
+        "data.path": tmp_path / "barcodes.fasta",
+        "sink.uri": tmp_path / "table",
+        "fleet.address": address,
+    }
+    begun = time.monotonic()
+    ended = call("embed", *(f"--{name}={value}" for name, value in flags.items()), *more)
+    return ended.returncode, ended.stderr, time.monotonic() - begun
+
+
+def test_without_ray_one_line_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, stderr, _ = embed_by("auto", tmp_path)
+    assert (code, len(stderr.splitlines())) == (2, 1)
+    assert "pip install 'bioscan_jax[fleet]'" in stderr
+    assert not list((tmp_path / "table").glob("*.lance"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"workers": 0}, "--fleet.workers 0"),
+        ({"resources": {"TPU": 0.0}}, "--fleet.resources"),
+        ({"resources": {}}, "--fleet.resources"),
+        ({"start_seconds": 0.0}, "--fleet.start_seconds"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(flags, words):
+    with pytest.raises(InputError, match=words):
+        FleetConfig(address="auto", **flags)
+
+
+@pytest.mark.fleet
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("127.0.0.1:1", "no Ray answers"), ("ray://127.0.0.1:1", "no Ray answers"), ("auto", "in no")],
+)
+def test_a_wrong_address_is_one_line_within_a_minute(tmp_path, address, words):
+    code, stderr, seconds = embed_by(address, tmp_path)
+    assert code == 2, stderr
+    assert words in stderr
+    assert len(stderr.splitlines()) == 1
+    assert seconds < 60
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Uninterrupted:
+    return Uninterrupted.make(tmp_path_factory.mktemp("whole"), ROWS)
+
+
+@pytest.mark.fleet
+def test_killed_workers_nodes_and_drivers_leave_the_table_of_one_process(whole, tmp_path):
+    said: list[str] = []
+    command = whole.command(tmp_path / "fleet")
+    ended, output = fleet_campaign(
+        command, tmp_path / "fleet", ROWS, nodes=2, kills=3, driver_kills=1, seed=0, say=said.append
+    )
+    assert ended, "\n".join([*said, output])
+    assert whole.compare(tmp_path / "fleet") == []
+
+
+@pytest.mark.fleet
+def test_a_fleet_goes_on_from_a_table_and_stops_when_asked(whole, tmp_path):
+    """What one process has begun, with parts of blocks, a fleet finishes; a stop keeps what is finished."""
+    uri, log = tmp_path / "fleet", tmp_path / "stderr"
+    with ray_cluster(1, tmp_path / "cache") as nodes:
+        command = whole.command(uri, f"--fleet.address={nodes.address}")
+        driver = start_driver(command, tmp_path / "cache", log)
+        while driver.poll() is None and rows_there(uri) < ROWS // 4:
+            time.sleep(0.05)
+        driver.send_signal(signal.SIGTERM)
+        driver.communicate(timeout=60)
+        assert driver.returncode == 128 + signal.SIGTERM, log.read_text()
+        assert "rows safe in" in lines(log.read_text())[-1]
+        safe = rows_there(uri)
+        assert ROWS // 4 <= safe < ROWS
+        nothing = start_driver([*command, '--fleet.resources={"TPU": 4}', "--fleet.start_seconds=3"], tmp_path, log)
+        nothing.communicate(timeout=120)
+        assert nothing.returncode == 2
+        assert "no machine of the cluster has 4 TPU" in lines(log.read_text())[-1]
+        driver = start_driver(command, tmp_path / "cache", log)
+        summary = driver.communicate(timeout=120)[0].decode()
+        assert driver.returncode == 0, log.read_text()
+    assert f"3,000 ({safe:,} of them before this run)" in summary
+    assert "1 workers, " in summary
+    assert whole.compare(uri) == []
