@@ -27,7 +27,7 @@ def command(words: Sequence[str]) -> int:
             del given[group]
     if step == "embed":
         given.pop("train", None)
-    diagnosis = doctor(Run(**given))
+    diagnosis = doctor(Run(**given, simulated=settings.get("simulate") is not None))
     print(diagnosis.to_json() if wanted.json else diagnosis)
     return 0 if diagnosis.ok else 1
 

@@ -392,6 +392,8 @@ def open_source(
         [{'sequence_id': 'coi:2', 'dna_sequence': 'CCAT'}]
         >>> directory.cleanup()
     """
+    if data.scratch is not None:
+        scratch_place(data.scratch)  # refused for Parquet too
     found = find_files(data.path)
     is_fasta, extra = found.kind == "fasta", {}
     if is_fasta:

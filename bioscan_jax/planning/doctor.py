@@ -23,6 +23,7 @@ from bioscan_jax import config
 from bioscan_jax.cache import BOUND, bytes_below, cache_bound, cache_directory, downloads_directory
 from bioscan_jax.checkpoints.hub import DEFAULT, cached_checkpoint
 from bioscan_jax.checkpoints.load import RANDOM
+from bioscan_jax.data.files import find_files
 from bioscan_jax.devices.memory import Memory, host_memory
 from bioscan_jax.embedding.fitting import NO_ROW_FITS
 from bioscan_jax.embedding.summary import VERSIONED
@@ -106,6 +107,8 @@ class Run:
     """Given for finetune, absent for embed."""
     tracking: config.TrackingConfig | None = None
     mesh: config.MeshConfig = field(default_factory=config.MeshConfig)
+    simulated: bool = False
+    """The run writes its input itself."""
 
     @property
     def places(self) -> dict[str, str]:
@@ -133,6 +136,8 @@ def doctor(run: Run | None = None) -> Diagnosis:
     """
     run, devices = run or Run(), ask(None, DEVICE_SECONDS)
     findings = [_devices(devices), _host(), _versions(), *_caches(run), *_space(run), *_credentials(run)]
+    if run.data is not None and not run.simulated:
+        findings.append(_input(run.data.path))
     if run.model is not None:
         findings += _model(run, run.model)
         findings += _fit(run, run.model, devices)
@@ -140,18 +145,27 @@ def doctor(run: Run | None = None) -> Diagnosis:
 
 
 def _within(seconds: float, function: Callable[..., Value], *arguments: object) -> Value | None:
-    """Returns what a function returns, or None if it takes longer or fails; a mount may never answer."""
+    """Returns what a function returns, or None if it takes longer or fails; a mount may never answer.
+
+    Raises:
+        InputError: The function raised it.
+    """
     found: list[Value] = []
+    refused: list[InputError] = []
 
     def look() -> None:
         try:
             found.append(function(*arguments))
+        except InputError as error:
+            refused.append(error)
         except OSError:
             return
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     thread.join(seconds)
+    if refused:
+        raise refused[0]
     return found[0] if found else None
 
 
@@ -374,6 +388,21 @@ def _rclone() -> Finding:
     return Finding(
         "rclone", "ok", f"{len(remotes)} remotes: {', '.join(remotes)}" if remotes else f"no remotes in {file}"
     )
+
+
+def _input(path: str) -> Finding:
+    """Says whether the input is there; one in a bucket is not asked for."""
+    if is_remote(path):
+        return Finding("input", "ok", f"{path}: not on this machine, and not asked")
+    try:
+        found = _within(DISK_SECONDS, find_files, path)
+    except InputError as error:
+        return Finding("input", "problem", str(error))
+    if found is None:
+        return Finding(
+            "input", "warning", f"{path}: not listed within {DISK_SECONDS:.0f} s", "see if its mount answers"
+        )
+    return Finding("input", "ok", f"{path}: {len(found.paths):,} {found.kind} files")
 
 
 def _model(run: Run, model: config.ModelConfig) -> Iterator[Finding]:

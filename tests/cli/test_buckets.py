@@ -46,9 +46,9 @@ NO_PATHS = {
 """Flags that take text which is no path."""
 MODEL, MESH = ("model.checkpoint", "model.adapter", "model.projection"), ("mesh.compilation_cache",)
 PATHS = {
-    "embed": (*MODEL, "data.path", "sink.uri", "simulate.path", "profile", *MESH),
+    "embed": (*MODEL, "data.path", "data.scratch", "sink.uri", "simulate.path", "profile", *MESH),
     "describe": ("data.path",),
-    "finetune": (*MODEL, "data.path", "train.output_dir", "simulate.path", "profile", *MESH),
+    "finetune": (*MODEL, "data.path", "data.scratch", "train.output_dir", "simulate.path", "profile", *MESH),
     "export": ("run", "output", "checkpoint", *MESH),
     "push": ("directory",),
     "identify": (

@@ -121,6 +121,14 @@ def test_room_is_that_of_the_nearest_directory(tmp_path):
     assert levels[0] != "problem"
 
 
+def test_an_input_that_is_not_there_is_a_problem(tmp_path):
+    (tmp_path / "x.fasta").write_text(">a\nACGT\n")
+    assert doctor._input(str(tmp_path / "x.fasta")).level == "ok"
+    missing = doctor._input(str(tmp_path / "none.parquet"))
+    assert (missing.level, "nothing found at" in missing.text) == ("problem", True)
+    assert doctor._input("gs://b/x").level == "ok"
+
+
 STEPS = {
     "embed": EmbedProgram(transformer=PRESETS["tiny-v2"], dtype="auto", embed=config.EmbedConfig(batch_tokens=4096)),
     "finetune": FinetuneProgram(
@@ -192,7 +200,8 @@ def test_exit_codes(monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_command():
-    flags = ["--model.checkpoint=random:tiny-v2", "--data.path=x", "--data.max_tokens=128", "--embed.batch_tokens=1024"]
+    flags = ["--model.checkpoint=random:tiny-v2", "--data.path=demo:coi", "--data.max_tokens=128"]
+    flags.append("--embed.batch_tokens=1024")
     good = call("doctor", *flags, "--json")
     found = {one["subject"]: one for one in json.loads(good.stdout)["findings"]}
     assert found["devices"]["text"].startswith(f"{jax.local_device_count()} x cpu")
