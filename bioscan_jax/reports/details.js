@@ -171,7 +171,7 @@ async function showAlignment(figure, point) {
   if (Number(figure.dataset.point) !== point) return;  // another one was chosen meanwhile
   if (!cigar || !own || !other) {
     const why = nearest < 0 ? "The nearest reference is not on this map."
-      : !other ? "The page does not hold the DNA of the nearest reference."
+      : !own || !other ? "The page does not hold the DNA of both."
       : "The two sequences have no alignment, or the table has changed since.";
     figure.replaceChildren(title, textElement("p", why, "note"));
     return;

@@ -185,10 +185,9 @@ def _embedding(
         shown, total = len(queries["nearest_id"]), queries["total"]
         some = f"all {total:,}" if shown == total else f"a random sample of {shown:,} of the {total:,}"
         text += f" Diamonds are queries ({some} with a vector), placed by their own vectors together with the table's."
-    with_dna = data["dna_rows"]
-    if with_dna:
-        some = "all rows on the map" if with_dna == rows else f"{with_dna:,} of the {rows:,} rows on the map"
-        text += f" The page holds the DNA of {some}{' and of the queries' * bool(queries)}, to search in."
+    held = [(data["dna_rows"], rows, "rows"), (data["dna_queries"], len(data["ids"]) - rows, "queries")]
+    if some := [f"{'all' if n == of else f'{n:,} of the'} {of:,} {what}" for n, of, what in held if n]:
+        text += f" The page holds the DNA of {' and '.join(some)} on the map, to search in."
     parts = ("taxa", "depth", "queries", "dna", "alignments")
     notes = "".join(_note(contents.notes[part]) for part in parts if part in contents.notes)
     return f"<p>{escape(text)}</p>{notes}{_explorer(_map('Map of the embedding', contents, identifications, selectable=True), bool(queries))}"
@@ -473,6 +472,7 @@ def _map_data(
         "dna": dna,
         "dna_of": _base64(np.array(dna_of), "<i4"),
         "dna_rows": sum(point < len(rows) for point in dna_of),
+        "dna_queries": sum(point >= len(rows) for point in dna_of),
         "coast": charts.coastline() if np.isfinite(rows.latitude).any() else [],
     }
 
