@@ -29,6 +29,8 @@ URL = "gs://no-such-bucket/x"
 NO_PATHS = {
     *("sequence_column", "id_column", "split_column", "delimiter", "encoding", "revision", "table", "filter", "sql"),
     *(
+        "address",
+        "resources",
         "push",
         "branch",
         "commit_message",
@@ -47,7 +49,7 @@ NO_PATHS = {
 MODEL, MESH = ("model.checkpoint", "model.adapter", "model.projection"), ("mesh.compilation_cache",)
 PATHS = {
     "embed": (*MODEL, "data.path", "data.scratch", "sink.uri", "simulate.path", "profile", *MESH),
-    "describe": ("data.path",),
+    "describe": ("data.path", "data.scratch"),
     "finetune": (*MODEL, "data.path", "data.scratch", "train.output_dir", "simulate.path", "profile", *MESH),
     "export": ("run", "output", "checkpoint", *MESH),
     "push": ("directory",),
@@ -64,7 +66,7 @@ PATHS = {
         *MESH,
     ),
     "calibrate": (*MODEL, "reference.uri", "query.path", "heads", *MESH),
-    "default-model": ("data.path", "output", "work", *MESH),
+    "default-model": ("data.path", "data.scratch", "output", "work", *MESH),
     "fit-metric": ("reference.uri", "output", *MESH),
     "search": (*MODEL, "reference.uri", *MESH),
     "project": ("reference.uri", "projection", "sink.uri", *MESH),
