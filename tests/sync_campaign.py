@@ -26,7 +26,6 @@ from pathlib import Path
 import lance
 import numpy as np
 import pyarrow as pa
-import pytest
 from support.failing_proxy import FailingProxy, failing_proxy
 from support.object_store import BUCKET, served_store
 from support.tables import make_table, read, same_bits
@@ -187,12 +186,6 @@ def _s3(directory: Path, failures: float, seed: int) -> Iterator[tuple[FailingPr
         with failing_proxy(port, failures, seed) as (proxy, url):
             copy = f"{BUCKET}/outputs"
             yield proxy, copy, copy, os.environ | {"AWS_ENDPOINT_URL": url}
-
-
-@pytest.mark.slow
-def test_a_sync_to_s3_that_is_killed_while_requests_fail(tmp_path):
-    """Run it with `pytest -m slow tests/sync_campaign.py`."""
-    assert campaign("s3", tmp_path, 2, 3000, 0.05, 0, lambda line: None) == []
 
 
 def main() -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from support.tables import make_table, read, same_bits
+from sync_campaign import campaign
 
 from bioscan_jax.bundles.bundle import bundle as export_bundle
 from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, BundleCheck, verify_bundle
 from bioscan_jax.bundles.merge import import_bundle
+from bioscan_jax.bundles.sync import sync
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import locate
 
@@ -82,6 +84,32 @@ def test_a_round_trip_over_webdav(configured, tmp_path, monkeypatch):
         server.wait(30)
     with pytest.raises(InputError, match="rclone lsjson failed .*fix it and run the same command again"):
         verify_bundle("rclone:dav:bundle")
+
+
+@pytest.mark.rclone
+def test_a_sync_both_ways_through_a_remote(configured, tmp_path):
+    made = make_table(tmp_path / "db")
+    place = "rclone:stick:deep/outputs"
+    first = sync(str(tmp_path / "db"), place, part_bytes=PARTS, progress=False)
+    (tmp_path / "db" / "report.html").write_text("<p>")
+    again = sync(str(tmp_path / "db"), place, part_bytes=PARTS, progress=False)
+    assert (again.changed, again.sent, again.spared_bytes) == (("report.html",), 1, first.sent_bytes)
+    assert sync(place, str(tmp_path / "new"), progress=False).sent == first.sent + 1
+    assert same_bits(read(tmp_path / "new"), made)
+    assert sync(str(tmp_path / "new"), place, progress=False).sent == 0
+    vectors = next((configured / "deep" / "outputs").rglob("vector-*"))
+    vectors.write_bytes(b"x" * vectors.stat().st_size)
+    with pytest.raises(InputError, match="vector-.* is damaged; sync the copy from its source again"):
+        sync(place, str(tmp_path / "third"), progress=False)
+    with pytest.raises(InputError, match="a folder of tables is a directory or a URL"):
+        sync(place, "rclone:stick:elsewhere", progress=False)
+    with pytest.raises(InputError, match="no synced copy is there; check the path, or swap"):
+        sync("rclone:stick:nowhere", str(tmp_path / "db"), progress=False)
+
+
+@pytest.mark.rclone
+def test_a_sync_over_webdav_with_kills_and_failing_requests(tmp_path):
+    assert campaign("webdav", tmp_path, 2, 1000, 0.05, 0, lambda line: None) == []
 
 
 @pytest.mark.rclone

@@ -12,6 +12,7 @@ import pytest
 from support.commands import call
 from support.killed import run_killed
 from support.tables import make_table, read, same_bits
+from sync_campaign import campaign
 
 from bioscan_jax import location
 from bioscan_jax.bundles import sync as sync_module
@@ -279,6 +280,26 @@ def test_a_killed_sync_leaves_a_whole_version_and_continues(folder, tmp_path):
         sync(folder, tmp_path / f"copy{number}")
         sync(tmp_path / f"copy{number}", tmp_path / f"laptop{number}")
         assert equal(folder, tmp_path / f"laptop{number}")
+
+
+@pytest.mark.slow
+def test_kills_and_failing_requests_leave_whole_versions_in_s3(tmp_path):
+    assert campaign("s3", tmp_path, 2, 3000, 0.05, 0, lambda line: None) == []
+
+
+@pytest.mark.slow
+def test_embed_continues_in_a_folder_made_from_the_copy_of_an_unfinished_one(tmp_path):
+    given = {"rows": 500, "hidden": 16}
+    made = make_table(tmp_path / "whole", **given)
+    make_table(tmp_path / "db", **given, stop_after=3)
+    sync(tmp_path / "db", tmp_path / "stick")
+    sync(tmp_path / "stick", tmp_path / "laptop")
+    assert len(read(tmp_path / "laptop")) < 300
+    make_table(tmp_path / "laptop", **given)
+    assert same_bits(read(tmp_path / "laptop"), made)
+    sync(tmp_path / "laptop", tmp_path / "stick")
+    sync(tmp_path / "stick", tmp_path / "db")
+    assert same_bits(read(tmp_path / "db"), made)
 
 
 class _Flaky:

@@ -45,12 +45,12 @@ def make_table(uri: Path | str, rows: int = 500, *, dtype: str = "float32", inde
     values = vectors_of(rows, hidden, seed).astype(dtype)
     table = VectorTable.open(str(uri), "sequences", **given, max_bytes_per_file=3 << 30)
     with table:
-        for block in range(-(-rows // BLOCK_ROWS)):
+        for block in range(table.next_block, changed.get("stop_after", -(-rows // BLOCK_ROWS))):
             here = np.arange(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, rows))
             table.append(
                 [SinkBlock(block, _good(here[here % 7 != 3], values, prefix), _bad(here[here % 7 == 3], prefix))]
             )
-        if changed.get("finish", True):
+        if changed.get("finish", "stop_after" not in changed):
             table.finish(index)
     (Path(uri) / "sequences.run.json").write_text('{"speed": 1}')
     return read(uri)
