@@ -36,7 +36,7 @@ from bioscan_jax.bundles.quantise import PRECISIONS, Precision, Quantiser, bytes
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import Directory, Location, check_mounted, local_directory, locate, read_if_exists
 from bioscan_jax.notebook import Shown, progress_bar
-from bioscan_jax.table.lock import machine_lock
+from bioscan_jax.table.lock import Check, place_lock
 from bioscan_jax.table.reading import schema_metadata, vector_index
 from bioscan_jax.table.storage import sidecar_path, storage_errors
 
@@ -160,7 +160,7 @@ def bundle(
         "seed": seed,
         "part_bytes": part_bytes,
     }
-    with machine_lock(f"{location.name}/{table}", f"{location.name}: bundle {table}"):
+    with place_lock(location, table, f"{location.name}: bundle {table}") as check:
         previous, quantiser = _previous_export(location, asked), None
         if previous is None:
             head = asked | _table_facts(source, table, selected) | {"calibration": calibration}
@@ -173,7 +173,7 @@ def bundle(
             previous = Manifest(head, ())
         kept = _intact_files(location, previous)
         with location.staging() as staging:
-            draft = _Draft(location, staging, previous.head, kept)
+            draft = _Draft(location, staging, previous.head, kept, check)
             _write_vectors(draft, selected, quantiser or _quantiser(draft, selected), progress)
             _write_rest(draft, selected, extra)
             total = sum(entry.bytes for entry in draft.files.values())
@@ -289,10 +289,13 @@ class _Draft:
     head: dict[str, Any]
     kept: dict[str, Entry]
     """Intact files of an earlier attempt."""
+    check: Check
+    """Raises InputError if another process has taken over."""
     files: dict[str, Entry] = field(default_factory=dict)
 
     def note(self, name: str, files: dict[str, Entry]) -> None:
         """Writes a manifest or journal that lists these files."""
+        self.check()
         file = self.staging / name
         with storage_errors(self.location.name):
             file.write_text(Manifest(self.head, tuple(files[path] for path in sorted(files))).to_json())

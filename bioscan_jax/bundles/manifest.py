@@ -30,8 +30,8 @@ _HEAD = {
 """Required keys of the head, with their types."""
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
-_SYSTEM_FILES = re.compile(r"(^|.*/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$")
-"""Files that Windows, macOS and desktops add to directories."""
+_SYSTEM_FILES = re.compile(r"(^|.*/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$|\.[^/]+\.lease/[^/]+$")
+"""Files that Windows, macOS and desktops add to directories, and the lease of a process that writes to a bucket."""
 Kind = Literal["vectors", "rejects", "quantiser", "run", "calibration", "beside"]
 
 
@@ -276,5 +276,5 @@ def _fault(location: Location, entry: Entry, sizes: dict, scratch: Path, content
 
 
 def is_system_file(path: str) -> bool:
-    """Returns whether operating systems add such a file to directories by themselves."""
+    """Returns whether such a file is no part of a bundle: operating systems or a lease put it there."""
     return _SYSTEM_FILES.fullmatch(path) is not None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bioscan_jax.errors import InputError
-from bioscan_jax.location import local_directory
+from bioscan_jax.location import Bucket, Location, local_directory
 from bioscan_jax.output import private_directory
 from bioscan_jax.table.lease import describe, held_lease, this_process
 from bioscan_jax.table.storage import TABLE_FLAG, storage_errors
@@ -63,6 +63,26 @@ def machine_lock(name: str, what: str) -> Iterator[None]:
     key = hashlib.sha256(name.encode()).hexdigest()
     with _file_lock(private_directory() / f"{key}.lock", what, "TMPDIR"):
         yield
+
+
+@contextmanager
+def place_lock(place: Location, name: str, what: str) -> Iterator[Check]:
+    """Holds the lock of what is written to a place: a lease in a bucket, else a lock on this machine.
+
+    Args:
+        place: The place.
+        name: What is written there; two locks with the same one exclude each other.
+        what: What messages call it.
+
+    Raises:
+        InputError: Another process holds the lock.
+    """
+    if isinstance(place, Bucket):
+        with held_lease(f"{place.name}/.{name}.lease", what) as check:
+            yield check
+        return
+    with machine_lock(f"{place.name}/{name}", what):
+        yield lambda: None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from bioscan_jax.bundles.bundle import parse_bytes
 from bioscan_jax.bundles.manifest import JOURNAL, MANIFEST, BundleCheck, Manifest, check_path, verify_bundle
 from bioscan_jax.bundles.merge import import_bundle
 from bioscan_jax.errors import InputError
-from bioscan_jax.table.lock import machine_lock, writer_lock
+from bioscan_jax.table.lock import machine_lock, place_lock, writer_lock
 from bioscan_jax.table.query import query
 from bioscan_jax.table.reading import check_condition
 
@@ -635,6 +635,14 @@ def test_a_running_import_or_export_is_not_disturbed(made, whole, tmp_path):
         refused("is being written by process", import_bundle, str(whole), str(tmp_path / "db"))
     with machine_lock(f"{tmp_path}/b/sequences", "the bundle"):
         refused("is being written by process", carry, made, tmp_path / "b")
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    with place_lock(location.locate("memory://bucket/b", "target"), "sequences", "the bundle"):
+        refused(
+            "bundle sequences is being written by process", export_bundle, made, "memory://bucket/b", progress=False
+        )
+        assert len(memory.find("/bucket")) == 1
+    memory.store.clear()
 
 
 def test_a_bucket_holds_the_same_bundle_as_a_directory(made, whole, tmp_path):
