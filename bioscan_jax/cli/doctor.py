@@ -16,18 +16,18 @@ def command(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--step")
+    parser.add_argument("--topology")
     wanted, flags = parser.parse_known_args(words)
     if wanted.step is not None and wanted.step not in RUNS:
         raise UsageError(f"--step {wanted.step!r} is unknown; pass one of {', '.join(RUNS)}")
     step, settings = _settings(flags, wanted.step)
     names = Run.__dataclass_fields__
     given = {name: value for name, value in settings.items() if value is not None and name in names}
-    for group in ("data", "model"):  # without a flag of theirs they are empty
-        if group in given and not getattr(given[group], "path" if group == "data" else "checkpoint"):
-            del given[group]
+    if not given["model"].checkpoint:  # no flag named one
+        del given["model"]
     if step == "embed":
         given.pop("train", None)
-    diagnosis = doctor(Run(**given, simulated=settings.get("simulate") is not None))
+    diagnosis = doctor(Run(**given, simulated=settings.get("simulate") is not None, topology=wanted.topology))
     print(diagnosis.to_json() if wanted.json else diagnosis)
     return 0 if diagnosis.ok else 1
 
@@ -53,7 +53,8 @@ def _taking(step: str) -> Callable[..., None]:
 
     lines = (RUNS[step].__doc__ or "").split("\n")
     first = (
-        f"Tell what of this machine would stop a run of {' or '.join(RUNS)}, and what to change; --json prints JSON."
+        f"Tell what of this machine would stop a run of {' or '.join(RUNS)}, and what to change; --json prints JSON, and "
+        "--topology SLICE examines whether the step fits TPUs that are elsewhere."
     )
     examine.__doc__ = "\n".join([first, *lines[1:]])
     examine.__signature__ = inspect.Signature(optional_flags(RUNS[step]))

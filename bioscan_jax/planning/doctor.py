@@ -31,7 +31,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.location import is_remote, local_directory
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.notebook import Shown
-from bioscan_jax.planning.plan import SPECIES, model_size
+from bioscan_jax.planning.plan import SPECIES, model_size, plan
 from bioscan_jax.planning.probe import Devices, Failure, Step, StepFit, ask
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram
 from bioscan_jax.training.tracking import has_key
@@ -109,6 +109,8 @@ class Run:
     mesh: config.MeshConfig = field(default_factory=config.MeshConfig)
     simulated: bool = False
     """The run writes its input itself."""
+    topology: str | None = None
+    """A slice of TPUs that the run is meant for, such as v3-8, in place of the devices that are here."""
 
     @property
     def places(self) -> dict[str, str]:
@@ -136,7 +138,7 @@ def doctor(run: Run | None = None) -> Diagnosis:
     """
     run, devices = run or Run(), ask(None, DEVICE_SECONDS)
     findings = [_devices(devices), _host(), _versions(), *_caches(run), *_space(run), *_credentials(run)]
-    if run.data is not None and not run.simulated:
+    if run.data is not None and run.data.path and not run.simulated:
         findings.append(_input(run.data.path))
     if run.model is not None:
         findings += _model(run, run.model)
@@ -438,6 +440,9 @@ def _fit(run: Run, model: config.ModelConfig, devices: Any) -> Iterator[Finding]
         level: Level = "ok" if "has no layers" in str(error) else "warning"
         yield Finding("fit", level, str(error).split(": ", 1)[-1] if level == "ok" else str(error))
         return
+    if run.topology is not None:
+        yield _planned(run, model, run.topology)
+        return
     if not isinstance(devices, Devices):
         yield Finding("fit", "warning", f"unknown without devices: {_weights(transformer, model, None)}")
         return
@@ -449,15 +454,33 @@ def _fit(run: Run, model: config.ModelConfig, devices: Any) -> Iterator[Finding]
         return
     found = ask(step, FIT_SECONDS)
     if isinstance(found, InputError):  # more devices than there are, heads that do not divide
-        fix = "`bioscan plan` with these flags and --topology is for TPUs that are elsewhere" * (
-            devices.platform == "cpu"
-        )
+        fix = "pass --topology, such as v3-8, to examine it for TPUs that are elsewhere" * (devices.platform == "cpu")
         yield Finding("fit", "problem", str(found), fix)
     elif not isinstance(found, StepFit) or found.found is None:
         why = found.text if isinstance(found, Failure) and found.text else "the compiler gave no figure in time"
         yield Finding("fit", "warning", f"unknown ({why}): {_weights(transformer, model, devices)}")
     else:
         yield _verdict(found, found.found.rows, flag, run)
+
+
+def _planned(run: Run, model: config.ModelConfig, topology: str) -> Finding:
+    """Plans the step for a slice, as `bioscan plan` does."""
+    data = None if run.data is None else dataclasses.replace(run.data, path="")  # no row is read
+    step = "embed" if run.train is None else "finetune"
+    own: dict[str, Any] = {"embed": run.embed}
+    if run.train is not None:
+        own = {"lora": run.lora, "loss": run.loss, "train": run.train}
+    try:
+        found = plan(topology, model, step, data=data, mesh=run.mesh, **own)
+    except InputError as error:
+        return Finding("fit", "problem", str(error))
+    available, shape = found.tpu.chip.hbm_gib, f"{found.shape.rows:,} x {found.shape.tokens:,} tokens on {topology}"
+    if found.hbm_gib is None:
+        size = found.traced.argument_bytes / _GIB
+        text = f"batches of {shape}: {size:.2f} GiB of {available} on each device before any result, by arithmetic"
+        return Finding("fit", "problem" if found.fits is False else "warning", text, "; ".join(found.notes))
+    text = f"batches of {shape} need {found.hbm_gib:.2f} GiB of {available} on each device, by libtpu's compiler"
+    return Finding("fit", "ok", text) if found.fits else Finding("fit", "problem", text, "; ".join(found.notes))
 
 
 def _verdict(found: StepFit, rows: int, flag: str, run: Run) -> Finding:

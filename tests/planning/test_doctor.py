@@ -9,6 +9,7 @@ import pytest
 from support.commands import call
 
 from bioscan_jax import config
+from bioscan_jax.devices.chips import find_slice
 from bioscan_jax.devices.memory import Memory
 from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import PRESETS
@@ -182,6 +183,26 @@ def test_what_the_run_itself_would_refuse_is_a_problem(monkeypatch):
     assert "the weights alone take 4.7" in finding.text
     [finding] = doctor._fit(Run(), config.ModelConfig(checkpoint="default"), CPU)
     assert (finding.level, finding.text) == ("ok", "it fits any device, and there is nothing to plan")
+
+
+@pytest.mark.parametrize(("gib", "level"), [(3.0, "ok"), (40.0, "problem"), (None, "warning")])
+def test_a_slice_that_is_elsewhere_is_planned(monkeypatch, gib, level):
+    """The plan itself is tested with the compiler elsewhere; here, what is asked of it and made of its answer."""
+    asked, tpu = {}, find_slice("v3-8")
+
+    class Found:
+        fits = None if gib is None else gib < tpu.chip.hbm_gib
+        hbm_gib, notes, shape = gib, ("smaller batch: --embed.batch_tokens 64",), probe.BatchShape(64, 100)
+        traced = type("Traced", (), {"argument_bytes": 1 << 30})
+
+    Found.tpu = tpu
+    monkeypatch.setattr(doctor, "plan", lambda *words, **flags: asked.update(flags, words=words) or Found)
+    run = Run(data=config.DataConfig(path="x", max_tokens=100), topology="v3-8")
+    [finding] = doctor._fit(run, config.ModelConfig(checkpoint="random:tiny-v2"), CPU)
+    assert finding.level == level
+    assert "64 x 100 tokens on v3-8" in finding.text
+    assert ("--embed.batch_tokens 64" in finding.fix) == (level != "ok")
+    assert (asked["words"][0], asked["data"].max_tokens, asked["data"].path) == ("v3-8", 100, "")
 
 
 def test_exit_codes(monkeypatch):
