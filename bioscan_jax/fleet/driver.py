@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.data.encode import NOT_FINITE
+from bioscan_jax.data.files import DEMO
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.embedding.block import Part, Tally
@@ -62,7 +63,7 @@ def embed_by_fleet(
     if mesh.distributed:
         raise InputError("--mesh.distributed joins processes to one job, --fleet needs none; leave one out")
     clock, begun = StageClock(), time.perf_counter()
-    model, data, sink = _absolute(model, data, sink)
+    model, data, sink = absolute(model, data, sink)
     with ExitStack() as held:
         lock = held.enter_context(writer_lock(sink.uri, sink.table))
         scratch = held.enter_context(scratch_directory(sink, owned=True))
@@ -110,13 +111,13 @@ def embed_by_fleet(
     return summary
 
 
-def _absolute(
+def absolute(
     model: config.ModelConfig, data: config.DataConfig, sink: config.SinkConfig
 ) -> tuple[config.ModelConfig, config.DataConfig, config.SinkConfig]:
     """Makes local paths absolute, since workers start in other directories."""
 
     def whole(path: str) -> str:
-        return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+        return path if is_remote(path) or path == DEMO else os.path.abspath(os.path.expanduser(path))
 
     names = {name: value for name in ("checkpoint", "adapter", "projection") if (value := getattr(model, name))}
     there = {name: whole(value) for name, value in names.items() if Path(value).expanduser().exists()}

@@ -14,6 +14,7 @@ from support.fleets import fleet_campaign, ray_cluster, start_driver
 
 from bioscan_jax import DataConfig, EmbedConfig, FleetConfig, InputError, MeshConfig, ModelConfig, SinkConfig
 from bioscan_jax.fleet.cluster import mismatch
+from bioscan_jax.fleet.driver import absolute
 from bioscan_jax.fleet.orders import Facts, Refusal, Settings
 from bioscan_jax.fleet.worker import Worker
 
@@ -78,6 +79,15 @@ def embed_by(address: str, tmp_path: Path, *more: str) -> tuple[int, str, float]
     begun = time.monotonic()
     ended = call("embed", *(f"--{name}={value}" for name, value in flags.items()), *more)
     return ended.returncode, ended.stderr, time.monotonic() - begun
+
+
+def test_local_paths_are_made_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, sink = ModelConfig(checkpoint="default"), SinkConfig(uri="vectors")
+    paths = {"a.fasta": f"{tmp_path}/a.fasta", "demo:coi": "demo:coi", "gs://b/a.fasta": "gs://b/a.fasta"}
+    for path, wanted in paths.items():
+        there = absolute(model, DataConfig(path=path), sink)
+        assert (there[0], there[1].path, there[2].uri) == (model, wanted, f"{tmp_path}/vectors")
 
 
 def test_without_ray_one_line_names_the_extra(tmp_path, monkeypatch):
