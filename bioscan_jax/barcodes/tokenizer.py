@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ import pyarrow as pa
 from jaxtyping import Int32, Int64, UInt8
 
 from bioscan_jax.barcodes.cleaning import row_blocks, string_bytes, unclean_character
+from bioscan_jax.barcodes.columns import Columns
 from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.errors import InputError
 
@@ -21,6 +23,8 @@ _SPECIAL = ("<unk>", "<pad>", "<mask>", "<cls>")
 _LETTERS = "ACGTN"
 # Bits 1 and 2 of the ASCII code number the bases: A 0, C 1, T 2, G 3 (N is 3 too, but no 6-mer has an N).
 _CODED = "ACTG"
+_COLUMN_TOKEN = re.compile(r"([ACTG])(\d+)=(-?\d+)")
+"""Such as A17=-22: the base A in column 17 of `Columns`, where its score is -22."""
 _SIXMERS = tuple("".join(bases) for bases in itertools.product(_CODED, repeat=6))
 
 
@@ -90,6 +94,42 @@ class Vocabulary:
     def _ids(self) -> dict[str, int]:
         return {token: index for index, token in enumerate(self.tokens)}
 
+    def with_columns(self, columns: Columns) -> "Vocabulary":
+        """Returns the vocabulary with a token for each base in each column, after its own tokens."""
+        return Vocabulary((*self.tokens, *_column_tokens(columns)), f"{self.source} with columns")
+
+    @property
+    def without_columns(self) -> "Vocabulary":
+        """The vocabulary without the tokens of columns; a sequence then has one view per strand and phase."""
+        own = len(self.tokens) - 4 * len(self.column_ids)
+        return self if own == len(self.tokens) else Vocabulary(self.tokens[:own], self.source)
+
+    @cached_property
+    def columns(self) -> Columns | None:
+        """The columns of an alignment that have tokens of their own; None if there are none.
+
+        Raises:
+            InputError: The tokens of a column are incomplete or in another order.
+        """
+        named = [found.groups() for token in self.tokens if (found := _COLUMN_TOKEN.fullmatch(token))]
+        if not named:
+            return None
+        columns = Columns(np.array([score for _, _, score in named[: len(named) // 4 * 4]], np.int32).reshape(-1, 4))
+        if self.tokens[-len(named) :] != _column_tokens(columns):
+            raise InputError(
+                f"{self.source}: the last tokens are not A, C, T and G of column 0, column 1 and so on; use the "
+                "checkpoint's own vocab.txt"
+            )
+        return columns
+
+    @cached_property
+    def column_ids(self) -> Int32[np.ndarray, "columns 5"]:
+        """Ids of the tokens of each column: A, C, T, G, then that of N, for no known base."""
+        columns = 0 if self.columns is None else len(self.columns.scores)
+        first = len(self.tokens) - 4 * columns
+        ids = np.arange(first, len(self.tokens), dtype=np.int32).reshape(columns, 4)
+        return np.append(ids, np.full((columns, 1), self.letter_ids[ord("N")]), axis=1)
+
     @property
     def cls_id(self) -> int:
         """Id of the token before each sequence."""
@@ -122,6 +162,36 @@ class Vocabulary:
     def sixmer_ids(self) -> Int32[np.ndarray, "4096"]:
         """Id of each 6-mer, indexed by its number in base 4: most significant base first, A 0, C 1, T 2, G 3."""
         return np.array([self._ids[sixmer] for sixmer in _SIXMERS], np.int32)
+
+
+def _column_tokens(columns: Columns) -> tuple[str, ...]:
+    return tuple(
+        f"{base}{number}={score}"
+        for number, scores in enumerate(columns.scores.tolist())
+        for base, score in zip(_CODED, scores, strict=True)
+    )
+
+
+def encode_columns(sequences: pa.LargeStringArray, vocabulary: Vocabulary) -> TokenRows:
+    """Converts cleaned sequences to the tokens of their bases in the vocabulary's columns.
+
+    A row has CLS, the tokens of the columns in which the sequence has a known base, and N for each base that is left.
+
+    Args:
+        sequences: Strings of A, C, G, T and N.
+        vocabulary: One with columns.
+    """
+    assert vocabulary.columns is not None
+    placed = vocabulary.columns.place(sequences)
+    known = placed < 4
+    lengths = np.diff(string_bytes(sequences)[1])
+    tokens = 1 + np.maximum(lengths, known.sum(axis=1))
+    offsets = np.concatenate([[0], np.cumsum(tokens)])
+    ids = np.full(offsets[-1], vocabulary.letter_ids[ord("N")], np.int32)
+    ids[offsets[:-1]] = vocabulary.cls_id
+    row, column = np.nonzero(known)
+    ids[(offsets[:-1, None] + known.cumsum(axis=1))[row, column]] = vocabulary.column_ids[column, placed[row, column]]
+    return TokenRows(ids, offsets)
 
 
 def encode(sequences: pa.LargeStringArray, vocabulary: Vocabulary) -> TokenRows:

@@ -2,7 +2,7 @@
 
 Non-overlapping 6-mers change completely if a read starts one base later or comes from the other strand, and a long
 sequence does not fit the model. In all three cases a sequence has several views, and its vector is their mean, weighted
-by tokens.
+by tokens. With a vocabulary that has tokens for the columns of an alignment, one more view reads the sequence in these.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 
 from bioscan_jax.barcodes.cleaning import reverse_complement, start_at_phase
 from bioscan_jax.barcodes.schemas import TokenRows
-from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
+from bioscan_jax.barcodes.tokenizer import Vocabulary, encode, encode_columns
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def cut_views(
         max_tokens: Most tokens per view, with CLS.
         overlong: `truncate` keeps the first max_tokens tokens; `window` splits a view into the fewest windows of nearly
             equal size; `error` returns no view of such a sequence (the caller rejects it).
-        strand: `both` adds the views of the reverse complement.
+        strand: `both` adds the views of the reverse complement; there is one view of columns all the same.
         phases: Views start at bases 0 to phases - 1 of each stretch between Ns; there is none for a start past the end.
     """
     strands = [sequences] + [reverse_complement(sequences)] * (strand == "both")
@@ -55,16 +55,21 @@ def cut_views(
             tokens = encode(start_at_phase(oriented, phase), vocabulary)
             rows.append(tokens)
             owners.append(np.arange(len(tokens)))
+    by_column = vocabulary.columns is not None
+    if by_column:  # in windows where it must, whatever `overlong` says: it has a token per base, not per six
+        rows.append(encode_columns(sequences, vocabulary))
+        owners.append(np.arange(len(sequences)))
     tokens, owner = _concatenate(rows), np.concatenate(owners)
     lengths = tokens.lengths
+    sixmers = np.arange(len(owner)) < len(owner) - by_column * len(sequences)
     too_long = np.zeros(len(sequences), bool)
-    too_long[owner[lengths > max_tokens]] = True
+    too_long[owner[(lengths > max_tokens) & sixmers]] = True
     keep = lengths > 1
     if overlong == "error":
         keep &= ~too_long[owner]
     pieces = np.ones(len(lengths), np.int64)
-    if overlong == "window":
-        pieces = -(-(lengths - 1) // (max_tokens - 1))
+    windowed = ~sixmers | (overlong == "window")
+    pieces[windowed] = np.maximum(-(-(lengths[windowed] - 1) // (max_tokens - 1)), 1)
     chosen = np.flatnonzero(keep)
     chosen = chosen[np.argsort(owner[chosen], kind="stable")]
     return Views(_cut(tokens, chosen, pieces[chosen], max_tokens), np.repeat(owner[chosen], pieces[chosen]), too_long)

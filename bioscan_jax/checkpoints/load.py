@@ -90,11 +90,13 @@ def read_vocabulary(directory: Path, transformer: TransformerConfig) -> Vocabula
 def check_vocabulary(vocabulary: Vocabulary, transformer: TransformerConfig, where: str) -> None:
     """Raises InputError if the ids in use do not fit the model.
 
-    Both model families number the single letters last, at the end of the embedding table; ids past it (v1's <eos>,
-    <bos>) are never used.
+    Both model families number the single letters last, at the end of the embedding table, and columns after them; ids
+    past it (v1's <eos>, <bos>) are never used.
     """
     special = (vocabulary.cls_id, vocabulary.pad_id, vocabulary.mask_id, vocabulary.unk_id)
-    highest = max(*special, vocabulary.letter_ids.max(), vocabulary.sixmer_ids.max())
+    highest = max(
+        *special, vocabulary.letter_ids.max(), vocabulary.sixmer_ids.max(), vocabulary.column_ids.max(initial=0)
+    )
     if highest != transformer.vocab_size - 1:
         raise InputError(
             f"{where}: its last letter has id {highest}, config.json has {transformer.vocab_size} embeddings; "

@@ -659,6 +659,7 @@ class Encoder:
         """
         embed = EmbedConfig(layer=-1 if layer is None else layer, deduplicate=False)
         encoding = self.encoding(embed, _COLUMN, max_tokens=max_tokens, overlong="truncate")
+        encoding = dataclasses.replace(encoding, vocabulary=self.vocabulary.without_columns)
         column = _as_column([sequences] if isinstance(sequences, str) else sequences)
         found: list[Any] = [None] * len(column)
         kept = 1 if layer is not None else self.config.num_hidden_layers + 1

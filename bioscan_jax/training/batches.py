@@ -270,7 +270,7 @@ def evaluation_batches(
     examples: Examples, rows: Int64[np.ndarray, " rows"], shapes: Sequence[BatchShape], vocabulary: Vocabulary
 ) -> Iterator[ExampleBatch]:
     """Yields the rows' whole sequences, each once, cut at the last width; the last rows of a batch may be filler."""
-    order = rows[np.argsort(examples.tokens[rows], kind="stable")]
+    order, vocabulary = rows[np.argsort(examples.tokens[rows], kind="stable")], vocabulary.without_columns
     for first in range(0, len(order), _EVALUATED_ROWS):
         chunk = order[first : first + _EVALUATED_ROWS]
         strings = _strings(examples.sequences(chunk))

@@ -1,9 +1,11 @@
-"""Trains the model in the package from labelled barcodes: a whitened count of 6-mers, with a residual network beside it.
+"""Trains the model in the package from labelled barcodes: whitened 6-mers and columns, with a residual network beside.
 
-A barcode's vector is made of how often it has each of the 2,080 6-mers, where a 6-mer and its reverse complement are
-one: so both strands have the same vector. Such counts are the mean of token embeddings over the six start phases, that
-is hidden state 0 of a Nucleotide Transformer without layers. `fit_metric` learns what they mean; its linear map is then
-folded into the token embeddings, so that the model costs one matrix product per barcode.
+A barcode's vector is made of which base it has in each column of an alignment of the marker (`barcodes.columns`), and of
+how often it has each of the 2,080 6-mers, where a 6-mer and its reverse complement are one: so both strands have the
+same vector. A barcode of another marker has no columns, and is compared by its 6-mers alone. Both are the mean of token
+embeddings over the six start phases and the columns, that is hidden state 0 of a Nucleotide Transformer without layers
+whose vocabulary has the columns' bases, too. `fit_metric` learns what they mean; its linear map is then folded into the
+token embeddings, so that the model costs one matrix product per barcode.
 """
 
 import dataclasses
@@ -11,16 +13,20 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 from flax import nnx
 from jaxtyping import Float32
 
 from bioscan_jax import config
+from bioscan_jax.barcodes.cleaning import clean
+from bioscan_jax.barcodes.columns import UNIT, Columns
 from bioscan_jax.barcodes.strands import reverse_words
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.checkpoints.projection_files import read_projection, write_projection
 from bioscan_jax.checkpoints.publish import write_merged
+from bioscan_jax.data.parquet import open_source
 from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.embedding.run import embed
 from bioscan_jax.errors import InputError
@@ -39,10 +45,10 @@ tags:
 - biology
 ---
 
-# 6-mers of both strands, whitened, with a network beside
+# Aligned bases and 6-mers of both strands, whitened, with a network beside
 
-A Nucleotide Transformer without layers: token embeddings averaged over six start phases, and a projection. A barcode
-and its reverse complement have the same vector.
+A Nucleotide Transformer without layers: embeddings of 6-mers, averaged over six start phases, and of the bases in the
+columns of an alignment; and a projection. A barcode and its reverse complement have the same vector.
 
     import bioscan_jax as bj
     vectors = bj.load("DIRECTORY_OF_THIS_FILE").encode(["ACGT..."])
@@ -51,6 +57,12 @@ and its reverse complement have the same vector.
 """
 COUNTED_AT = config.EmbedConfig(layer=0, phases=6, pooling="mean")
 """How the raw vectors are made."""
+_SIXMER_WEIGHT = 0.5
+"""Of 6-mer frequencies beside the bases in columns: both then have about the same variance."""
+_CONTRASTS = np.array([[3, 0, 0], [-1, 2, 0], [-1, -1, 1], [-1, -1, -1]]) / np.sqrt([12, 6, 2])
+"""Orthonormal: four numbers whose sum is 0, such as a base less the frequencies of its column, as three."""
+_ALIGNED_ROWS = 20_000
+"""Most barcodes, evenly spread over the input, that the columns are found by."""
 
 
 def train_default_model(
@@ -59,6 +71,7 @@ def train_default_model(
     metric: config.MetricConfig = config.MetricConfig(network=True),  # noqa: B008 - frozen
     *,
     work: str,
+    columns: bool = True,
     mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008 - frozen
     progress: bool = True,
 ) -> MetricSummary:
@@ -68,7 +81,8 @@ def train_default_model(
         data: Labelled barcodes.
         output: Directory or URL to make; `bioscan_jax.load(output)` loads the model.
         metric: How the projection is fitted.
-        work: Directory for the 6-mer counts, their table and the fit; a stopped call continues there.
+        work: Directory for the raw vectors' model, their table and the fit; a stopped call continues there.
+        columns: Align the barcodes, which must be of one marker; otherwise 6-mers are counted alone.
         mesh: Devices.
         progress: Show progress bars on stderr.
 
@@ -84,7 +98,7 @@ def train_default_model(
     with output_directory(output) as goal:
         start_devices(mesh)
         if not (base / "config.json").is_file():
-            write_sixmer_counts(base)
+            write_counts(base, _find_columns(data, directory) if columns else None)
         embed(
             config.ModelConfig(checkpoint=str(base)),
             data,
@@ -101,15 +115,42 @@ def train_default_model(
     return summary
 
 
-def write_sixmer_counts(directory: Path) -> None:
-    """Writes a checkpoint without layers whose token embeddings count 6-mers, each with its reverse complement."""
+def _find_columns(data: config.DataConfig, scratch: Path) -> Columns:
+    """Aligns barcodes of the input."""
+    source = open_source(data, scratch=scratch)
+    blocks = np.unique(np.linspace(0, len(source) - 1, max(_ALIGNED_ROWS // source.block_rows, 1)).astype(np.int64))
+    cleaned = [clean(source[block].table[source.sequence_column]).sequences for block in blocks.tolist()]
+    return Columns.of(pa.concat_arrays(cleaned).drop_null())
+
+
+def write_counts(directory: Path, columns: Columns | None) -> None:
+    """Writes a checkpoint without layers whose token embeddings count 6-mers, each with its reverse complement.
+
+    Args:
+        directory: Directory to make.
+        columns: Its bases are counted, too: each less the mean of its column, so that a column without a base is as one
+            with the mean.
+    """
     vocabulary = Vocabulary.published("v2")
-    columns = _strand_pairs()
+    pairs = _strand_pairs()
+    sixmers = int(pairs.max()) + 1
+    bases = np.zeros((0, 4))
+    if columns is not None:
+        vocabulary = vocabulary.with_columns(columns)
+        bases = np.exp(columns.scores / UNIT)
+        bases /= bases.sum(axis=1, keepdims=True)
     transformer = dataclasses.replace(
-        PRESETS["tiny-v2"], hidden_size=int(columns.max()) + 1, num_hidden_layers=0, num_attention_heads=1
+        PRESETS["tiny-v2"],
+        vocab_size=len(vocabulary.tokens),
+        hidden_size=sixmers + 3 * len(bases),
+        num_hidden_layers=0,
+        num_attention_heads=1,
     )
     table = np.zeros((transformer.vocab_size, transformer.hidden_size), np.float32)
-    table[vocabulary.sixmer_ids, columns] = 1.0
+    table[vocabulary.sixmer_ids, pairs] = 1.0 if columns is None else _SIXMER_WEIGHT
+    for number, (ids, frequencies) in enumerate(zip(vocabulary.column_ids[:, :4], bases, strict=True)):
+        first = sixmers + 3 * number
+        table[ids, first : first + 3] = (np.eye(4) - frequencies) @ _CONTRASTS
     _write(directory, transformer, vocabulary, table, None)
 
 
@@ -157,7 +198,7 @@ def _write(
     model = NucleotideTransformer(transformer, rngs=nnx.Rngs(0))
     model.word_embeddings.set_value(jnp.asarray(table))
     provenance = Provenance(
-        model="bioscan_jax: 6-mers of both strands",
+        model="bioscan_jax: aligned bases and 6-mers of both strands",
         revision=None,
         weights_sha256="",
         license="Apache-2.0",
