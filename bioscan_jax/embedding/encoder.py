@@ -580,9 +580,12 @@ class Encoder:
         return sample_blocks(source, encoding, embed, rows)
 
     def _counts_tokens(self, embed: EmbedConfig, project: bool) -> bool:
-        """Whether vectors are computed from token counts: only where there is a projection, as it changes the bits."""
-        projected = project and self.projection is not None and self.make_steps is CompiledSteps
-        return projected and can_count_tokens(self.config, embed)
+        """Whether vectors are computed from token counts, which changes the bits: with a projection, or with columns.
+
+        With columns there is a token per base, which takes long to look up one by one.
+        """
+        counted = (project and self.projection is not None) or self.vocabulary.columns is not None
+        return counted and self.make_steps is CompiledSteps and can_count_tokens(self.config, embed)
 
     def block_encoder(
         self,
@@ -595,7 +598,8 @@ class Encoder:
     ) -> BlockEncoder:
         """Settles how an input is computed, and its batch shapes; `sample` is of it, if there is one already."""
         if self._counts_tokens(embed, project):
-            return BlockEncoder(steps=self._counting_steps, encoding=encoding, embed=embed, layout=self.layout)
+            steps = self._counting_steps if project and self.projection is not None else self._raw_counting_steps
+            return BlockEncoder(steps=steps, encoding=encoding, embed=embed, layout=self.layout)
         sample = sample or self.sample(source, encoding, embed, project=project)
         key, devices = (embed.pooling, self.config.resolve_layer(embed.layer)), self.layout.data_devices
         if key not in self._steps:
@@ -616,8 +620,11 @@ class Encoder:
 
     @cached_property
     def _counting_steps(self) -> CountingSteps:
-        assert self.projection is not None
         return CountingSteps(self.loaded.model, self.layout, self.projection)
+
+    @cached_property
+    def _raw_counting_steps(self) -> CountingSteps:
+        return CountingSteps(self.loaded.model, self.layout, None)
 
     @cached_property
     def _projector(self) -> Projector:

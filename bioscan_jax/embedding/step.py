@@ -190,24 +190,26 @@ def count_batches(views: Views, sequences: int, vocabulary: int, layout: Layout)
 
 
 class CountingSteps:
-    """The step from token counts to projected vectors: counts times embeddings, divided by the number of tokens.
+    """The step from token counts to projected, or raw, vectors: counts times embeddings, over the number of tokens.
 
     It equals pooling every view, averaging a sequence's views by their tokens, and projecting, up to rounding.
     """
 
-    def __init__(self, model: NucleotideTransformer, layout: Layout, projection: Projection) -> None:
-        self.model, self._layout, self.dimension = model, layout, projection.dimension
+    def __init__(self, model: NucleotideTransformer, layout: Layout, projection: Projection | None) -> None:
+        self.model, self._layout = model, layout
+        self.dimension = model.config.hidden_size if projection is None else projection.dimension
         self.seconds = 0.0
         self.shapes: dict[BatchShape, Callable] = {}
         self._projection = jax.device_put(projection, layout.replicated())
 
         def step(
-            embeddings: Float[Array, "v d"], projection: Projection, counts: Int[Array, "b v"]
+            embeddings: Float[Array, "v d"], projection: Projection | None, counts: Int[Array, "b v"]
         ) -> Float[Array, "b dimension"]:
             weights = counts.astype(jnp.float32)
             total = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
             summed = jnp.dot(weights, embeddings.astype(jnp.float32), precision="highest")
-            return projection(layout.on_batch(summed / total))
+            pooled = layout.on_batch(summed / total)
+            return pooled if projection is None else projection(pooled)
 
         self._step = jax.jit(step, out_shardings=layout.batched(2))
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import lance
 
 _BLOCK_ROWS = 8192
+_KEPT_BYTES = 1 << 28
 _WITHIN = np.uint64((1 << 32) - 1)
 _DIGEST = np.dtype("S16")
 _LINEAGE_ROWS = 1 << 20
@@ -108,8 +109,14 @@ class Reference:
     def blocks(
         self, *, copies: bool = True
     ) -> Iterator[tuple[Int64[np.ndarray, " some"], Float32[np.ndarray, "some hidden"]]]:
-        """Yields positions and vectors of the chosen rows, in batches; of rows with the same DNA only the first if asked."""
-        first = 0
+        """Yields positions and vectors of the chosen rows, in batches; of rows with the same DNA only the first if asked.
+
+        Vectors that fit into `_KEPT_BYTES` are read once.
+        """
+        if copies in self._kept:
+            yield from self._kept[copies]
+            return
+        first, kept = 0, []
         scanner = self.dataset.scanner(
             columns=["vector"], filter=self.filter, batch_size=_BLOCK_ROWS, scan_in_order=True
         )
@@ -118,8 +125,18 @@ class Reference:
                 vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
                 rows, vectors = self.chosen[first : first + len(batch)], vectors.reshape(len(batch), -1)
                 keep = slice(None) if copies else self.copies.first[rows] == rows
-                yield rows[keep], vectors[keep]
+                kept.append((rows[keep], vectors[keep]))
+                yield kept[-1]
                 first += len(batch)
+                if first * vectors.itemsize * vectors.shape[1] > _KEPT_BYTES:
+                    kept.clear()
+        if sum(len(rows) for rows, _ in kept) == (len(self.chosen) if copies else self.copies.distinct):
+            self._kept[copies] = kept
+
+    @cached_property
+    def _kept(self) -> dict[bool, list[tuple[np.ndarray, np.ndarray]]]:
+        """The blocks with and without copies, once they are read."""
+        return {}
 
     def take(self, rows: Int64[np.ndarray, " some"], column: str) -> pa.Array:
         """Returns one column of some rows, in their order."""

@@ -57,8 +57,8 @@ columns of an alignment; and a projection. A barcode and its reverse complement 
 """
 COUNTED_AT = config.EmbedConfig(layer=0, phases=6, pooling="mean")
 """How the raw vectors are made."""
-_SIXMER_WEIGHT = 0.5
-"""Of 6-mer frequencies beside the bases in columns: both then have about the same variance."""
+_SIXMER_WEIGHT = 0.25
+"""Of 6-mer frequencies beside the bases in columns: these then have about four times as much variance."""
 _CONTRASTS = np.array([[3, 0, 0], [-1, 2, 0], [-1, -1, 1], [-1, -1, -1]]) / np.sqrt([12, 6, 2])
 """Orthonormal: four numbers whose sum is 0, such as a base less the frequencies of its column, as three."""
 _ALIGNED_ROWS = 20_000
