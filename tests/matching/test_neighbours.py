@@ -67,9 +67,21 @@ def test_exact_compares_with_every_row_that_passes_the_filter(tmp_path: Path, co
 def test_equal_vectors_come_in_the_order_of_the_table(tmp_path: Path) -> None:
     vectors = np.tile(np.array([[1.0, 2.0], [2.0, -1.0]], np.float32), (40, 1))
     found = exact(vectors[:1], open_reference(write(tmp_path, vectors)), 5)
-    assert set(found.rows[0] % 2) == {0}
-    assert found.rows[0].tolist() == sorted(found.rows[0].tolist())
+    assert found.rows[0].tolist() == [0, 2, 4, 6, 8]
     np.testing.assert_allclose(found.similarity, 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [1 << 20, 0])
+def test_vectors_that_fit_the_memory_are_read_once(tmp_path: Path, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bioscan_jax.matching.reference._KEPT_BYTES", kept)
+    reference = open_reference(write(tmp_path, clustered(20, 4, 0), dna=["ACGT" * 9] * 5 + ["ACGTA" * 9] * 15))
+    for copies, rows in ((False, 2), (True, 20)):
+        ((first, vectors),) = reference.blocks(copies=copies)
+        ((again, same),) = reference.blocks(copies=copies)
+        assert len(first) == rows
+        np.testing.assert_array_equal(again, first)
+        np.testing.assert_array_equal(same, vectors)
+        assert (same is vectors) == bool(kept)
 
 
 def test_k_beyond_the_table_finds_every_row(tmp_path: Path) -> None:
