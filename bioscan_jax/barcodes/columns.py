@@ -118,13 +118,13 @@ class Columns:
         from scipy import fft  # takes a fifth of a second to import, which most models need not
 
         columns = len(self.scores)
-        size = fft.next_fast_len(codes.shape[1] + columns, real=True)
+        size = int(fft.next_fast_len(codes.shape[1] + columns, real=True) or 0)
         letters = (codes[:, None] == np.arange(4, dtype=np.uint8)[:, None]).astype(np.float32)
-        spectrum = fft.rfft(letters, size, axis=2)
+        spectrum = np.asarray(fft.rfft(letters, size, axis=2))
         both = []
         for scores in (self.scores, self.scores[::-1, [2, 3, 0, 1]]):
-            kernel = np.conj(fft.rfft(scores.T.astype(np.float32), size, axis=1))
-            sums = np.rint(fft.irfft(np.einsum("rbf,bf->rf", spectrum, kernel), size, axis=1))
+            kernel = np.conj(np.asarray(fft.rfft(scores.T.astype(np.float32), size, axis=1)))
+            sums = np.rint(np.asarray(fft.irfft(np.einsum("rbf,bf->rf", spectrum, kernel), size, axis=1)))
             at = sums.argmax(axis=1)
             both.append((np.where(at >= size - columns, at - size, at), np.take_along_axis(sums, at[:, None], 1)[:, 0]))
         (forward, score), (backward, other) = both

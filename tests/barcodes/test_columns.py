@@ -80,6 +80,7 @@ def test_a_vocabulary_with_columns_is_written_and_read(columns, tmp_path):
     (tmp_path / "vocab.txt").write_text(vocabulary.text())
     again = Vocabulary.from_file(tmp_path / "vocab.txt")
     assert again.sha256 == vocabulary.sha256
+    assert again.columns is not None
     np.testing.assert_array_equal(again.columns.scores, columns.scores)
     assert again.without_columns.tokens == Vocabulary.published("v2").tokens
     assert again.tokens[again.column_ids[299, 2]].startswith("T299=")

@@ -81,7 +81,7 @@ def test_the_folded_model_gives_the_vectors_of_the_projection(tmp_path):
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
     size = sum(file.stat().st_size for file in (tmp_path / "model").iterdir())
     assert size < 2 * len(folded.vocabulary.tokens) * 24 * 2 + 200_000
-    assert len(folded.vocabulary.columns.scores) == 200
+    assert len(folded.vocabulary.column_ids) == 200
 
 
 def test_a_directory_that_exists_is_left_alone(tmp_path):
