@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int16, Int32, Int64, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 
 from bioscan_jax.barcodes.cleaning import string_bytes
 from bioscan_jax.errors import InputError
