@@ -58,7 +58,9 @@ def test_bases_count_in_their_columns_less_the_mean_of_the_column(tmp_path):
     frequencies = np.array([45 + 5, 5, 5, 5]) / 65
     for found, row in zip(bases[0, 20:110], wanted[20:110], strict=True):
         np.testing.assert_allclose(found, row - frequencies[(1 - row).astype(int)], atol=0.03)
-    assert not bases[0, :20].any() and not bases[0, 110:].any() and not bases[2].any()
+    assert not bases[0, :20].any()
+    assert not bases[0, 110:].any()
+    assert not bases[2].any()
     np.testing.assert_allclose(vectors[:, :2080].sum(axis=1) * tokens, 85 / 4, rtol=1e-5)
     hidden = model.hidden_states(part)[0]
     assert hidden.shape == (1, 16, model.dimension)
