@@ -54,10 +54,16 @@ if in_notebook() and not find_spec("ipywidgets"):
 
 
 class Shown:
-    """Shows a result in a notebook as the text that it prints as."""
+    """Shows a result in IPython and notebooks as the text that it prints as, not as its fields."""
+
+    def __init_subclass__(cls) -> None:
+        cls._repr_pretty_ = Shown._repr_pretty_  # IPython prefers a __repr__ of the class, which dataclass makes
 
     def _repr_html_(self) -> str:
         return text_html(str(self))
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
 
 
 def text_html(text: str) -> str:

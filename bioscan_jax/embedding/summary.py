@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from bioscan_jax.data.encode import BlockCounts
-from bioscan_jax.notebook import facts_html
+from bioscan_jax.notebook import Shown, facts_html
 
 VERSIONED = ("bioscan_jax", "jax", "jaxlib", "flax", "grain", "pyarrow", "pylance", "lancedb")
 SLOW_INPUT = 0.25
@@ -124,7 +124,7 @@ class FleetFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSummary:
+class RunSummary(Shown):
     r"""Figures of one `embed` run; those about work cover this run alone, not an earlier part that it resumed.
 
     Counts are summed over all processes; seconds and memory are those of this process.

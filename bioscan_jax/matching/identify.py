@@ -49,7 +49,7 @@ from bioscan_jax.matching.novel_groups import group_novel
 from bioscan_jax.matching.partial import BlockAnswers, partial_answers
 from bioscan_jax.matching.queries import check_query_ids, open_queries
 from bioscan_jax.matching.vote import Votes, Voting, default_voting, without_names
-from bioscan_jax.notebook import progress_bar, rows_html, text_html
+from bioscan_jax.notebook import Shown, progress_bar, rows_html, text_html
 from bioscan_jax.reports.darwin_core import Method, read_taxon_ids, write_archive
 
 _HEAD_WEIGHT = 0.5
@@ -63,7 +63,7 @@ _BY_INDEX = "of the exact nearest neighbours are found by the index"
 
 
 @dataclass(frozen=True, kw_only=True)
-class IdentifySummary:
+class IdentifySummary(Shown):
     """Counts and figures of one run of `identify`; prints as a few lines of text.
 
     Example:

@@ -15,7 +15,7 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.matching.queries import encoder_of_table
 from bioscan_jax.matching.reference import Reference, open_reference
 from bioscan_jax.matching.strands import is_strand_invariant, orient
-from bioscan_jax.notebook import Html, facts_html, rows_html, show_arrow_tables
+from bioscan_jax.notebook import Html, Shown, facts_html, rows_html, show_arrow_tables
 from bioscan_jax.reports.projection import Method
 from bioscan_jax.reports.run import map_html
 from bioscan_jax.table.columns import CLASH_SUFFIX, SEARCH_COLUMNS
@@ -27,7 +27,7 @@ _HEAD = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class Table(Shown):
     r"""A vector table that can be searched by DNA; its model is loaded at the first search.
 
     Example:
@@ -86,6 +86,7 @@ class Table:
         rows: int = 10_000,
         projection: Method = "pacmap",
         seed: int = 0,
+        height: int = 1000,
     ) -> Html:
         """Draws the map of the vectors that `report` has in its page; a notebook shows it.
 
@@ -94,12 +95,13 @@ class Table:
             rows: Most rows to show; of a larger table a random sample is shown.
             projection: How vectors become points of a plane: PaCMAP, or the first two principal components.
             seed: Random seed of the sample and of the map.
+            height: Height of the map and its texts, in pixels.
 
         Raises:
             InputError: The table has no rows, PaCMAP is not installed, or `identified` cannot be read.
         """
         uri, table = self.location.uri, self.location.table
-        page = map_html(uri, table, identified=identified, rows=rows, projection=projection, seed=seed)
+        page = map_html(uri, table, identified=identified, rows=rows, projection=projection, seed=seed, height=height)
         return Html(page, f"map of {table_path(uri, table)}: shown in a notebook; bioscan report writes it to a file")
 
     def search(

@@ -22,7 +22,7 @@ from bioscan_jax.barcodes.strands import StrandSurvey, survey_strands
 from bioscan_jax.config import DataConfig
 from bioscan_jax.data.parquet import ParquetBlocks, hash_text, open_source
 from bioscan_jax.errors import InputError, printable
-from bioscan_jax.notebook import facts_html
+from bioscan_jax.notebook import Shown, facts_html
 from bioscan_jax.table.columns import check_values
 
 _HEADERS = 100
@@ -32,7 +32,7 @@ _ID = "sequence_id"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
+class Description(Shown):
     """What an input holds; prints as lines of text.
 
     `roles` and `columns` are under the input's own names.

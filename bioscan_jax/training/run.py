@@ -29,7 +29,7 @@ from bioscan_jax.embedding.summary import peak_device_bytes, peak_host_bytes
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.model.classifier import Arrays, make_classifier, named_arrays
 from bioscan_jax.model.lora import resolve_targets
-from bioscan_jax.notebook import facts_html, picture_html, progress_bar
+from bioscan_jax.notebook import Shown, facts_html, picture_html, progress_bar
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.storage import storage_errors
 from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
@@ -47,7 +47,7 @@ _SHOWN_CONFLICTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSummary:
+class TrainingSummary(Shown):
     """Outcome of a call of `finetune`; printed as a table.
 
     Example:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -75,7 +76,7 @@ def test_colab_from_barcodes_to_a_bundle(tmp_path):
         path = tmp_path / lost
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     again = outputs_of(ROOT / "scripts" / "colab.ipynb", tmp_path)
-    assert again.count("complete before this run: nothing was left to do") == 2  # embed, finetune
+    assert again.count("complete before this run: nothing was left to do") == 4  # embed and finetune, as text and HTML
     assert "9 of 9 files are whole" in again
     assert "<script" not in shown + again
 
@@ -142,3 +143,38 @@ def test_the_same_cell_continues_after_an_interrupt_a_termination_and_a_kill(tmp
     executed.execute(env=environment())
     assert Table.read(table).differences(Table.read(tmp_path / "whole")) == []
     assert unnamed_files(table) == []
+
+
+FINETUNE = """
+import bioscan_jax as bj
+bj.finetune(
+    bj.ModelConfig(checkpoint="random:tiny-v2"),
+    bj.ExamplesConfig(path="demo:coi", max_tokens=32),
+    train=bj.TrainConfig(output_dir="run", epochs=20, max_shapes=1, log_every=1),
+    tracking=bj.TrackingConfig(mode="disabled"),
+)
+"""
+
+
+@pytest.mark.notebook
+def test_training_that_is_interrupted_is_continued_by_the_same_cell(tmp_path):
+    from nbclient.exceptions import CellExecutionError
+
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def stop(kernel: int) -> None:
+        while not metrics.exists() or metrics.read_text().count("\n") < 20:
+            time.sleep(0.02)
+        os.kill(kernel, signal.SIGINT)
+
+    executed = client([FINETUNE], tmp_path)
+    with executed.setup_kernel(env=environment()):
+        thread = threading.Thread(target=stop, args=(executed.km.provisioner.pid,), daemon=True)
+        thread.start()
+        with pytest.raises(CellExecutionError) as raised:
+            executed.execute_cell(executed.nb.cells[0], 0)
+        thread.join()
+        executed.execute_cell(executed.nb.cells[0], 0)
+    stopped = re.search(r"Interrupted: stopped after step ([\d,]+) of 340.*the same cell continues", str(raised.value))
+    assert stopped is not None
+    assert f"340 ({stopped[1]} of them before this run)" in str(executed.nb.cells[0].outputs)

@@ -1,6 +1,7 @@
 """What notebooks show: HTML whose texts are escaped, bars, exceptions in one line."""
 
 import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -25,6 +26,12 @@ def test_every_text_is_escaped():
 def test_results_show_as_the_text_that_they_print_as():
     summary = CompactSummary(3, 1)
     assert str(summary) in summary._repr_html_()
+
+
+def test_consoles_print_the_text_of_a_result():
+    lines: list[str] = []
+    vars(CompactSummary)["_repr_pretty_"](CompactSummary(3, 1), SimpleNamespace(text=lines.append), False)
+    assert lines == [str(CompactSummary(3, 1))]
 
 
 def test_a_picture_that_is_absent_or_remote_is_left_out(tmp_path):
