@@ -62,8 +62,16 @@ that model:
 
 or `bioscan embed --model.checkpoint {checkpoint} --model.projection DIRECTORY_OF_THIS_FILE ...`.
 """
-_USAGE = {"adapter": _ADAPTER, "merged": _MERGED, "projection": _PROJECTION}
-_LIBRARIES = {"adapter": "peft", "merged": "transformers", "projection": "bioscan_jax"}
+_ONNX = """\
+# DNA barcodes to vectors, in ONNX
+
+The model {model} with its pooling and projection as one graph, in float32. `run_onnx.py` needs numpy and onnxruntime
+alone; it says how DNA becomes token ids, for runners in other languages:
+
+    python run_onnx.py barcodes.fasta vectors.npy
+"""
+_USAGE = {"adapter": _ADAPTER, "merged": _MERGED, "projection": _PROJECTION, "onnx": _ONNX}
+_LIBRARIES = {"adapter": "peft", "merged": "transformers", "projection": "bioscan_jax", "onnx": "onnx"}
 _HUB_LICENSES = frozenset(
     {
         *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "cc0-1.0"),
@@ -79,7 +87,7 @@ _HEADS = """
 
 def write_facts(
     directory: Path,
-    kind: Literal["adapter", "merged", "projection"],
+    kind: Literal["adapter", "merged", "projection", "onnx"],
     provenance: Provenance,
     facts: Mapping[str, Any],
     *,

@@ -23,6 +23,7 @@ _FILES = (
     *(*_TEXTS, "config.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"),
     *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
     *("adapter_model.safetensors", HEADS_FILE, LABELS_FILE, SETTINGS_FILE, ARRAYS_FILE),
+    *("model.onnx", "onnx.json", "run_onnx.py"),
 )
 _PLACE = re.compile(r"(?!https?://)([/~]|\.\.?/|[a-z0-9+]+://|rclone:)[^\n]*\Z")
 _OTHER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
@@ -143,7 +144,7 @@ def _files(source: Path, shown: str) -> tuple[dict[str, bytes | Path], dict[str,
     base = facts["base"]
     if base.get("revision") is None and "/" in base["model"]:
         places.add(base["model"])
-    if facts["kind"] != "merged" and base["model"] in places:
+    if facts["kind"] in ("adapter", "projection") and base["model"] in places:
         logger.warning(
             "%s needs the weights of %s, which is no repository of the hub: whoever loads it has to have them",
             shown,

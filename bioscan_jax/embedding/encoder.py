@@ -57,6 +57,7 @@ from bioscan_jax.embedding.step import (
     rows_per_call,
     sequence_vectors,
 )
+from bioscan_jax.embedding.to_onnx import write_onnx
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import local_copy, output_directory
 from bioscan_jax.model.config import TransformerConfig
@@ -824,6 +825,29 @@ class Encoder:
             self.save_pretrained(f"{scratch}/model", merge=merge)
             return push_to_hub(f"{scratch}/model", name, private=private, branch=branch, commit_message=commit_message)
 
+    def save_onnx(self, directory: str | Path) -> None:
+        """Writes the model, its settings and its projection as an ONNX graph, for machines without JAX.
+
+        The directory holds the graph, the vocabulary and `run_onnx.py`, which needs numpy and onnxruntime alone. Its
+        vectors have length 1 and are those of `encode(..., normalize=True)` up to rounding. Needs the extra `onnx`, and
+        a model in float32.
+
+        Args:
+            directory: Directory or URL to create, whole or not at all.
+
+        Raises:
+            InputError: jax2onnx is not installed, the model is not in float32 or has 2 GiB of weights, or the directory
+                is not empty or cannot be written.
+        """
+        with output_directory(os.fspath(directory), "output") as target:
+            write_onnx(target, self, self._trained_facts)
+
+    @property
+    def _trained_facts(self) -> dict[str, Any]:
+        """What the export of this model's adapter says of its training."""
+        known = (self.loaded.adapter and self.loaded.adapter.facts) or {}
+        return {name: known[name] for name in _TRAINED_FACTS if name in known}
+
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **settings: Any) -> "Encoder":
         """Loads a model by the name that Hugging Face users know; the same as `bioscan_jax.load`.
@@ -838,8 +862,7 @@ class Encoder:
     def _save(self, target: Path, merge: bool) -> None:
         loaded = self.loaded
         base = dataclasses.replace(loaded.provenance, adapter=None, adapter_sha256=None)
-        known = (loaded.adapter and loaded.adapter.facts) or {}
-        facts = {name: known[name] for name in _TRAINED_FACTS if name in known}
+        facts = self._trained_facts
         if not merge:
             if loaded.adapter is None:
                 raise InputError(f"{base.model} has no adapter to write alone; pass merge=True")

@@ -75,7 +75,7 @@ class LayerNorm(nnx.Module):
 def rotary_tables(tokens: int, head_dim: int) -> tuple[Float[Array, "s half"], Float[Array, "s half"]]:
     """Returns cosine and sine of rotary positions, base 10000, CLS at position 0 (Su et al. 2021, arXiv:2104.09864)."""
     frequency = 1.0 / (10000.0 ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
-    angle = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequency[None, :]
+    angle = jax.lax.broadcasted_iota(jnp.float32, (tokens, 1), 0) * frequency[None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -205,7 +205,7 @@ class NucleotideTransformer(nnx.Module):
             if layout is not None:
                 x, state = layout.on_batch(x), layout.gather(state)
             module = nnx.merge(graph, state)
-            x = _by_rows(rows or len(x), lambda x, mask, keys: module(x, mask, rotary, keys, attend), x, mask, row_keys)
+            x = _by_rows(rows, lambda x, mask, keys: module(x, mask, rotary, keys, attend), x, mask, row_keys)
             return x, keep(x)
 
         with jax.default_matmul_precision(self.matmul_precision):
@@ -235,9 +235,9 @@ def first_layers(model: NucleotideTransformer, depth: int) -> NucleotideTransfor
     return nnx.merge(graph, nnx.from_flat_state([(path, cut(path, one)) for path, one in nnx.to_flat_state(state)]))
 
 
-def _by_rows(rows: int, function: Callable[..., Array], x: Array, *others: Array | None) -> Array:
-    """Applies a function to a batch, `rows` rows at a time."""
-    if rows == len(x):
+def _by_rows(rows: int | None, function: Callable[..., Array], x: Array, *others: Array | None) -> Array:
+    """Applies a function to a batch, `rows` rows at a time; to all of them if None."""
+    if rows is None or rows == len(x):
         return function(x, *others)
     parts = jax.tree.map(lambda array: array.reshape(-1, rows, *array.shape[1:]), (x, *others))
     return jax.lax.map(lambda part: function(*part), parts).reshape(x.shape)

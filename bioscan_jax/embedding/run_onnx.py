@@ -1,0 +1,146 @@
+"""Turns DNA into vectors with the files beside this one, by numpy and onnxruntime alone.
+
+    python run_onnx.py barcodes.fasta vectors.npy
+
+writes one row of float32 per sequence, in order. From Python, with this directory on the path:
+
+    from run_onnx import OnnxEncoder
+    vectors = OnnxEncoder("DIRECTORY").encode(["ACGTTGCA...", "TTGACAGG..."])
+
+How a sequence becomes token ids: stops (*) are trimmed off its end, gaps and white space removed, letters made upper case,
+U becomes T, other IUPAC codes N. Each strand (`strand` both: also the reverse complement) is read from each of `phases`
+start bases of every stretch between Ns: CLS, then 6-mers from the left end of each stretch, its rest as single letters,
+each N as a token. Views of a sequence are rows of one array [sequences, views, tokens], padded with <pad>; the graph pools
+each, averages them by their tokens, projects, and scales to length 1.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+_CLEAN = {letter: letter for letter in "ACGTN"} | {"U": "T"} | dict.fromkeys("RYSWKMBDHV", "N") | dict.fromkeys("-.", "")
+_CLEAN |= {letter.lower(): becomes for letter, becomes in _CLEAN.items()} | dict.fromkeys(" \t\n\r\v\f", "")
+_STOPS = re.compile(r"\*[\s*]*\Z", re.ASCII)
+_COMPLEMENT = str.maketrans("ACGT", "TGCA")
+
+
+class OnnxEncoder:
+    """A model exported by `bioscan export --format onnx`."""
+
+    def __init__(self, directory: str | os.PathLike[str] = Path(__file__).parent, *, threads: int = 0):
+        """Opens the graph.
+
+        Args:
+            directory: Holds model.onnx, onnx.json and vocab.txt.
+            threads: Of onnxruntime; 0 for its choice.
+        """
+        import onnxruntime
+
+        where = Path(directory)
+        self.settings = json.loads((where / "onnx.json").read_text())
+        tokens = (where / "vocab.txt").read_text().splitlines()
+        self._ids = {token.strip(): index for index, token in enumerate(tokens)}
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # it warns of each constant that the exporter left unused
+        self._session = onnxruntime.InferenceSession(where / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+    def encode(self, sequences: Sequence[str], *, batch_tokens: int = 16384) -> np.ndarray:
+        """Returns one float32 vector per sequence.
+
+        Args:
+            sequences: DNA.
+            batch_tokens: Tokens that the graph is given at a time, padding included.
+
+        Raises:
+            ValueError: A sequence has no vector; the message names its position.
+        """
+        views = []
+        for position, sequence in enumerate(sequences):
+            try:
+                views.append(self.views(sequence))
+            except ValueError as error:
+                raise ValueError(f"sequence {position}: {error}") from None
+        vectors = np.empty((len(views), self.settings["dimension"]), np.float32)
+        for rows in _batches(views, batch_tokens):
+            vectors[rows] = self._session.run(None, {self._session.get_inputs()[0].name: self._padded(views, rows)})[0]
+        return vectors
+
+    def views(self, sequence: str) -> list[list[int]]:
+        """Returns the token ids of each view of a sequence.
+
+        Raises:
+            ValueError: It is not DNA, has no A, C, G or T, or is too long where `overlong` is error.
+        """
+        forward = clean(sequence)
+        strands = [forward, forward.translate(_COMPLEMENT)[::-1]][: 1 + (self.settings["strand"] == "both")]
+        most, found = self.settings["max_tokens"] - 1, []
+        for strand in strands:
+            for phase in range(self.settings["phases"]):
+                ids = self._tokens([stretch[phase:] for stretch in strand.split("N")])
+                if len(ids) > most and self.settings["overlong"] == "error":
+                    raise ValueError(f"more than {most + 1} tokens")
+                pieces = -(-len(ids) // most) if self.settings["overlong"] == "window" else 1
+                for piece in range(pieces if ids else 0):
+                    part = ids[piece * len(ids) // pieces : (piece + 1) * len(ids) // pieces]
+                    found.append([self._ids["<cls>"], *part[:most]])
+        return found
+
+    def _tokens(self, stretches: list[str]) -> list[int]:
+        found = []
+        for number, stretch in enumerate(stretches):
+            whole = len(stretch) - len(stretch) % 6
+            found += ["N"] * (number > 0) + [stretch[i : i + 6] for i in range(0, whole, 6)] + list(stretch[whole:])
+        return [self._ids[token] for token in found]
+
+    def _padded(self, views: list[list[list[int]]], rows: list[int]) -> np.ndarray:
+        most = max(len(views[row]) for row in rows), max(len(view) for row in rows for view in views[row])
+        ids = np.full((len(rows), *most), self._ids["<pad>"], np.int32)
+        for i, row in enumerate(rows):
+            for j, view in enumerate(views[row]):
+                ids[i, j, : len(view)] = view
+        return ids
+
+
+def clean(sequence: str) -> str:
+    """Returns a sequence in the letters A, C, G, T and N.
+
+    Raises:
+        ValueError: It has another letter, or no A, C, G or T.
+    """
+    text = _STOPS.sub("", sequence)
+    if foreign := [letter for letter in text if letter not in _CLEAN]:
+        raise ValueError(f"{foreign[0]!r} is no letter of DNA")
+    cleaned = "".join(map(_CLEAN.__getitem__, text))
+    if not cleaned.strip("N"):
+        raise ValueError("no A, C, G, T or U")
+    return cleaned
+
+
+def _batches(views: list[list[list[int]]], batch_tokens: int) -> Iterator[list[int]]:
+    """Yields the positions of sequences of similar length."""
+    batch: list[int] = []
+    wide = high = 0
+    for row in sorted(range(len(views)), key=lambda row: max(map(len, views[row]))):
+        wide, high = max(wide, max(map(len, views[row]))), max(high, len(views[row]))
+        if batch and (len(batch) + 1) * wide * high > batch_tokens:
+            yield batch
+            batch, wide, high = [], max(map(len, views[row])), len(views[row])
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def read_fasta(path: str) -> list[str]:
+    """Returns the sequences of a FASTA file, in order."""
+    records = Path(path).read_text().split(">")[1:]
+    return ["".join(record.splitlines()[1:]) for record in records]
+
+
+if __name__ == "__main__":
+    np.save(sys.argv[2], OnnxEncoder().encode(read_fasta(sys.argv[1])))
