@@ -143,6 +143,12 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
     return facts
 
 
+def trained_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the facts of an export say of its training, which other forms of that model pass on."""
+    kept = ("objective", "which", "step", "data", "figures", "run")
+    return {name: facts[name] for name in kept if name in facts}
+
+
 def data_facts(files: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Returns what a card says of input files: their names, rows and contents, not where they lay.
 

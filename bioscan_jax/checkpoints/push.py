@@ -23,7 +23,7 @@ _FILES = (
     *(*_TEXTS, "config.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"),
     *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
     *("adapter_model.safetensors", HEADS_FILE, LABELS_FILE, SETTINGS_FILE, ARRAYS_FILE),
-    *("model.onnx", "onnx.json", "run_onnx.py"),
+    *("model.onnx", "model.onnx.data", "onnx.json", "run_onnx.py"),
 )
 _PLACE = re.compile(r"(?!https?://)([/~]|\.\.?/|[a-z0-9+]+://|rclone:)[^\n]*\Z")
 _OTHER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")

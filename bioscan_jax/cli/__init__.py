@@ -8,7 +8,7 @@ COMMANDS = {
     "describe": "tell what a file of barcodes holds and how it is read",
     "data": "get published reference sequences with lineages",
     "finetune": "train adapters and taxonomic heads on labelled barcodes",
-    "export": "export the result of a training run",
+    "export": "export the result of a training run, or a model as an ONNX graph",
     "push": "put a model, an adapter or a projection on the Hugging Face hub",
     "identify": "name barcodes by a vector table",
     "calibrate": "fit confidences and thresholds for identify",

@@ -34,6 +34,7 @@ from bioscan_jax.checkpoints.hub import (
     resolve_part,
 )
 from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights, recorded_model
+from bioscan_jax.checkpoints.model_card import trained_facts
 from bioscan_jax.checkpoints.peft import CONFIG_FILE, adapter_base, write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.checkpoints.push import push_to_hub
@@ -74,8 +75,6 @@ _BLOCKS_AHEAD = 1
 _COLUMN = "dna_sequence"
 _VECTOR_SETTINGS = ("pooling", "layer", "strand", "phases")
 _HEAD_ROWS = 4096
-_TRAINED_FACTS = ("objective", "which", "step", "data", "figures", "run")
-"""What an export says of its training, and a model with that adapter passes on."""
 
 Overlong = Literal["truncate", "window", "error"]
 Sequences = Sequence[str | None] | np.ndarray | pa.Array | pa.ChunkedArray | Any
@@ -840,13 +839,12 @@ class Encoder:
                 is not empty or cannot be written.
         """
         with output_directory(os.fspath(directory), "output") as target:
-            write_onnx(target, self, self._trained_facts)
+            write_onnx(target, self, self.provenance, self._trained_facts)
 
     @property
     def _trained_facts(self) -> dict[str, Any]:
         """What the export of this model's adapter says of its training."""
-        known = (self.loaded.adapter and self.loaded.adapter.facts) or {}
-        return {name: known[name] for name in _TRAINED_FACTS if name in known}
+        return trained_facts((self.loaded.adapter and self.loaded.adapter.facts) or {})
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **settings: Any) -> "Encoder":

@@ -19,11 +19,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
-_CLEAN = {letter: letter for letter in "ACGTN"} | {"U": "T"} | dict.fromkeys("RYSWKMBDHV", "N") | dict.fromkeys("-.", "")
+_CLEAN = (
+    {letter: letter for letter in "ACGTN"} | {"U": "T"} | dict.fromkeys("RYSWKMBDHV", "N") | dict.fromkeys("-.", "")
+)
 _CLEAN |= {letter.lower(): becomes for letter, becomes in _CLEAN.items()} | dict.fromkeys(" \t\n\r\v\f", "")
 _STOPS = re.compile(r"\*[\s*]*\Z", re.ASCII)
 _COMPLEMENT = str.maketrans("ACGT", "TGCA")
@@ -39,8 +42,7 @@ class OnnxEncoder:
             directory: Holds model.onnx, onnx.json and vocab.txt.
             threads: Of onnxruntime; 0 for its choice.
         """
-        import onnxruntime
-
+        onnxruntime = import_module("onnxruntime")  # not among what bioscan_jax itself needs
         where = Path(directory)
         self.settings = json.loads((where / "onnx.json").read_text())
         tokens = (where / "vocab.txt").read_text().splitlines()
@@ -63,40 +65,13 @@ class OnnxEncoder:
         views = []
         for position, sequence in enumerate(sequences):
             try:
-                views.append(self.views(sequence))
+                views.append(token_views(sequence, self._ids, self.settings))
             except ValueError as error:
                 raise ValueError(f"sequence {position}: {error}") from None
         vectors = np.empty((len(views), self.settings["dimension"]), np.float32)
         for rows in _batches(views, batch_tokens):
             vectors[rows] = self._session.run(None, {self._session.get_inputs()[0].name: self._padded(views, rows)})[0]
         return vectors
-
-    def views(self, sequence: str) -> list[list[int]]:
-        """Returns the token ids of each view of a sequence.
-
-        Raises:
-            ValueError: It is not DNA, has no A, C, G or T, or is too long where `overlong` is error.
-        """
-        forward = clean(sequence)
-        strands = [forward, forward.translate(_COMPLEMENT)[::-1]][: 1 + (self.settings["strand"] == "both")]
-        most, found = self.settings["max_tokens"] - 1, []
-        for strand in strands:
-            for phase in range(self.settings["phases"]):
-                ids = self._tokens([stretch[phase:] for stretch in strand.split("N")])
-                if len(ids) > most and self.settings["overlong"] == "error":
-                    raise ValueError(f"more than {most + 1} tokens")
-                pieces = -(-len(ids) // most) if self.settings["overlong"] == "window" else 1
-                for piece in range(pieces if ids else 0):
-                    part = ids[piece * len(ids) // pieces : (piece + 1) * len(ids) // pieces]
-                    found.append([self._ids["<cls>"], *part[:most]])
-        return found
-
-    def _tokens(self, stretches: list[str]) -> list[int]:
-        found = []
-        for number, stretch in enumerate(stretches):
-            whole = len(stretch) - len(stretch) % 6
-            found += ["N"] * (number > 0) + [stretch[i : i + 6] for i in range(0, whole, 6)] + list(stretch[whole:])
-        return [self._ids[token] for token in found]
 
     def _padded(self, views: list[list[list[int]]], rows: list[int]) -> np.ndarray:
         most = max(len(views[row]) for row in rows), max(len(view) for row in rows for view in views[row])
@@ -105,6 +80,41 @@ class OnnxEncoder:
             for j, view in enumerate(views[row]):
                 ids[i, j, : len(view)] = view
         return ids
+
+
+def token_views(sequence: str, ids: dict[str, int], settings: dict) -> list[list[int]]:
+    """Returns the token ids of each view of a sequence.
+
+    Args:
+        sequence: DNA.
+        ids: Of each token.
+        settings: `strand`, `phases`, `max_tokens` and `overlong`, as in onnx.json.
+
+    Raises:
+        ValueError: It is not DNA, has no A, C, G or T, or is too long where `overlong` is error.
+    """
+    forward = clean(sequence)
+    strands = [forward, forward.translate(_COMPLEMENT)[::-1]][: 1 + (settings["strand"] == "both")]
+    most, found = settings["max_tokens"] - 1, []
+    for strand in strands:
+        for phase in range(settings["phases"]):
+            row = [ids[token] for token in _tokens([stretch[phase:] for stretch in strand.split("N")])]
+            if len(row) > most and settings["overlong"] == "error":
+                raise ValueError(f"more than {most + 1} tokens")
+            pieces = -(-len(row) // most) if settings["overlong"] == "window" else 1
+            for piece in range(pieces if row else 0):
+                part = row[piece * len(row) // pieces : (piece + 1) * len(row) // pieces]
+                found.append([ids["<cls>"], *part[:most]])
+    return found
+
+
+def _tokens(stretches: list[str]) -> list[str]:
+    """Returns the tokens of a sequence that is cut at its Ns."""
+    found = []
+    for number, stretch in enumerate(stretches):
+        whole = len(stretch) - len(stretch) % 6
+        found += ["N"] * (number > 0) + [stretch[i : i + 6] for i in range(0, whole, 6)] + list(stretch[whole:])
+    return found
 
 
 def clean(sequence: str) -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.model_card import write_facts
 from bioscan_jax.embedding import run_onnx
 from bioscan_jax.errors import InputError
@@ -29,7 +31,9 @@ _MOST_BYTES = 2**31 - 2**24
 """An ONNX file is one protocol buffer, which holds less than 2 GiB; some is left for the graph itself."""
 
 
-def write_onnx(directory: Path, encoder: "Encoder", facts: Mapping[str, Any] = MappingProxyType({})) -> None:
+def write_onnx(
+    directory: Path, encoder: "Encoder", provenance: Provenance, facts: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Writes an encoder with its settings and projection as `model.onnx`, and what turns DNA into its input.
 
     The graph maps token ids, int32 [sequences, views, tokens] with <pad> where there is none, to float32 vectors of
@@ -38,6 +42,7 @@ def write_onnx(directory: Path, encoder: "Encoder", facts: Mapping[str, Any] = M
     Args:
         directory: Created, complete or not at all.
         encoder: In float32; its settings are fixed in the graph.
+        provenance: Of its weights.
         facts: Further entries of `bioscan_jax_export.json`; plain JSON values.
 
     Raises:
@@ -45,7 +50,7 @@ def write_onnx(directory: Path, encoder: "Encoder", facts: Mapping[str, Any] = M
             or cannot be written.
     """
     try:
-        from jax2onnx import to_onnx
+        to_onnx: Any = import_module("jax2onnx").to_onnx
     except ImportError as error:
         raise InputError(f"--format onnx needs jax2onnx ({error}); pip install 'bioscan_jax[onnx]'") from error
     embed = encoder.settings
@@ -76,10 +81,12 @@ def write_onnx(directory: Path, encoder: "Encoder", facts: Mapping[str, Any] = M
             to_onnx(_vectors_of(encoder), [shape], return_mode="file", output_path=str(temporary / GRAPH_FILE))
         finally:
             logging.disable(before)
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # jax2onnx lets nobody else read the weights
         (temporary / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         (temporary / "vocab.txt").write_text(encoder.vocabulary.text())
         shutil.copyfile(run_onnx.__file__, temporary / "run_onnx.py")
-        write_facts(temporary, "onnx", encoder.provenance, {**facts, "settings": settings})
+        write_facts(temporary, "onnx", provenance, {**facts, "settings": settings})
 
 
 def _vectors_of(encoder: "Encoder") -> Any:

@@ -1,5 +1,6 @@
-"""Export of a training run as a PEFT adapter or as a whole Hugging Face checkpoint."""
+"""Export of a training run as a PEFT adapter, a whole Hugging Face checkpoint or an ONNX graph."""
 
+import dataclasses
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,12 +13,14 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.checkpoints.head_files import Heads, taxon_tree
-from bioscan_jax.checkpoints.hub import resolve_checkpoint
+from bioscan_jax.checkpoints.hub import Provenance, resolve_checkpoint
 from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights
-from bioscan_jax.checkpoints.model_card import data_facts
+from bioscan_jax.checkpoints.model_card import data_facts, read_facts, trained_facts
 from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.devices.sharding import make_layout, start_devices
+from bioscan_jax.embedding.encoder import load
+from bioscan_jax.embedding.to_onnx import write_onnx
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import output_directory
 from bioscan_jax.model.classifier import Classifier, make_classifier, named_arrays
@@ -32,9 +35,10 @@ def export(
     run: str,
     output: str,
     *,
-    format: Literal["peft", "merged"] = "peft",
+    format: Literal["peft", "merged", "onnx"] = "peft",
     which: Literal["best", "last"] = "best",
     checkpoint: str | None = None,
+    embed: config.EmbedConfig | None = None,
     mesh: config.MeshConfig | None = None,
 ) -> str:
     """Writes the trained parameters of a run in a format that other libraries read.
@@ -42,9 +46,11 @@ def export(
     Args:
         run: Directory or URL of the training run.
         output: Directory or URL to create.
-        format: `peft` writes the adapter with heads and label space; `merged` a whole checkpoint, with these beside it.
+        format: `peft` writes the adapter with heads and label space; `merged` a whole checkpoint, with these beside it;
+            `onnx` a graph for machines without JAX, as `Encoder.save_onnx` does, without heads.
         which: The parameters with the lowest validation loss, or those of the last checkpoint.
         checkpoint: Location of the run's base weights, if they have moved.
+        embed: Strand, phases and layer of the graph; its pooling is that of the run.
         mesh: Devices that hold the model during the export.
 
     Returns:
@@ -72,7 +78,17 @@ def export(
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-")))
         directory = held.enter_context(open_run_directory(locate_run(run, flag="run"), scratch))
         target = held.enter_context(output_directory(output))
-        return f"{output}: {_export(directory, target, format, which, checkpoint, mesh or config.MeshConfig())}"
+        mesh = mesh or config.MeshConfig()
+        if format != "onnx":
+            return f"{output}: {_export(directory, target, format, which, checkpoint, mesh)}"
+        merged = scratch / "merged"
+        line = _export(directory, merged, "merged", which, checkpoint, mesh)
+        facts = read_facts(merged)
+        assert facts is not None
+        settings = dataclasses.replace(embed or config.EmbedConfig(), pooling=facts["run"]["loss"]["pooling"])
+        encoder = dataclasses.replace(load(merged, dtype="float32", mesh=mesh), settings=settings)
+        write_onnx(target, encoder, Provenance(**facts["base"]), trained_facts(facts))
+        return f"{output}: {line.replace('merged', format, 1)}"
 
 
 def _export(

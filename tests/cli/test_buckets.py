@@ -51,7 +51,7 @@ PATHS = {
     "embed": (*MODEL, "data.path", "data.scratch", "sink.uri", "simulate.path", "profile", *MESH),
     "describe": ("data.path", "data.scratch"),
     "finetune": (*MODEL, "data.path", "data.scratch", "train.output_dir", "simulate.path", "profile", *MESH),
-    "export": ("run", "output", "checkpoint", *MESH),
+    "export": ("run", "output", "checkpoint", *MODEL, *MESH),
     "push": ("directory",),
     "identify": (
         *MODEL,
@@ -181,6 +181,8 @@ def test_a_url_never_becomes_a_local_folder(command, world, labelled, fitted, tm
         changed = {"data.path": URL} if flag == "simulate.path" else {}
         flags = given | changed
         flags.pop(flag.removesuffix(".path"), None)  # --metadata FILE is short for --metadata.path FILE
+        if command == "export" and flag in MODEL:
+            flags = {"output": tmp_path / "out", "format": "onnx", "model.checkpoint": "random:tiny-v2"}
         flags[flag] = URL
         done = call(name, *mode, *(f"--{key}={value}" for key, value in flags.items()))
         said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
