@@ -837,6 +837,10 @@ class Encoder:
         Raises:
             InputError: jax2onnx is not installed, the model is not in float32 or has 2 GiB of weights, or the directory
                 is not empty or cannot be written.
+
+        Example:
+            >>> import bioscan_jax as bj
+            >>> bj.load().save_onnx("model_onnx")  # doctest: +SKIP
         """
         with output_directory(os.fspath(directory), "output") as target:
             write_onnx(target, self, self.provenance, self._trained_facts)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.model_card import write_facts
 from bioscan_jax.embedding import run_onnx
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.model.lora import merge_adapters
 from bioscan_jax.model.pooling import pool
 from bioscan_jax.model.projection import unit
@@ -79,6 +79,11 @@ def write_onnx(
         logging.disable(logging.WARNING)  # it warns of each intermediate value whose type it does not store
         try:
             to_onnx(_vectors_of(encoder), [shape], return_mode="file", output_path=str(temporary / GRAPH_FILE))
+        except NotImplementedError as error:
+            raise InputError(
+                f"--format onnx: this jax2onnx cannot carry {provenance.model} ({one_line(error)}); install the versions "
+                "that bioscan_jax's constraints.txt names"
+            ) from error
         finally:
             logging.disable(before)
         for file in temporary.iterdir():

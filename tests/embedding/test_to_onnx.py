@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import jaxtyping
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -56,6 +57,21 @@ def test_without_jax2onnx_one_line_says_what_to_install(tmp_path, monkeypatch):
     assert "pass --run DIR, or --format onnx" in call("export", f"--output={tmp_path / 'out'}").stderr
 
 
+@pytest.fixture
+def symbolic():
+    """While a graph is traced, sizes are symbols, which the checks of argument types take for errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def needs_onnx(test):
+    """Marks a test that exports; jax2onnx takes a warning while it imports a part for a part that is not there."""
+    for mark in (pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("symbolic"), pytest.mark.onnx):
+        test = mark(test)
+    return test
+
+
 def opened(directory):
     """The runner in a directory, as a program without bioscan_jax would import it."""
     spec = importlib.util.spec_from_file_location("exported_runner", directory / "run_onnx.py")
@@ -72,7 +88,7 @@ def assert_same(directory, model):
         )
 
 
-@pytest.mark.onnx
+@needs_onnx
 def test_the_default_model(tmp_path):
     done = call(
         "export", "--format=onnx", f"--output={tmp_path / 'out'}", "--model.checkpoint=default", "--mesh.data=1"
@@ -94,7 +110,7 @@ def test_the_default_model(tmp_path):
         opened(tmp_path / "out").encode(["ACGT", "ACXGT"])
 
 
-@pytest.mark.onnx
+@needs_onnx
 @pytest.mark.parametrize("preset", ["tiny-v1", "tiny-v2"])
 @pytest.mark.parametrize(
     "settings",
@@ -114,7 +130,7 @@ def test_a_transformer(preset, settings, tmp_path):
         model.save_onnx(tmp_path / "out")
 
 
-@pytest.mark.onnx
+@needs_onnx
 def test_a_transformer_with_its_projection(tmp_path):
     write_projected_model(tmp_path / "model", networks=((16, 8, None), (12, 10, 3.0)), layer=2, strand="both", phases=2)
     model = bj.load(tmp_path / "model", mesh=ONE)
@@ -123,7 +139,7 @@ def test_a_transformer_with_its_projection(tmp_path):
     assert_same(tmp_path / "out", model)
 
 
-@pytest.mark.onnx
+@needs_onnx
 def test_a_training_run(tmp_path):
     barcodes = write_simulated(str(tmp_path / "barcodes.parquet"), species=12, per_species=6, length=120, seed=0)
     train(barcodes, tmp_path / "run", epochs=1)
