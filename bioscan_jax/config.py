@@ -131,7 +131,7 @@ class FleetConfig:
     ray://HOST:10001 reaches one from outside."""
     workers: int | None = None
     """Most workers at a time; as many as the cluster has room for if absent."""
-    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    resources: dict[str, int | float] = field(default_factory=lambda: {"CPU": 1.0})
     """What one worker takes of its machine, such as '{"TPU": 4}' or '{"GPU": 1, "CPU": 8}'."""
     mixed: bool = False
     """Allow workers on different kinds of devices, whose vectors differ by rounding."""

@@ -147,7 +147,7 @@ def write_part(job: Job, block: StartedBlock, done: int, safe_rows: int | None =
         whole=row == encoded.block.table.num_rows,
         rows=rows.num_rows,
         fragments=fragments,
-        rejects=_pack(rejects),
+        rejects=packed(rejects),
         not_finite=len(bad),
         example=encoded.block.table["sequence_id"][bad[0]].as_py() if bad else None,
     )
@@ -224,7 +224,8 @@ def _between(encoded: EncodedBlock, start: int, stop: int) -> EncodedBlock:
     )
 
 
-def _pack(rejects: pa.Table) -> str:
+def packed(rejects: pa.Table) -> str:
+    """Returns a table as an Arrow stream in base64."""
     buffer = pa.BufferOutputStream()
     with pa.ipc.new_stream(buffer, rejects.schema) as stream:
         stream.write_table(rejects)

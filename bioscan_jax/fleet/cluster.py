@@ -47,8 +47,6 @@ def connected(fleet: config.FleetConfig) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", "10")
-    if fleet.address != "local":
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # else its retries are logged to stderr
     try:
         import ray
         import ray.exceptions
@@ -64,7 +62,7 @@ def connected(fleet: config.FleetConfig) -> Iterator[Any]:
     handler = signal.getsignal(signal.SIGTERM) if main else None
     try:
         own: dict[str, Any] = {"include_dashboard": False} if fleet.address == "local" else {}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent_stderr():
             warnings.simplefilter("ignore")  # what matters of them is in the error
             ray.init(address=fleet.address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -76,6 +74,19 @@ def connected(fleet: config.FleetConfig) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what the C++ part of Ray writes to stderr: a line for each of its tries to connect."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _check_reachable(address: str) -> None:
@@ -99,10 +110,10 @@ def _check_reachable(address: str) -> None:
 
 
 def _connection_error(address: str, error: BaseException) -> InputError:
-    text, cause = one_line(error), error
-    while cause is not None and "Authentication" not in type(cause).__name__:
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
+    text, told, cause = one_line(error), "", error
+    while cause is not None:
+        told, cause = f"{told} {cause}", cause.__cause__ or cause.__context__
+    if "AuthToken" in told:
         return InputError(
             f"--fleet.address {address}: that cluster asks for a token, which this process does not give; set "
             "RAY_AUTH_MODE=token and the token as Ray's documentation says, here and on every machine"
@@ -363,7 +374,7 @@ def mismatch(first: Facts, found: Facts, *, mixed: bool) -> str | None:
     )
 
 
-def _options(resources: dict[str, float]) -> dict[str, Any]:
+def _options(resources: dict[str, int | float]) -> dict[str, Any]:
     """Returns what one worker takes, as Ray's options; Ray restarts none, since the driver gives its blocks to others."""
     others = dict(resources)
     found: dict[str, Any] = {"num_cpus": others.pop("CPU", 0), "num_gpus": others.pop("GPU", 0)}

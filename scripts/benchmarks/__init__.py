@@ -37,6 +37,7 @@ BENCHMARKS = _Benchmarks(
         "taxonomy": "taxonomy:taxonomy",
         "device": "device:device",
         "scale": "scale:scale",
+        "fleet": "fleet:fleet",
     }
 )
 """Benchmarks by the name that `bioscan benchmark` takes; a function's parameters are the flags."""
