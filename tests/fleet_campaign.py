@@ -31,9 +31,11 @@ def main() -> None:
     parser.add_argument("--driver-kills", type=int, default=5)
     parser.add_argument("--block-rows", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", type=Path, help="keeps the tables; that of the single process is made once")
     given, say = parser.parse_args(), partial(print, flush=True)
     with tempfile.TemporaryDirectory(prefix="fleet-campaign-") as name:
-        directory = Path(name)
+        directory = given.directory or Path(name)
+        directory.mkdir(parents=True, exist_ok=True)
         data = directory / "input.parquet"
         table = (
             simulate(species=-(-given.rows // 10), per_species=10) if given.data is None else pq.read_table(given.data)
