@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -114,6 +115,7 @@ def sync(
     target: str,
     *,
     beside: Sequence[str] = (),
+    skip: Sequence[str] = (),
     prefer: Literal["source", "target"] | None = None,
     delete: bool = False,
     part_bytes: int = 64 << 20,
@@ -131,6 +133,8 @@ def sync(
         source: The folder, or the copy: a directory, a stick, an fsspec URL or rclone:REMOTE:PATH.
         target: The other of the two; a folder is a directory or an fsspec URL.
         beside: Files and directories outside the folder to copy too; on the command line, --with PATH for each.
+        skip: Patterns of paths in the folder that stay as they are on both sides, such as runs/*/checkpoints/*; on the
+            command line, --skip PATTERN for each.
         prefer: Which side wins where the target has changed since the last sync; without it that is an error.
         delete: Delete at the target what was deleted at the source since the last sync, also rows and columns of
             tables, and the files of earlier versions.
@@ -179,16 +183,17 @@ def sync(
                     lost = f"the copy is at version {copy.number}, and version {state.number} was here already"
                     raise InputError(f"{place.name}: {lost}; sync the folder to it, or pass --prefer source")
                 state.base = {path: _Base.of(item) for path, item in copy.items.items()}
-            local = _Folder.read(folder, copy, extra_files(beside), part_bytes, state, progress)
+            local = _Folder.read(folder, copy, extra_files(beside), skip, part_bytes, state, progress)
+            there = {path: item for path, item in copy.items.items() if not _matches(path, skip)}
             copied = {
                 path
                 for path, base in state.base.items()
                 if path in copy.items and base.digest == copy.items[path].digest
             }
             if pulls:
-                choice = _choose(copy.items, local.items, (copied, local.unchanged), state.base.keys(), prefer, delete)
+                choice = _choose(there, local.items, (copied, local.unchanged), state.base.keys(), prefer, delete)
             else:
-                choice = _choose(local.items, copy.items, (local.unchanged, copied), state.base.keys(), prefer, delete)
+                choice = _choose(local.items, there, (local.unchanged, copied), state.base.keys(), prefer, delete)
             run = _Run(folder, place, held, copy, local, choice, state, part_bytes, progress, delete)
             summary, now = run.pull(goal.name) if pulls else run.push(goal.name)
             state.base |= {path: _Base.of(now.items[path]) for path in (*choice.send, *choice.same)}
@@ -227,6 +232,10 @@ def _check_sides(
         raise InputError(
             f"--target {goal.name} holds other files ({foreign!r}); pass a new or empty place for the copy"
         )
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _is_hidden(path: str) -> bool:
@@ -345,13 +354,15 @@ class _Folder:
         folder: Directory | Bucket,
         copy: SyncedCopy,
         extra: Mapping[str, Path],
+        skip: Sequence[str],
         part_bytes: int,
         state: _State,
         progress: bool,
     ) -> "_Folder":
         sizes = {path: size for path, size in folder.sizes().items() if not _is_hidden(path)}
         tables = sorted({path[: path.index(".lance/") + 6] for path in sizes if ".lance/" in path})
-        files = {path: size for path, size in sizes.items() if ".lance/" not in path}
+        tables = [path for path in tables if not _matches(path, skip)]
+        files = {path: size for path, size in sizes.items() if ".lance/" not in path and not _matches(path, skip)}
         links = sorted(path for path, size in files.items() if size is None)
         if links:
             logger.warning(f"{folder.name}: {len(links):,} links are left out, such as {links[0]}")

@@ -176,12 +176,18 @@ def path_flags(words: Sequence[str], flag: str) -> list[str]:
     return [f"{flag}.path{word.removeprefix(flag)}" if word.split("=")[0] == flag else word for word in words]
 
 
-def with_paths(words: Sequence[str]) -> list[str]:
-    """The words with each `--with PATH`, a keyword in Python, in the list `--beside`."""
+def repeated(words: Sequence[str], **flags: str) -> list[str]:
+    """The words with flags that may be repeated turned into flags of lists.
+
+    Args:
+        words: The command line.
+        flags: The parameter for each flag, such as `beside` for `--with`, which is a keyword in Python.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--with", action="append", dest="beside", default=[], metavar="PATH")
+    for flag, parameter in flags.items():
+        parser.add_argument(f"--{flag}", action="append", dest=parameter, default=[])
     known, others = parser.parse_known_args(words)
-    return [*others, *([f"--beside={json.dumps(known.beside)}"] if known.beside else [])]
+    return [*others, *(f"--{name}={json.dumps(values)}" for name, values in vars(known).items() if values)]
 
 
 def printed(function: Callable[..., object]) -> Callable[..., None]:

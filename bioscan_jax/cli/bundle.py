@@ -6,7 +6,7 @@ missing; import merges them into a table. Each has its own help: bioscan bundle 
 
 from collections.abc import Sequence
 
-from bioscan_jax.cli._command import UsageError, from_flags, printed, with_paths
+from bioscan_jax.cli._command import UsageError, from_flags, printed, repeated
 
 
 def verify(source: str | None = None, target: str | None = None) -> None:
@@ -36,7 +36,7 @@ def command(words: Sequence[str]) -> None:
     elif mode == "export":
         from bioscan_jax.bundles.bundle import bundle
 
-        from_flags(printed(bundle), "bundle export")(with_paths(flags))
+        from_flags(printed(bundle), "bundle export")(repeated(flags, **{"with": "beside"}))
     elif mode == "import":
         from bioscan_jax.bundles.merge import import_bundle
 

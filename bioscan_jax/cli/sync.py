@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from bioscan_jax.cli._command import from_flags, printed, with_paths
+from bioscan_jax.cli._command import from_flags, printed, repeated
 
 
 def command(words: Sequence[str]) -> None:
-    """Runs `bioscan sync`; `--with PATH`, which may be repeated, names files outside the folder to copy too."""
+    """Runs `bioscan sync`; `--with PATH` and `--skip PATTERN` may be repeated."""
     from bioscan_jax.bundles.sync import sync
 
-    from_flags(printed(sync), "sync")(with_paths(words))
+    from_flags(printed(sync), "sync")(repeated(words, **{"with": "beside", "skip": "skip"}))
