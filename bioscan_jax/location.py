@@ -356,9 +356,9 @@ class Remote:
 
     def holds(self, path: str, wanted: Digest) -> bool:
         """Returns whether a file has these contents, by the hash that the remote offers or by reading it back."""
-        found = json.loads(
-            self._run("lsjson", "--stat", "--hash-type", "md5", "--hash-type", "sha256", self._at(path)) or "{}"
-        )
+        # Not --stat, which the rclone of Ubuntu 22.04 does not have
+        listed = self._run("lsjson", "--files-only", "--hash-type", "md5", "--hash-type", "sha256", self._at(path))
+        found = (json.loads(listed or "[]") or [{}])[0]
         if found.get("Size") != wanted.bytes:
             return False
         hashes = found.get("Hashes") or {}
