@@ -212,25 +212,29 @@ class Run:
         self._remember_committed()
         deadline, seen = None, time.perf_counter()
         with self._naming:
-            try:
-                while not self._schedule.finished and (deadline is None or time.monotonic() < deadline):
-                    if stop and deadline is None:
-                        deadline = time.monotonic() + SECONDS_TO_STOP
-                    if deadline is None:
-                        self._cluster.grow(len(self._source) - self._schedule.frontier)
-                        self._hand_out()
-                    self._write_ready()
-                    if deadline is not None and not any(s.computing or s.waiting for s in self._states.values()):
-                        break
-                    for answer in self._cluster.poll(_POLL_SECONDS, self._lose):
-                        self._take(answer.member, answer.call, answer.block, answer.written, answer.failure)
-                    now = time.perf_counter()
-                    self._straggling += (now - seen) * (bool(self._written) and not self._schedule.commit_ready())
-                    seen = now
+            while not self._schedule.finished and (deadline is None or time.monotonic() < deadline):
+                if stop and deadline is None:
+                    deadline = time.monotonic() + SECONDS_TO_STOP
+                try:
+                    self._step(handing_out=deadline is None)
+                except InputError:
                     self._commit()
-            except InputError:
+                    raise
+                now = time.perf_counter()
+                self._straggling += (now - seen) * (bool(self._written) and not self._schedule.commit_ready())
+                seen = now
                 self._commit()
-                raise
+                if deadline is not None and not any(one.computing or one.waiting for one in self._states.values()):
+                    break
+
+    def _step(self, *, handing_out: bool) -> None:
+        """Gives the workers something to do, and takes what they have finished."""
+        if handing_out:
+            self._cluster.grow(len(self._source) - self._schedule.frontier)
+            self._hand_out()
+        self._write_ready()
+        for answer in self._cluster.poll(_POLL_SECONDS, self._lose):
+            self._take(answer.member, answer.call, answer.block, answer.written, answer.failure)
 
     def _remember_committed(self) -> None:
         """Finds the vectors of the last blocks that an earlier run committed."""

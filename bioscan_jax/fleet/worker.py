@@ -50,7 +50,7 @@ class Worker:
 
     def greet(self) -> Greeting:
         """Tells where this worker runs and with which versions."""
-        found = versions() | {"ray": metadata.version("ray"), "python": platform.python_version()}
+        found = versions() | {"ray": metadata.version("ray"), "python": platform.python_version().rpartition(".")[0]}
         return Greeting(host=socket.gethostname(), pid=os.getpid(), versions=found)
 
     def load(self) -> Facts | Refusal:
