@@ -210,15 +210,17 @@ def _devices(found: Devices | StepFit | Failure | InputError) -> Finding:
     if unused is None:
         return Finding("devices", "ok", text + ("; no TPU, no GPU" if found.platform == "cpu" and not there else ""))
     text = f"{text}, but there are {there[unused]} {'TPU chips' if unused == 'tpu' else 'NVIDIA GPUs'}"
+    why = found.errors.get("tpu" if unused == "tpu" else "cuda")
+    why = "" if why is None else f" ({why})"
     if wanted and not {unused, "cuda" if unused == "gpu" else unused} & set(wanted.split(",")):
         return Finding("devices", "warning", f"{text}, which JAX_PLATFORMS={wanted} leaves out", "unset it to use them")
     if unused == "tpu":
         missing = importlib.util.find_spec("libtpu") is None
         fix = "pip install 'jax[tpu]'" if missing else "end the process that uses them, or restart the machine"
-        return Finding("devices", "problem", f"{text}{', and libtpu is not installed' * missing}", fix)
+        return Finding("devices", "problem", f"{text}{', and libtpu is not installed' if missing else why}", fix)
     missing = not any(importlib.util.find_spec(name) for name in _PLUGINS)
     fix = "pip install 'jax[cuda12]'" if missing else "check the driver with nvidia-smi"
-    return Finding("devices", "problem", f"{text}{', and jax has no CUDA plugin' * missing}", fix)
+    return Finding("devices", "problem", f"{text}{', and jax has no CUDA plugin' if missing else why}", fix)
 
 
 def _host() -> Finding:

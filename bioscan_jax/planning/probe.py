@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+
+# JAX falls back to the next platform without raising; its reasons have no public name.
+from jax._src import xla_bridge
 
 from bioscan_jax import config
 from bioscan_jax.data.batching import BatchShape, batch_shapes
@@ -36,6 +39,8 @@ class Devices:
     count: int
     memory: Memory | None
     """Of each device; None where it is not known."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Why JAX passed over a platform that it tried first: tpu or cuda."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +126,10 @@ def serve() -> None:
 def _devices() -> Devices:
     devices = jax.local_devices()
     one = devices[0]
-    return Devices(platform=one.platform, kind=one.device_kind, count=len(devices), memory=device_memory(one))
+    errors = {name: " ".join(text.split())[:200] for name, text in xla_bridge._backend_errors.items()}
+    return Devices(
+        platform=one.platform, kind=one.device_kind, count=len(devices), memory=device_memory(one), errors=errors
+    )
 
 
 def _fit(step: Step) -> StepFit:

@@ -1,5 +1,6 @@
 """bioscan doctor: what it says of devices, versions, credentials, disks and the step, and its exit codes."""
 
+import dataclasses
 import json
 import socket
 import time
@@ -66,6 +67,17 @@ def test_devices_that_the_user_left_out_are_a_warning(machine, monkeypatch):
     finding = doctor._devices(CPU)
     assert finding.level == "warning"
     assert "JAX_PLATFORMS=cpu leaves out; unset it" in f"{finding.text}; {finding.fix}"
+
+
+def test_the_reason_why_jax_fell_back_is_told(machine, monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    machine(tpu=4)
+    finding = doctor._devices(
+        dataclasses.replace(CPU, errors={"tpu": "The TPU is already in use by process with pid 7"})
+    )
+    assert finding.level == "problem"
+    assert "4 TPU chips (The TPU is already in use by process with pid 7)" in finding.text
+    assert "end the process" in finding.fix
 
 
 def test_nothing_is_waited_for_longer_than_said(monkeypatch):
