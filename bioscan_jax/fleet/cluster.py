@@ -34,7 +34,7 @@ _REFUSED_SECONDS = 10.0
 _FAILED_LOADS = 3
 """Workers that may die while they load, with no other left, before the run ends."""
 PROBE_TOLERANCE = 0.05
-"""Largest relative difference of a probe's vector where kinds of devices are mixed: bfloat16 against float32."""
+"""Largest relative difference of a probe's vector where kinds of devices are mixed: bfloat16 rounds to 1 in 256."""
 
 
 @contextmanager

@@ -43,6 +43,7 @@ def facts_of(settings: Settings) -> Facts:
     return found
 
 
+@pytest.mark.fleet
 def test_workers_that_would_compute_other_vectors_are_told_from_those_that_would_not(settings):
     first = facts_of(settings)
     assert first.probe.any()
