@@ -32,7 +32,7 @@ class Chip:
 _2D = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _3D = {8: (2, 2, 1), 16: (2, 2, 2), 32: (2, 2, 4), 64: (2, 4, 4), 128: (4, 4, 4), 256: (4, 4, 8), 512: (4, 8, 8)}
 
-# Peaks and slices: cloud.google.com/tpu/docs, the page of each generation (per chip for v3 and v4; v3 has two devices per chip).
+# Peaks and slices: cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e, per chip; half of that for v3, with two devices per chip.
 # hbm_gib: the limit in the error of libtpu 0.0.42 for a program with too many temporaries.
 CHIPS = {
     "v3": Chip(
