@@ -8,7 +8,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 
@@ -76,7 +75,7 @@ class Failure:
 
 
 def ask(question: Step | None, seconds: float) -> Devices | StepFit | Failure | InputError:
-    """Asks a new process; never waits longer than it is told.
+    """Asks a new process, and never waits longer than it is told; where this one has started a TPU or GPU, asks itself.
 
     Args:
         question: The step that should fit; None asks for the devices.
@@ -85,6 +84,8 @@ def ask(question: Step | None, seconds: float) -> Devices | StepFit | Failure | 
     Returns:
         The answer; a Failure without text if there was none in time; the InputError that the run itself would raise.
     """
+    if xla_bridge.backends_are_initialized() and jax.default_backend() != "cpu":
+        return _answer(question)  # a notebook: its TPU or GPU is its own, and another process could not have it
     process = subprocess.Popen(
         [sys.executable, "-c", "from bioscan_jax.planning.probe import serve; serve()"],
         stdin=subprocess.PIPE,
@@ -115,12 +116,14 @@ def serve() -> None:
     with os.fdopen(os.dup(1), "wb") as stdout:
         os.dup2(2, 1)
         question: Step | None = pickle.load(sys.stdin.buffer)
-        answer: Any
-        try:
-            answer = _devices() if question is None else _fit(question)
-        except InputError as error:
-            answer = error
-        pickle.dump(answer, stdout)
+        pickle.dump(_answer(question), stdout)
+
+
+def _answer(question: Step | None) -> Devices | StepFit | InputError:
+    try:
+        return _devices() if question is None else _fit(question)
+    except InputError as error:
+        return error
 
 
 def _devices() -> Devices:

@@ -88,6 +88,16 @@ def test_nothing_is_waited_for_longer_than_said(monkeypatch):
     assert doctor._cache("downloads", doctor.downloads_directory(), "").level == "warning"
 
 
+def test_a_process_that_has_the_devices_asks_itself(monkeypatch):
+    """As a notebook on a TPU, which no other process can use meanwhile."""
+    jax.devices()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(probe.subprocess, "Popen", None)
+    found = ask(None, 60.0)
+    assert isinstance(found, Devices)
+    assert found.count == jax.local_device_count()
+
+
 def test_a_requirement_that_is_violated(monkeypatch):
     assert doctor._versions().level == "ok"
     wanted = {"bioscan_jax": ["jax>=0.10.2", "lancedb>=999", "no-such-package>=2", "torch>=999; extra == 'parity'"]}
