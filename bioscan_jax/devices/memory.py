@@ -120,7 +120,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an exception of Python, NumPy, Arrow or XLA says that memory ran out."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    words = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory")  # CUDA's own are INTERNAL
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from support.commands import call
 from support.embed_runs import Table, files, lines
 
 from bioscan_jax.cli import _command
-from bioscan_jax.devices.memory import host_memory, memory_errors
+from bioscan_jax.devices.memory import host_memory, is_out_of_memory, memory_errors
 from bioscan_jax.embedding.step import CompiledSteps
 from bioscan_jax.errors import InputError
 
@@ -58,9 +58,14 @@ def test_memory_that_runs_out_is_one_line_with_exit_code_2(allocate, words, caps
     assert "bioscan doctor" in line
 
 
-def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="^something else$"), memory_errors("sorting", "pass fewer rows"):
-        raise RuntimeError("something else")
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), jax.errors.JaxRuntimeError("INVALID_ARGUMENT: x")])
+def test_other_errors_pass(error):
+    with pytest.raises(type(error), match=f"^{error}$"), memory_errors("sorting", "pass fewer rows"):
+        raise error
+
+
+def test_the_error_of_cuda_itself_is_one_of_memory():
+    assert is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"))
 
 
 def test_the_limit_of_a_process_counts():
