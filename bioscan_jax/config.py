@@ -122,7 +122,7 @@ class FleetConfig:
     """Workers on the machines of a Ray cluster, which embed the blocks of one table.
 
     Example:
-        >>> FleetConfig(address="auto", resources={"TPU": 4}).workers is None
+        >>> FleetConfig(address="auto", resources={"TPU": 4.0}).workers is None
         True
     """
 
