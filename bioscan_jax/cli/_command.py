@@ -21,6 +21,10 @@ Command = Callable[[Sequence[str]], int | None]
 """Runs with the words that follow its name on the command line; may return an exit code."""
 
 
+_RELEASE_SECONDS = 3.0
+"""How long a process that is asked to end tries to give back its leases in buckets."""
+
+
 class UsageError(Exception):
     """The command line cannot be parsed; the message says why."""
 
@@ -49,6 +53,8 @@ def _exit_at_once(number: int, frame: object) -> None:
     """Ends the process where it stands: everything that it writes survives a kill at any instant."""
     with suppress(OSError):
         os.write(2, b"\nstopped; what was committed is safe; run the same command again\n")
+    if (lease := sys.modules.get("bioscan_jax.table.lease")) is not None:  # or the next run would wait until it lapses
+        lease.release_all(_RELEASE_SECONDS)
     os._exit(128 + number)
 
 

@@ -28,6 +28,8 @@ BEAT_SECONDS = 15.0
 """How often a lease is renewed."""
 STALE_SECONDS = 90.0
 """Age from which on a lease may be taken over."""
+_held: "set[_Lease]" = set()
+"""The leases of this process."""
 
 
 def this_process() -> dict[str, Any]:
@@ -60,18 +62,36 @@ def held_lease(where: str, what: str) -> Iterator[Callable[[], None]]:
     except (ImportError, ValueError) as error:
         raise InputError(f"{where}: {one_line(error)}; install that driver or pass another URL") from error
     lease = _Lease(filesystem, root, where, what)
-    with driver_errors(where):
-        lease.acquire()
-    stop = threading.Event()
-    keeper = threading.Thread(target=lease.keep, args=(stop,), name="lease", daemon=True)
-    keeper.start()
+    _held.add(lease)
     try:
-        yield lease.check
+        with driver_errors(where):
+            lease.acquire()
+        stop = threading.Event()
+        keeper = threading.Thread(target=lease.keep, args=(stop,), name="lease", daemon=True)
+        keeper.start()
+        try:
+            yield lease.check
+        finally:
+            stop.set()
+            keeper.join()
+            with suppress(Exception):  # it then lapses by itself
+                lease.release()
     finally:
-        stop.set()
-        keeper.join()
-        with suppress(Exception):  # it then lapses by itself
-            lease.release()
+        _held.discard(lease)
+
+
+def release_all(seconds: float) -> None:
+    """Gives back the leases of a process that ends at once, within a time; what is left lapses by itself."""
+
+    def release() -> None:
+        for lease in list(_held):
+            with suppress(Exception):
+                lease.release()
+
+    if _held:
+        thread = threading.Thread(target=release, daemon=True)  # the main thread may be anywhere, with any lock
+        thread.start()
+        thread.join(seconds)
 
 
 class _Lease:

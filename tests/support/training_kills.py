@@ -17,7 +17,7 @@ from support.places import SCRIPTS
 
 MOST_SECONDS = 20.0
 """A run has to end within this time of its signal."""
-_STEPS = 40
+_STEPS = 20
 """A run does up to this many steps before its signal; every third gets it at a moment of its start."""
 
 
@@ -101,6 +101,7 @@ def _start(directory: Path, output: Path | str) -> subprocess.Popen:
         "data.path": barcodes,
         "simulate.path": barcodes,
         "train.output_dir": output,
+        "train.epochs": 3,
         "train.log_every": 1,
         "checkpoint.interval_minutes": 0.05,
         "tracking.mode": "disabled",
@@ -122,7 +123,11 @@ def _ended(run: subprocess.Popen) -> tuple[int, str]:
 def _steps(directory: Path, output: Path | str) -> int:
     """Returns the last step in metrics.jsonl, that of the working copy for a bucket."""
     name = str(output).rpartition("/")[2]
-    places = [Path(output)] if "://" not in str(output) else (directory / "disk").rglob(name)
+    places = (
+        [Path(output)]
+        if "://" not in str(output)
+        else (directory / "disk" / "bioscan_jax" / "runs").glob(f"*/*/{name}")
+    )
     lines = [line for place in places for line in metrics_of(place) if "train/loss" in line]
     return lines[-1]["train/global_step"] if lines else 0
 

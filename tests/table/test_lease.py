@@ -110,6 +110,20 @@ def test_of_two_that_begin_at_once_one_writes(monkeypatch: pytest.MonkeyPatch, n
     assert leases() == [f"{DIRECTORY}/{number:08d}.json"]
 
 
+def test_a_process_that_ends_at_once_gives_its_lease_back() -> None:
+    with writer_lock(URI, "t"):
+        assert len(leases()) == 1
+        lease.release_all(10.0)
+        assert leases() == []
+        with writer_lock(URI, "t"):
+            pass
+    leave(1, age=3)
+    with pytest.raises(InputError, match="by process 7 on ship"), writer_lock(URI, "t"):
+        pass
+    lease.release_all(10.0)
+    assert len(leases()) == 1
+
+
 def test_a_url_without_a_driver_is_refused() -> None:
     with pytest.raises(InputError, match="nosuch://bucket/.t.lease: .* install that driver or pass another URL"):
         with writer_lock("nosuch://bucket", "t"):
