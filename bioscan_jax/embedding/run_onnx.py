@@ -10,7 +10,9 @@ writes one row of float32 per sequence, in order. From Python, with this directo
 How a sequence becomes token ids: stops (*) are trimmed off its end, gaps and white space removed, letters made upper case,
 U becomes T, other IUPAC codes N. Each strand (`strand` both: also the reverse complement) is read from each of `phases`
 start bases of every stretch between Ns: CLS, then 6-mers from the left end of each stretch, its rest as single letters,
-each N as a token. Views of a sequence are rows of one array [sequences, views, tokens], padded with <pad>; the graph pools
+each N as a token. Where the vocabulary has tokens such as A17=-22 (the base A in column 17 of an alignment, its score
+there), one more view has the token of each column in which the sequence has a base, and N for each base that is left;
+`place` finds the columns. Views of a sequence are rows of one array [sequences, views, tokens], padded with <pad>; the graph pools
 each, averages them by their tokens, projects, and scales to length 1.
 """
 
@@ -30,6 +32,12 @@ _CLEAN = (
 _CLEAN |= {letter.lower(): becomes for letter, becomes in _CLEAN.items()} | dict.fromkeys(" \t\n\r\v\f", "")
 _STOPS = re.compile(r"\*[\s*]*\Z", re.ASCII)
 _COMPLEMENT = str.maketrans("ACGT", "TGCA")
+_COLUMN_TOKEN = re.compile(r"[ACTG]\d+=(-?\d+)")
+_CODES = {letter: code for code, letter in enumerate("ACTGN")}
+_UNKNOWN = 4
+# The placing in columns, as bioscan_jax.barcodes.columns does it for many sequences at a time.
+_LEAST_SCORE, _BLOCK, _GAP, _GAP_BASE = 480, 18, 224, 5
+_SHIFTS = np.array([0, -1, 1, -2, 2, -3, 3, -6, 6, -9, 9, -12, 12])
 
 
 class OnnxEncoder:
@@ -47,6 +55,7 @@ class OnnxEncoder:
         self.settings = json.loads((where / "onnx.json").read_text())
         tokens = (where / "vocab.txt").read_text().splitlines()
         self._ids = {token.strip(): index for index, token in enumerate(tokens)}
+        self._scores = column_scores(self._ids)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # it warns of each constant that the exporter left unused
@@ -65,7 +74,7 @@ class OnnxEncoder:
         views = []
         for position, sequence in enumerate(sequences):
             try:
-                views.append(token_views(sequence, self._ids, self.settings))
+                views.append(token_views(sequence, self._ids, self._scores, self.settings))
             except ValueError as error:
                 raise ValueError(f"sequence {position}: {error}") from None
         vectors = np.empty((len(views), self.settings["dimension"]), np.float32)
@@ -82,12 +91,19 @@ class OnnxEncoder:
         return ids
 
 
-def token_views(sequence: str, ids: dict[str, int], settings: dict) -> list[list[int]]:
+def column_scores(ids: dict[str, int]) -> np.ndarray:
+    """Returns the scores of A, C, T and G in each column that has tokens, [columns, 4]."""
+    found = [match[1] for token in ids if (match := _COLUMN_TOKEN.fullmatch(token))]
+    return np.array(found, np.int32).reshape(-1, 4)
+
+
+def token_views(sequence: str, ids: dict[str, int], scores: np.ndarray, settings: dict) -> list[list[int]]:
     """Returns the token ids of each view of a sequence.
 
     Args:
         sequence: DNA.
         ids: Of each token.
+        scores: Of `column_scores`.
         settings: `strand`, `phases`, `max_tokens` and `overlong`, as in onnx.json.
 
     Raises:
@@ -96,16 +112,80 @@ def token_views(sequence: str, ids: dict[str, int], settings: dict) -> list[list
     forward = clean(sequence)
     strands = [forward, forward.translate(_COMPLEMENT)[::-1]][: 1 + (settings["strand"] == "both")]
     most, found = settings["max_tokens"] - 1, []
+
+    def add(row: list[int], windows: bool) -> None:
+        pieces = -(-len(row) // most) if windows else 1
+        for piece in range(pieces if row else 0):
+            part = row[piece * len(row) // pieces : (piece + 1) * len(row) // pieces]
+            found.append([ids["<cls>"], *part[:most]])
+
     for strand in strands:
         for phase in range(settings["phases"]):
             row = [ids[token] for token in _tokens([stretch[phase:] for stretch in strand.split("N")])]
             if len(row) > most and settings["overlong"] == "error":
                 raise ValueError(f"more than {most + 1} tokens")
-            pieces = -(-len(row) // most) if settings["overlong"] == "window" else 1
-            for piece in range(pieces if row else 0):
-                part = row[piece * len(row) // pieces : (piece + 1) * len(row) // pieces]
-                found.append([ids["<cls>"], *part[:most]])
+            add(row, settings["overlong"] == "window")
+    if len(scores):
+        placed = place(np.array([_CODES[letter] for letter in forward]), scores)
+        known = np.flatnonzero(placed < _UNKNOWN)
+        row = (len(ids) - scores.size + 4 * known + placed[known]).tolist()
+        add(row + [ids["N"]] * (len(forward) - len(known)), True)
     return found
+
+
+def place(codes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Returns the base of a sequence in each column: A 0, C 1, T 2, G 3, none or N 4."""
+    columns, length = len(scores), len(codes)
+    at, score = _best_lag(codes, scores)
+    back, other = _best_lag(codes, scores[::-1, [2, 3, 0, 1]])
+    if max(score, other) < _LEAST_SCORE:
+        return np.full(columns, _UNKNOWN)
+    first = -at
+    if other > score:
+        first = columns - length + back
+        codes = np.where(codes < _UNKNOWN, codes ^ 2, _UNKNOWN)[::-1]
+    margin = columns + int(_SHIFTS.max())
+    wide = np.pad(codes, margin, constant_values=_UNKNOWN)
+    where = margin - first + np.arange(columns)
+    placed = wide[where]
+    size = min(_BLOCK, columns)
+    blocks = columns // size
+    table = np.append(scores, np.zeros((columns, 1), np.int32), axis=1)
+
+    def in_blocks(values: np.ndarray) -> np.ndarray:
+        return values[: blocks * size].reshape(blocks, size)
+
+    def sums(bases: np.ndarray) -> np.ndarray:
+        return in_blocks(table[np.arange(columns), bases]).sum(axis=1)
+
+    if not ((sums(placed) < 0) & in_blocks(placed < _UNKNOWN).all(axis=1)).any():
+        return placed
+    # A stretch reads worse than chance, as behind a gap: the shifts of the blocks that make the sum greatest.
+    shifted = np.stack([sums(wide[np.clip(where + shift, 0, len(wide) - 1)]) for shift in _SHIFTS])
+    away = np.abs(_SHIFTS[:, None] - _SHIFTS)
+    cost = _GAP * (away > 0) + _GAP_BASE * away
+    best, before = shifted[:, 0], []
+    for block in range(1, blocks):
+        paths = best[:, None] - cost
+        before.append(paths.argmax(axis=0))
+        best = paths.max(axis=0) + shifted[:, block]
+    chosen = [int(best.argmax())]
+    for step in reversed(before):
+        chosen.append(int(step[chosen[-1]]))
+    shifts = np.repeat(_SHIFTS[chosen[::-1]], _BLOCK)[np.minimum(np.arange(columns), blocks * _BLOCK - 1)]
+    return wide[np.clip(where + shifts, 0, len(wide) - 1)]
+
+
+def _best_lag(codes: np.ndarray, scores: np.ndarray) -> tuple[int, int]:
+    """Returns the position of the sequence on column 0 at which the bases' scores sum to most, and that sum."""
+    each = [np.correlate((codes == base).astype(float), scores[:, base].astype(float), "full") for base in range(4)]
+    sums = np.sum(each, axis=0)
+    before = len(scores) - 1
+    sums = np.concatenate(
+        [sums[before:], sums[:before]]
+    )  # of equal ones, that of the least position from 0 on is taken
+    lag = int(sums.argmax())
+    return lag if lag < len(codes) else lag - len(sums), int(sums[lag])
 
 
 def _tokens(stretches: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from support.projections import write_projected_model
 
 import bioscan_jax as bj
 from bioscan_jax.barcodes.cleaning import clean
+from bioscan_jax.barcodes.columns import Columns
 from bioscan_jax.barcodes.simulate import simulate, write_simulated
 from bioscan_jax.barcodes.views import cut_views
 from bioscan_jax.embedding import run_onnx
@@ -26,17 +27,43 @@ SEQUENCES = [
 ]
 
 
+def barcodes_with_gaps():
+    """Columns of an alignment, and sequences of that marker: whole, cut, turned, with gaps, with Ns, and of another one."""
+    rng = np.random.default_rng(1)
+    gene = rng.integers(0, 4, 300)
+    table = rng.integers(-40, -10, (300, 4)).astype(np.int32)
+    table[np.arange(300), gene] = rng.integers(10, 21, 300)
+
+    def text(codes):
+        return "".join("ACTG"[code] for code in codes)
+
+    deleted = np.delete(gene, range(120, 126))
+    inserted = np.insert(gene, 150, rng.integers(0, 4, 3))
+    noisy = np.where(rng.random(300) < 0.15, rng.integers(0, 4, 300), gene)
+    found = [text(codes) for codes in (gene, gene[40:], gene[:111], deleted, inserted, noisy, gene[90:180], gene[200:])]
+    turned = [one[::-1].translate(str.maketrans("ACGT", "TGCA")) for one in found]
+    around = text(rng.integers(0, 4, 400))
+    return table, [*found, *turned, found[0][:50] + "NNN" + found[0][53:], around + found[0], found[3] + around, around]
+
+
 @pytest.mark.parametrize("overlong", ["truncate", "window"])
 @pytest.mark.parametrize(("strand", "phases", "most"), [("forward", 1, 2048), ("both", 6, 40), ("both", 3, 8)])
-def test_the_runner_makes_the_same_tokens(strand, phases, overlong, most):
-    vocabulary = bj.Vocabulary.published("v2")
+@pytest.mark.parametrize("columns", [False, True])
+def test_the_runner_makes_the_same_tokens(columns, strand, phases, overlong, most):
+    vocabulary, sequences = bj.Vocabulary.published("v2"), SEQUENCES
+    if columns:
+        table, more = barcodes_with_gaps()
+        vocabulary, sequences = vocabulary.with_columns(Columns(table)), [*sequences, *more]
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    scores = run_onnx.column_scores(ids)
     settings = {"strand": strand, "phases": phases, "max_tokens": most, "overlong": overlong}
-    cleaned = clean(pa.array(SEQUENCES, pa.large_string())).sequences
+    cleaned = clean(pa.array(sequences, pa.large_string())).sequences
     views = cut_views(cleaned, vocabulary, **settings)
     rows = np.split(views.tokens.ids, views.tokens.offsets[1:-1])
-    theirs = [[row.tolist() for row, owner in zip(rows, views.owner, strict=True) if owner == i] for i in range(14)]
-    assert [run_onnx.token_views(one, ids, settings) for one in SEQUENCES] == theirs
+    theirs: list[list] = [[] for _ in sequences]
+    for row, owner in zip(rows, views.owner, strict=True):
+        theirs[owner].append(row.tolist())
+    assert [run_onnx.token_views(one, ids, scores, settings) for one in sequences] == theirs
 
 
 @pytest.mark.parametrize("foreign", ["", " ", "*", "NNRY", "ACGTX", "ACG5", "A*CG", "ACÖ"])
