@@ -55,6 +55,8 @@ class FleetPlan:
     hours: float
     """From the simulation; at least so many where the speed is a bound, as are the next two."""
     machine_hours: float
+    copies_between_blocks: bool
+    """Whether a row that repeats a sequence of an earlier block waits until that block is written."""
     price: float | None
     """In the currency of the user's table; None without one."""
 
@@ -81,6 +83,12 @@ class FleetPlan:
             f"{_figure(self.outcome.block_rows / self.rows_per_second)} s"
             + ("" if self.measured else " at that speed; measure yours with a short run and pass --rows_per_second"),
         }
+        if self.copies_between_blocks:
+            lines["repeats"] = (
+                f"the fleet finishes a block every {_figure(self.outcome.block_rows / rate)} s; where most blocks repeat "
+                "sequences of earlier ones, storage must read and write a block in less, or --embed.cache_rows 0 computes "
+                "such rows again; not simulated"
+            )
         return "\n".join(f"{name:>11}  {text}" for name, text in lines.items())
 
 
@@ -163,6 +171,7 @@ def plan_fleet(
         outcome=outcome,
         hours=outcome.hours * times,
         machine_hours=paid,
+        copies_between_blocks=embed.deduplicate and embed.cache_rows >= outcome.block_rows,
         price=None if price is None else price * paid,
     )
 

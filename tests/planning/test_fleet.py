@@ -39,6 +39,9 @@ def test_a_measured_speed_wins_and_the_price_is_of_paid_hours(tmp_path):
     assert "measured by you" in text
     assert "SIMULATED" in text
     assert "at least" not in text
+    assert "finishes a block every 30 s" in text
+    apart = EmbedConfig(cache_rows=0)
+    assert "repeats" not in str(plan_fleet(720_000, TINY, "v3-8", 2, rows_per_second=50.0, embed=apart))
     taken = plan_fleet(720_000, TINY, "v3-8", 2, rows_per_second=50.0, preempted_hours=0.5)
     assert taken.hours > found.hours
     assert taken.machine_hours < 2 * taken.hours
