@@ -13,6 +13,7 @@ from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.fleet.schedule import BLOCK_SECONDS
 from bioscan_jax.fleet.simulate import Fleet, Outcome, Policy, simulate
 from bioscan_jax.model.config import TransformerConfig
+from bioscan_jax.notebook import Shown
 from bioscan_jax.planning.plan import model_size
 from bioscan_jax.planning.workload import embedding_workload
 
@@ -36,8 +37,15 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FleetPlan:
-    """Hours, machines and price of embedding with a fleet; prints as a table."""
+class FleetPlan(Shown):
+    """Hours, machines and price of embedding with a fleet; prints as a table.
+
+    Example:
+        >>> import bioscan_jax as bj
+        >>> found = bj.plan_fleet(10**6, bj.ModelConfig(checkpoint="random:nt-v2-50m"), "v5e-1", 16, tokens=114)
+        >>> found.rows, found.machines, found.measured
+        (1000000, 16, False)
+    """
 
     rows: int
     model: str
