@@ -12,8 +12,9 @@ U becomes T, other IUPAC codes N. Each strand (`strand` both: also the reverse c
 start bases of every stretch between Ns: CLS, then 6-mers from the left end of each stretch, its rest as single letters,
 each N as a token. Where the vocabulary has tokens such as A17=-22 (the base A in column 17 of an alignment, its score
 there), one more view has the token of each column in which the sequence has a base, and N for each base that is left;
-`place` finds the columns. Views of a sequence are rows of one array [sequences, views, tokens], padded with <pad>; the graph pools
-each, averages them by their tokens, projects, and scales to length 1.
+`place` finds the columns. Views of a sequence are rows of one array [sequences, views, tokens], padded with <pad>; the
+graph pools each, averages them by their tokens, projects, and scales to length 1. Where onnx.json says one_row, the views
+may stand in one row, one behind the other, which gives the same mean over tokens.
 """
 
 import json
@@ -22,6 +23,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,8 @@ class OnnxEncoder:
             except ValueError as error:
                 raise ValueError(f"sequence {position}: {error}") from None
         vectors = np.empty((len(views), self.settings["dimension"]), np.float32)
+        if self.settings["one_row"]:
+            views = [[list(chain.from_iterable(of_one))] for of_one in views]
         for rows in _batches(views, batch_tokens):
             vectors[rows] = self._session.run(None, {self._session.get_inputs()[0].name: self._padded(views, rows)})[0]
         return vectors

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.model_card import write_facts
 from bioscan_jax.embedding import run_onnx
+from bioscan_jax.embedding.step import can_count_tokens
 from bioscan_jax.errors import InputError, one_line
 from bioscan_jax.model.lora import merge_adapters
 from bioscan_jax.model.pooling import pool
@@ -72,6 +73,8 @@ def write_onnx(
         "max_tokens": encoding.max_tokens,
         "overlong": encoding.overlong,
         "dimension": encoder.dimension,
+        # The mean over all tokens, wherever they stand: then one row, which needs less padding, says the same.
+        "one_row": can_count_tokens(encoder.config, embed),
     }
     with whole_directory(directory) as temporary:
         shape: Any = jax.ShapeDtypeStruct(("sequences", "views", "tokens"), jnp.int32)
