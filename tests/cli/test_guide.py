@@ -39,6 +39,8 @@ ELSEWHERE = {
     "JAX_PLATFORMS=cpu bioscan plan --config embed_nt_2.5b_v3-8 --topology v3-8": "tests/planning, -m aot",
     "pip install '.[data]'": "an install",
     "pip install gcsfs": "an install",
+    "pip install 'bioscan_jax[onnx]'": "an install",
+    "python run_onnx.py barcodes.fasta vectors.npy": "tests/embedding/test_to_onnx.py, in a directory that export wrote",
     "pip install xprof": "an install",
     "pip install pdoc": "an install: pdoc is in the test extra",
     "pdoc bioscan_jax bioscan_jax.guide": "opens a browser; the test below writes the same pages to files",
