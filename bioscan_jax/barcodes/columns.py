@@ -38,14 +38,11 @@ class Columns:
     """How usual each base is in each column of an alignment.
 
     Example:
-        >>> rng = np.random.default_rng(0)
-        >>> gene = "".join(rng.choice(list("ACGT"), 200))
-        >>> columns = Columns.of(pa.array([gene, gene[5:], gene[:-9]], pa.large_string()))
-        >>> len(columns.scores)
-        200
-        >>> columns.place(pa.array([gene[20:180]], pa.large_string()))[0, 18:22].tolist() == [4, 4, *columns.place(
-        ...     pa.array([gene], pa.large_string()))[0, 20:22].tolist()]
-        True
+        >>> gene = "".join(np.random.default_rng(0).choice(list("ACGT"), 200))
+        >>> columns = Columns.of(pa.array([gene] * 40 + [gene[5:], gene[:-9]], pa.large_string()))
+        >>> placed = columns.place(pa.array([gene, gene[20:180]], pa.large_string()))
+        >>> placed.shape, placed[1, 18:22].tolist() == [4, 4, *placed[0, 20:22].tolist()]
+        ((2, 200), True)
     """
 
     scores: Int32[np.ndarray, "columns 4"]
@@ -71,7 +68,9 @@ class Columns:
         known = (placed < _UNKNOWN).mean(axis=0) >= _LEAST_KNOWN
         found = np.flatnonzero(known)
         if not len(found):
-            raise InputError("the barcodes are not of one marker: no column of their alignment has a base of many")
+            raise InputError(
+                "the barcodes are too few, or not of one marker: no column of their alignment has a base of many"
+            )
         return Columns(_scores(placed[:, found[0] : found[-1] + 1]))
 
     def place(self, sequences: pa.LargeStringArray) -> UInt8[np.ndarray, "rows columns"]:
