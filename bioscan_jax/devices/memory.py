@@ -97,12 +97,12 @@ def _memory_groups() -> Iterator[tuple[Path, str, str]]:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
             root = _CGROUPS / controllers
-            names = (
-                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-            )
+            limit, used = "memory.max", "memory.current"
+            if controllers:
+                limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
             below = root / path.lstrip("/")
             for directory in {root, below, *below.parents} - {*root.parents}:
-                yield directory, *names
+                yield directory, limit, used
 
 
 def device_memory(device: Any) -> Memory | None:
