@@ -45,7 +45,7 @@ def main() -> None:
 
         def command(uri: Path) -> list[str]:
             settings = {"data__block_rows": given.block_rows, "embed__cache_rows": 8 * given.block_rows}
-            return script_command(data, uri, directory / "cache", **settings)
+            return script_command(data, uri, **settings)
 
         begun = time.monotonic()
         single = run(command(directory / "single"), seconds=3600)

@@ -7,12 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.commands import call
-from support.embed_runs import Uninterrupted, lines, rows_there
-from support.fleets import fleet_campaign, ray_cluster, start_driver
+from support.embed_runs import Table, Uninterrupted, lines, rows_there, run
+from support.fleets import fleet_campaign, ray_cluster, script_command, start_driver
 
+import bioscan_jax as bj
 from bioscan_jax import DataConfig, EmbedConfig, FleetConfig, InputError, MeshConfig, ModelConfig, SinkConfig
+from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.fleet.cluster import mismatch
 from bioscan_jax.fleet.driver import absolute
 from bioscan_jax.fleet.orders import Facts, Refusal, Settings
@@ -167,3 +172,30 @@ def test_a_fleet_goes_on_from_a_table_and_stops_when_asked(whole, tmp_path):
     assert f"3,000 ({safe:,} of them before this run)" in summary
     assert "1 workers, " in summary
     assert whole.compare(uri) == []
+
+
+@pytest.mark.fleet
+def test_vectors_that_are_not_finite_are_rejected_in_a_fleet_too_and_their_copies(tmp_path):
+    """The weights of one 6-mer are NaN; its sequence comes again in the same block, in later ones and at random."""
+    checkpoint, poison = tmp_path / "model", "ACACAC"
+    bj.load("random:tiny-v2").save_pretrained(str(checkpoint))
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    weights[name][Vocabulary.published("v2").tokens.index(poison)] = np.nan
+    save_file(weights, checkpoint / "model.safetensors")
+    random = np.random.default_rng(1)
+    texts = ["".join(random.choice(list("CGT"), 60)) for _ in range(600)]
+    for row in (150, 151, 205, 215, 590):
+        texts[row] = poison + texts[150][6:]
+    for row in range(40, 600, 7):
+        texts[row] = texts[row - 40]
+    pq.write_table(pa.table({"dna_sequence": texts}), tmp_path / "barcodes.parquet")
+    flags = {"model__checkpoint": checkpoint, "data__block_rows": 16, "embed__cache_rows": 64, "mesh__data": 1}
+    tables = []
+    for how in ({}, {"fleet__address": "local", "fleet__workers": 2}):
+        uri = tmp_path / f"table-{len(tables)}"
+        done = run(script_command(tmp_path / "barcodes.parquet", uri, **flags, **how))
+        assert done.returncode == 0, done.stderr
+        tables.append(Table.read(uri))
+    assert tables[0].rejects["reason"].to_pylist().count("not_finite") >= 5
+    assert tables[1].differences(tables[0]) == []

@@ -220,7 +220,7 @@ def fleet_campaign(
     return True, output
 
 
-def script_command(data: Path, uri: Path, cache: Path, **flags: object) -> list[str]:
+def script_command(data: Path, uri: Path, **flags: object) -> list[str]:
     """Returns a command that embeds with the tiny model."""
     every = {"model.checkpoint": "random:tiny-v2", "data.path": data, "sink.uri": uri} | {
         name.replace("__", "."): value for name, value in flags.items()
