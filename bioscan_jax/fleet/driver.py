@@ -221,7 +221,8 @@ class Run:
                     self._commit()
                     raise
                 now = time.perf_counter()
-                self._straggling += (now - seen) * (bool(self._written) and not self._schedule.commit_ready())
+                waits = bool(self._written) or any(one.waiting for one in self._states.values())
+                self._straggling += (now - seen) * (waits and not self._schedule.commit_ready())
                 seen = now
                 self._commit()
                 if deadline is not None and not any(one.computing or one.waiting for one in self._states.values()):
