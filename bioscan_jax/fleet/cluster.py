@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,8 @@ def connected(fleet: config.FleetConfig) -> Iterator[Any]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", "10")
     try:
-        import ray
-        import ray.exceptions
+        ray: Any = import_module("ray")
+        import_module("ray.exceptions")
     except ImportError as error:
         raise InputError(
             f"--fleet.address {fleet.address} needs Ray, which is not installed; pip install 'bioscan_jax[fleet]'"
@@ -95,7 +96,7 @@ def _check_reachable(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise InputError(f"--fleet.address {address!r} has no port; pass local, auto, HOST:6379 or ray://HOST:10001")
-    import grpc  # comes with Ray
+    grpc: Any = import_module("grpc")  # comes with Ray
 
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
