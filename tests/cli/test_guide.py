@@ -53,7 +53,7 @@ ELSEWHERE = {
     "bioscan benchmark taxonomy --reference FILE --queries FILE --models DIR,6mer,vsearch": "tests/benchmarks, -m vsearch",
     "pip install 'bioscan_jax[fleet]'": "an install",
     "bioscan embed --config demo --fleet.address local --fleet.workers 2": "starts Ray; tests/fleet, -m fleet",
-    "bioscan fleet simulate": "a minute; tests/fleet/test_simulate.py has a small one",
+    "bioscan fleet simulate": "a minute; tests/fleet/test_fleet_simulation.py has a small one",
     "ray get-auth-token --generate": "writes to the home directory",
     "ray up configs/fleet_tpu.yaml": "rents machines; tests/fleet/test_cluster_files.py checks the file and the flags",
     'ray exec configs/fleet_tpu.yaml --tmux "bioscan embed --config embed_nt_2.5b_v3-8 --data.path '

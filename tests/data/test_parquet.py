@@ -574,7 +574,7 @@ def test_fasta_becomes_blocks(tmp_path):
     (tmp_path / "in/b.fa.gz").write_bytes(gzip.compress(b">b0\nAC\n>a3\nG\n", mtime=0))
     with pytest.raises(InputError, match=r"'a3' is not unique: .*/a\.fa row 3 and .*/b\.fa\.gz row 1 "):
         check_unique_ids(open_source(data, scratch=tmp_path / "scratch"))
-    with pytest.raises(InputError, match="is FASTA.*scratch directory"):
+    with pytest.raises(InputError, match="is FASTA.*pass --data.scratch"):
         open_source(data, scratch=None)
 
 
