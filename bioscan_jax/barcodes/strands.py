@@ -1,5 +1,6 @@
 """Which strand of DNA sequences are written on, judged by their words of 8 bases."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class StrandProfile:
         return np.concatenate(found)
 
 
+@functools.cache
 def reverse_words(bases: int) -> Int64[np.ndarray, " words"]:
     """Returns the number of the reverse complement of each word, by the word's number.
 

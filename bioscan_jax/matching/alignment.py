@@ -126,7 +126,8 @@ def overlapping_parts(one: str, other: str, share: float) -> tuple[str, str] | N
     """Returns the overlapping parts of two sequences where the shorter one extends past an end of the longer one.
 
     The overlap is found through a half of the shorter sequence that occurs in the longer one with at most `share` edits
-    per base, so it spans at least half of the shorter one. None if there is no such half, or nothing overhangs.
+    per base, so it spans at least half of the shorter one, less these edits. None if there is no such half, or nothing
+    overhangs.
     """
     short, long = sorted((one, other), key=len)
     facing = _overhang(short, long, share)

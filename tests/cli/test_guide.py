@@ -27,6 +27,7 @@ PROGRAMS = (
     "jupyter",
 )
 
+_ACCOUNT = "needs an account; tests/checkpoints/test_push.py has a hub on loopback"
 ELSEWHERE = {
     "bioscan sync --source outputs --target rclone:gdrive:DeepBio/outputs": "needs an account; tests/bundles/test_rclone.py",
     "bioscan sync --source rclone:gdrive:DeepBio/outputs --target outputs": "needs an account; tests/bundles/test_rclone.py",
@@ -41,6 +42,12 @@ ELSEWHERE = {
     "pip install gcsfs": "an install",
     "pip install 'bioscan_jax[onnx]'": "an install",
     "python run_onnx.py barcodes.fasta vectors.npy": "tests/embedding/test_to_onnx.py, in a directory that export wrote",
+    "bioscan export --format onnx --model.checkpoint default --output model_onnx": "tests/embedding, -m onnx",
+    "bioscan push coi-adapter me/coi-adapter --private true": _ACCOUNT,
+    "bioscan export --run runs/coi --output coi-adapter --push me/coi-adapter": _ACCOUNT,
+    "bioscan embed --model.checkpoint DIR --model.adapter me/coi-adapter@COMMIT --data.path reads.fasta --sink.uri tuned": (
+        _ACCOUNT
+    ),
     "pip install xprof": "an install",
     "pip install pdoc": "an install: pdoc is in the test extra",
     "pdoc bioscan_jax bioscan_jax.guide": "opens a browser; the test below writes the same pages to files",

@@ -71,6 +71,7 @@ def test_a_few_mutations(tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", FILES)
 def test_many_mutations(tmp_path, name):
     try_mutations(tmp_path / name, FILES[name], 4000, 1)

@@ -59,7 +59,9 @@ class _Silent(WSGIRequestHandler):
 def served_store() -> Iterator[ObjectStore]:
     """Serves an empty `BUCKET`, and points the clients of this process and its children to it."""
     import s3fs
+    from moto.moto_api._internal import moto_api_backend
 
+    moto_api_backend.reset()  # moto keeps buckets for the whole process
     store = ObjectStore()
     server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=_Silent)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
