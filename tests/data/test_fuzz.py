@@ -74,4 +74,4 @@ def test_a_few_mutations(tmp_path, name):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", FILES)
 def test_many_mutations(tmp_path, name):
-    try_mutations(tmp_path / name, FILES[name], 4000, 1)
+    try_mutations(tmp_path / name, FILES[name], 1500, 1)
