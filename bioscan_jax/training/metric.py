@@ -405,10 +405,12 @@ def _labels(dataset: "lance.LanceDataset", condition: str | None) -> Iterator[An
 def _blocks(
     dataset: "lance.LanceDataset", condition: str | None, space: LabelSpace, bar: tqdm
 ) -> Iterator[tuple[Float32[np.ndarray, "_ _"], Int32[np.ndarray, "_ 7"]]]:
-    """Yields vectors and taxa of the rows, in batches."""
+    """Yields vectors and taxa of the rows, in batches of one size: sums do not depend on the table's files."""
     columns = ["vector", *_label_columns(dataset)]
     rows = min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * dataset.schema.field("vector").type.list_size))
-    scanner = dataset.scanner(columns=columns, filter=condition, batch_size=rows, scan_in_order=True)
+    scanner = dataset.scanner(
+        columns=columns, filter=condition, batch_size=rows, scan_in_order=True, strict_batch_size=True
+    )
     with storage_errors(dataset.uri):
         for batch in scanner.to_batches():
             vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)

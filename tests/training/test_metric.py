@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 
 import fsspec
 import jax.numpy as jnp
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
 from support.commands import call
 from support.labelled_tables import clustered, write_labelled
+from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
@@ -193,6 +196,15 @@ def test_a_fit_finds_the_genera_and_repeats_to_the_bit(uri, tmp_path):
     again = fit(uri, tmp_path, "again", components=None)
     assert again.tries == summary.tries
     assert files(tmp_path / "again") == files(tmp_path / "fitted")
+
+
+def test_the_files_of_a_table_do_not_matter(uri, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(metric, "_BLOCK_ROWS", 150)
+    path = shutil.copytree(uri, tmp_path / "parts") / "sequences.lance"
+    lance.write_dataset(lance.dataset(str(path)).to_table(), str(path), mode="overwrite", max_rows_per_file=100)
+    with tqdm(disable=True) as bar:
+        blocks = list(metric._blocks(lance.dataset(str(path)), None, data[1], bar))
+    assert [len(vectors) for vectors, _ in blocks] == [150, 150, 150, 30]
 
 
 def test_given_settings_are_not_searched(uri, tmp_path):
