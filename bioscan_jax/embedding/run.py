@@ -17,7 +17,7 @@ from bioscan_jax.checkpoints.load import load_weights
 from bioscan_jax.data.encode import NOT_FINITE, BlockCounts
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
-from bioscan_jax.devices.interrupt import stop_on_signals
+from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.devices.memory import memory_errors
 from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
@@ -48,29 +48,7 @@ def embed(
     progress: bool = True,
     profile: str | None = None,
 ) -> RunSummary:
-    r"""Embeds every sequence of the input into a Lance table, once, continuing where an earlier run stopped.
-
-    Args:
-        model: Which weights.
-        data: Which sequences.
-        sink: Which table.
-        embed: Pooling and batching.
-        mesh: Devices.
-        progress: Show bars on the terminal.
-        profile: Directory for a trace of some batches, once the run is warm; none if absent.
-
-    Raises:
-        InputError: An input, setting or table is wrong; nothing is left half written.
-        Interrupted: Ctrl-C or SIGTERM; the same call continues.
-
-    Example:
-        >>> import bioscan_jax as bj
-        >>> from pathlib import Path
-        >>> _ = Path("barcodes.fasta").write_text(">a\nACGTTGCAACGT\n>b\nTTGACATTGACA\n")
-        >>> model, data = bj.ModelConfig(checkpoint="random:tiny-v2"), bj.DataConfig(path="barcodes.fasta")
-        >>> bj.embed(model, data, bj.SinkConfig(uri="vectors"), progress=False).vectors
-        2
-    """
+    """Does what `bioscan_jax.embed` does, on the devices of this process."""
 
     def make_encoder(layout: Layout) -> Encoder:
         shown = progress and jax.process_index() == 0
@@ -129,16 +107,8 @@ def embed_with(
         run_rounds(job, table, work, stop, bar, clock, profiler)
         bar.close()
         if work.stopping and work.safe_rows < source.rows:
-            raise Interrupted(
-                f"stopped with {work.safe_rows:,} of {source.rows:,} rows safe in "
-                f"{table_path(sink.uri, sink.table)}; {same_again()} continues from there",
-                stop.signal_number,
-            )
-        index = None
-        if table is not None:
-            with clock.stage("index"):
-                finished = table.finish(sink.index)
-            index = "; ".join([*finished.indexes, *finished.notes])
+            raise stopped(source, sink, work.safe_rows, stop)
+        index = None if table is None else finish_table(table, sink, clock)
         # Also keeps the other processes here while process 0 builds an index: one that exits would stop it.
         work, vectors, rejects = _totals(work, table)
         summary = _summary(job, work, vectors, rejects, resumed, index, clock, begun)
@@ -147,9 +117,30 @@ def embed_with(
             logger.warning(advice)
         summary = dataclasses.replace(summary, notes=notes)
         if table is not None and resumed < source.rows:
-            with storage_errors(sink.uri, source.rows):
-                write_whole(sidecar_path(sink.uri, sink.table, "run"), summary.to_json().encode())
+            write_record(summary, sink)
     return summary
+
+
+def stopped(source: ParquetBlocks, sink: config.SinkConfig, safe_rows: int, stop: StopRequest) -> Interrupted:
+    """Returns the error that ends a run which was asked to stop."""
+    return Interrupted(
+        f"stopped with {safe_rows:,} of {source.rows:,} rows safe in {table_path(sink.uri, sink.table)}; "
+        f"{same_again()} continues from there",
+        stop.signal_number,
+    )
+
+
+def finish_table(table: VectorTable, sink: config.SinkConfig, clock: StageClock) -> str:
+    """Checks a table that has all rows and builds its indexes; returns what was built and what was not."""
+    with clock.stage("index"):
+        finished = table.finish(sink.index)
+    return "; ".join([*finished.indexes, *finished.notes])
+
+
+def write_record(summary: RunSummary, sink: config.SinkConfig) -> None:
+    """Writes the record of a run beside its table."""
+    with storage_errors(sink.uri, summary.rows):
+        write_whole(sidecar_path(sink.uri, sink.table, "run"), summary.to_json().encode())
 
 
 def input_notes(source: ParquetBlocks) -> list[str]:

@@ -22,7 +22,7 @@ from bioscan_jax.embedding.block import Part, Tally
 from bioscan_jax.embedding.job import scratch_directory
 from bioscan_jax.embedding.pipeline import SECONDS_TO_STOP, Work
 from bioscan_jax.embedding.repeats import window_blocks
-from bioscan_jax.embedding.run import input_notes, opened_table
+from bioscan_jax.embedding.run import finish_table, input_notes, opened_table, stopped, write_record
 from bioscan_jax.embedding.summary import FleetFigures, RunSummary, StageClock, peak_host_bytes, versions
 from bioscan_jax.errors import InputError, Interrupted, logger
 from bioscan_jax.fleet.cluster import Cluster, Member, connected, summed
@@ -35,7 +35,7 @@ from bioscan_jax.table.columns import vector_schema
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.sink import VectorTable
-from bioscan_jax.table.storage import sidecar_path, storage_errors, table_exists, table_path
+from bioscan_jax.table.storage import storage_errors, table_exists, table_path
 
 IN_WORK = 3
 """Blocks that a worker has at a time: one on the devices, one ready for them, and one being read."""
@@ -96,18 +96,11 @@ def embed_by_fleet(
         bar.close()
         cluster.end()
         if work.safe_rows < source.rows:
-            raise Interrupted(
-                f"stopped with {work.safe_rows:,} of {source.rows:,} rows safe in "
-                f"{table_path(sink.uri, sink.table)}; {same_again()} continues from there",
-                stop.signal_number,
-            )
-        with clock.stage("index"):
-            finished = table.finish(sink.index)
-        index = "; ".join([*finished.indexes, *finished.notes])
+            raise stopped(source, sink, work.safe_rows, stop)
+        index = finish_table(table, sink, clock)
         summary = dataclasses.replace(run.summary(resumed, index, begun), notes=notes)
         if resumed < source.rows:
-            with storage_errors(sink.uri, source.rows):
-                write_whole(sidecar_path(sink.uri, sink.table, "run"), summary.to_json().encode())
+            write_record(summary, sink)
     return summary
 
 
