@@ -186,6 +186,11 @@ class EmbedConfig:
         _at_least("embed.max_shapes", self.max_shapes, 1)
         _at_least("embed.cache_rows", self.cache_rows, 0)
 
+    @property
+    def views(self) -> int:
+        """Readings of a sequence that its vector averages: start phases times strands."""
+        return self.phases * (2 if self.strand == "both" else 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SinkConfig:

@@ -1,7 +1,6 @@
 """Reads the rows to export, and writes and reads the Parquet parts of a bundle."""
 
 import io
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxtyping import Float32, Shaped
 from bioscan_jax.bundles.quantise import Precision, Quantiser
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.reading import check_condition, open_existing
-from bioscan_jax.table.storage import open_dataset, storage_errors, table_path
+from bioscan_jax.table.storage import lance_text, open_dataset, storage_errors, table_path
 
 if TYPE_CHECKING:
     import lance
@@ -94,8 +93,9 @@ def select_rows(source: str, table: str, filter_sql: str | None) -> SelectedRows
     try:
         rows = dataset.count_rows(condition)
     except (ValueError, OSError) as error:
-        text = " ".join(re.sub(r",? ?/\S+\.rs:\d+:\d+", "", str(error)).split())[:300]
-        raise InputError(f"--filter {filter_sql!r} is no condition on the table's columns: {text}") from error
+        raise InputError(
+            f"--filter {filter_sql!r} is no condition on the table's columns: {lance_text(error)}"
+        ) from error
     if not rows:
         raise InputError(
             f"{dataset.uri} has no row{' for which --filter holds' if filter_sql else ''}; nothing to export"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.lineage import RANKS, coded_lineages, lineage_columns, missing_lineages
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.reading import check_condition, open_existing, schema_metadata, take_rows
-from bioscan_jax.table.storage import storage_errors
+from bioscan_jax.table.storage import lance_text, storage_errors
 
 if TYPE_CHECKING:
     import lance
@@ -418,9 +417,8 @@ def open_reference(given: config.ReferenceConfig, condition: str | None = None) 
     try:
         found = dataset.to_table(columns=[], filter=condition, with_row_address=True)["_rowaddr"].to_numpy()
     except (ValueError, OSError, NotImplementedError) as error:
-        text = " ".join(re.sub(r",? ?/\S+\.rs:\d+:\d+", "", str(error)).split())[:300]
         raise InputError(
-            f"--filter {condition!r} is not a condition on the table's columns ({', '.join(dataset.schema.names)}): {text}"
+            f"--filter {condition!r} is not a condition on the table's columns ({', '.join(dataset.schema.names)}): {lance_text(error)}"
         ) from error
     if not len(found):
         raise InputError(f"--filter {condition!r} matches no row of {dataset.uri}; pass a wider one")

@@ -509,9 +509,8 @@ def _step(run: Run, model: config.ModelConfig, transformer: TransformerConfig) -
     same = {"transformer": transformer, "dtype": model.dtype, "attention": model.attention}
     if run.train is None:
         transformer.resolve_layer(run.embed.layer)
-        views = run.embed.phases * (2 if run.embed.strand == "both" else 1)
         block = run.data.block_rows if isinstance(run.data, config.DataConfig) else config.DataConfig.block_rows
-        program, rows = EmbedProgram(embed=run.embed, **same), block * views
+        program, rows = EmbedProgram(embed=run.embed, **same), block * run.embed.views
     else:
         program = FinetuneProgram(lora=run.lora, loss=run.loss, train=run.train, species=SPECIES, **same)
         rows = run.train.batch_size

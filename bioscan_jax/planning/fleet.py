@@ -258,9 +258,9 @@ def _bound(
     elif not 2 <= tokens <= transformer.max_tokens:
         raise InputError(f"--tokens {tokens} is outside 2 to the {transformer.max_tokens} positions of the model")
     else:
-        views = embed.phases * (2 if embed.strand == "both" else 1)
         batch_rows = devices * max(1, embed.batch_tokens // tokens)
-        rate, of = batch_rows / views / seconds(batch_rows, tokens), f"{views} x {tokens} tokens a row, without padding"
+        rate = batch_rows / embed.views / seconds(batch_rows, tokens)
+        of = f"{embed.views} x {tokens} tokens a row, without padding"
     return rate * machine.hosts, (
         f"a bound, not a measurement ({of}; matrix products at {machine.bf16_tflops:g} bfloat16 TFLOP/s a device, weights "
         f"read at {machine.gb_per_second:g} GB/s); real runs are slower"

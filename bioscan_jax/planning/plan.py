@@ -287,7 +287,7 @@ def plan(
         embed = embed or config.EmbedConfig()
         transformer.resolve_layer(embed.layer)
         devices = _data_devices(tpu.host, mesh)
-        views = embed.phases * (2 if embed.strand == "both" else 1)
+        views = embed.views
         source = data if isinstance(data, config.DataConfig) else config.DataConfig(path="")
         if batch is None:
             most_rows = source.block_rows * views

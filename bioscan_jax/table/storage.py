@@ -31,6 +31,11 @@ def table_path(uri: str, table: str) -> str:
     return f"{uri.rstrip('/')}/{table}.lance" if directory is None else str(directory / f"{table}.lance")
 
 
+def lance_text(error: Exception) -> str:
+    """Returns the text of an exception of Lance on one line, without the places in its source."""
+    return " ".join(re.sub(r",? ?/\S+\.rs:\d+:\d+", "", str(error)).split())[:300]
+
+
 def storage_error(where: str, error: Exception, safe_rows: int | None, flag: str = TABLE_FLAG) -> InputError:
     """Returns a storage failure as one line that says how to fix it.
 
@@ -40,7 +45,7 @@ def storage_error(where: str, error: Exception, safe_rows: int | None, flag: str
         safe_rows: Rows committed before the failure, None if not known.
         flag: The flag that names the place.
     """
-    text = " ".join(re.sub(r",? ?/\S+\.rs:\d+:\d+", "", str(error)).split())[:300]
+    text = lance_text(error)
     found = re.search(r"\(os error (\d+)\)", text)
     code = int(found[1]) if found else getattr(error, "errno", None)
     safe = "what was committed is safe" if safe_rows is None else f"{safe_rows} rows are safe"
