@@ -19,7 +19,7 @@ from bioscan_jax.errors import InputError
 UNIT = 16
 """Scores are whole numbers, in 1/16 of the natural logarithm: sums are exact, whatever the order of their terms."""
 _UNKNOWN = 4
-"""Number of N, and of a column without a base; A is 0, C 1, T 2, G 3."""
+"""Code of N, and of a column without a base; those of the bases are A 0, C 1, T 2, G 3."""
 _LEAST_SCORE = 30 * UNIT
 """A sequence that scores less, a likelihood ratio of e^30, is of another marker and has no columns."""
 _BLOCK = 18

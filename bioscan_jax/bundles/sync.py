@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -177,30 +177,28 @@ def sync(
         if pulls and copy is None:
             raise InputError(f"{place.name}: its first sync is unfinished; run that again")
         copy = copy or SyncedCopy(uuid.uuid4().hex, 0, {})
-        with _State.open(folder, copy.id) as state:
-            if copy.number < state.number:
-                if pulls and prefer is None:
-                    lost = f"the copy is at version {copy.number}, and version {state.number} was here already"
-                    raise InputError(f"{place.name}: {lost}; sync the folder to it, or pass --prefer source")
-                state.base = {path: _Base.of(item) for path, item in copy.items.items()}
-            local = _Folder.read(folder, copy, extra_files(beside), skip, part_bytes, state, progress)
-            there = {path: item for path, item in copy.items.items() if not _matches(path, skip)}
-            copied = {
-                path
-                for path, base in state.base.items()
-                if path in copy.items and base.digest == copy.items[path].digest
-            }
-            if pulls:
-                choice = _choose(there, local.items, (copied, local.unchanged), state.base.keys(), prefer, delete)
-            else:
-                choice = _choose(local.items, there, (local.unchanged, copied), state.base.keys(), prefer, delete)
-            run = _Run(folder, place, held, copy, local, choice, state, part_bytes, progress, delete)
-            summary, now = run.pull(goal.name) if pulls else run.push(goal.name)
-            state.base |= {path: _Base.of(now.items[path]) for path in (*choice.send, *choice.same)}
-            state.base = {path: base for path, base in state.base.items() if path not in choice.delete}
-            state.number = now.number
-            state.save()
-            state.forget_transfers()
+        state = _State.open(folder, copy.id)
+        if copy.number < state.number:
+            if pulls and prefer is None:
+                lost = f"the copy is at version {copy.number}, and version {state.number} was here already"
+                raise InputError(f"{place.name}: {lost}; sync the folder to it, or pass --prefer source")
+            state.base = {path: _Base.of(item) for path, item in copy.items.items()}
+        local = _Folder.read(folder, copy, extra_files(beside), skip, part_bytes, state, progress)
+        there = {path: item for path, item in copy.items.items() if not _matches(path, skip)}
+        copied = {
+            path for path, base in state.base.items() if path in copy.items and base.digest == copy.items[path].digest
+        }
+        if pulls:
+            choice = _choose(there, local.items, (copied, local.unchanged), state.base.keys(), prefer, delete)
+        else:
+            choice = _choose(local.items, there, (local.unchanged, copied), state.base.keys(), prefer, delete)
+        run = _Run(folder, place, held, copy, local, choice, state, part_bytes, progress, delete)
+        summary, now = run.pull(goal.name) if pulls else run.push(goal.name)
+        state.base |= {path: _Base.of(now.items[path]) for path in (*choice.send, *choice.same)}
+        state.base = {path: base for path, base in state.base.items() if path not in choice.delete}
+        state.number = now.number
+        state.save()
+        state.forget_transfers()
     return summary
 
 
@@ -282,8 +280,8 @@ class _State:
     """Objects that arrived intact and are in no manifest yet."""
 
     @staticmethod
-    @contextmanager
-    def open(folder: Directory | Bucket, copy_id: str) -> "Iterator[_State]":
+    def open(folder: Directory | Bucket, copy_id: str) -> "_State":
+        """Reads what there is."""
         key = hashlib.sha256(copy_id.encode()).hexdigest()[:16]
         if isinstance(folder, Directory):
             directory = folder.root / STATE / key
@@ -305,7 +303,7 @@ class _State:
                 with suppress(ValueError, TypeError):  # cut off by a kill
                     one = Object(**json.loads(line))
                     state.sent[one.path] = one
-        yield state
+        return state
 
     @property
     def _file(self) -> Path:

@@ -86,7 +86,7 @@ def cached_checkpoint(checkpoint: str, revision: str | None) -> Path | None:
     """Returns the directory of a checkpoint that is on this machine, and None where `resolve_checkpoint` downloads it.
 
     Raises:
-        InputError: As from `resolve_checkpoint`, without network.
+        InputError: What `resolve_checkpoint` raises before it asks the network.
     """
     directory = _directory_of(checkpoint, revision)
     if directory is not None:
@@ -321,7 +321,7 @@ def _hub_errors(name: str, commit: str, missing: str, flag: str) -> Iterator[Non
             ) from error
         _raise_unreachable(name, commit, missing, flag, f"it answered {error.response.status_code}", error)
     except TransportError as error:
-        _raise_unreachable(name, commit, missing, flag, " ".join(f"{type(error).__name__} {error}".split()), error)
+        _raise_unreachable(name, commit, missing, flag, one_line(error), error)
     except OSError as error:
         raise InputError(
             f"{name} cannot be stored: {error.strerror} {error.filename or ''}; set HF_HUB_CACHE to a directory "

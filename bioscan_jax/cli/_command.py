@@ -31,9 +31,8 @@ class UsageError(Exception):
 
 def own_process() -> None:
     """Sets up a process that does nothing but run one command."""
-    gc.set_threshold(
-        50_000
-    )  # imports make many objects and no cycles: a sixth of their time goes into looking for some
+    # Imports make many objects and no cycles: a sixth of their time goes into looking for some
+    gc.set_threshold(50_000)
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: a file of the table would get its number, and log lines
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))

@@ -141,8 +141,6 @@ def memory_errors(task: str, advice: str | Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -8,6 +8,7 @@ import base64
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +58,7 @@ class Part:
     example: str | None
     """The `sequence_id` of one of them."""
 
-    @property
+    @cached_property
     def rejected(self) -> pa.Table:
         """The rejects as a table."""
         return pa.ipc.open_stream(base64.b64decode(self.rejects)).read_all()

@@ -135,7 +135,7 @@ def _connection_error(address: str, error: BaseException) -> InputError:
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """One worker, and what it is doing."""
 
@@ -158,7 +158,7 @@ class Answer:
 
     member: Member
     call: str
-    """compute or write."""
+    """The method that was called: compute or write."""
     block: int
     written: Written | None
     failure: str | None
@@ -170,7 +170,7 @@ class Cluster:
 
     def __init__(self, ray: Any, fleet: config.FleetConfig, settings: Settings) -> None:
         self._ray, self._fleet, self._settings = ray, fleet, settings
-        self._members: dict[str, Member] = {}
+        self._members: list[Member] = []
         self._calls: dict[Any, tuple[Member, str, int]] = {}
         self._numbers = itertools.count(1)
         self._alone_since = time.monotonic()
@@ -186,7 +186,7 @@ class Cluster:
     @property
     def ready(self) -> list[Member]:
         """The workers that take blocks."""
-        return [member for member in self._members.values() if member.state == "ready"]
+        return [member for member in self._members if member.state == "ready"]
 
     def grow(self, most: int) -> None:
         """Asks Ray for more workers: all that are wanted, or where no number was given one at a time.
@@ -194,13 +194,14 @@ class Cluster:
         Args:
             most: Workers for which there is something to do.
         """
-        states = [member.state for member in self._members.values()]
+        states = [member.state for member in self._members]
         wanted, refused = self._fleet.workers, states.count("refused")
         room = (1 if states.count("asked") == 0 else 0) if wanted is None else wanted - len(states)
         for _ in range(min(room, most - (len(states) - refused))):
             record = WorkerRecord(name=f"worker {next(self._numbers)}")
             actor = self._actor.options(**_options(self._fleet.resources)).remote(self._settings)
-            member = self._members[record.name] = Member(record, actor)
+            member = Member(record, actor)
+            self._members.append(member)
             self._calls[actor.greet.remote()] = member, "greet", -1
 
     def compute(self, member: Member, order: Order) -> None:
@@ -290,8 +291,7 @@ class Cluster:
     def _lose(self, member: Member, reason: str, on_lost: Callable[[Member], object]) -> None:
         with suppress(Exception):
             self._ray.kill(member.actor)
-        key = next(key for key, one in self._members.items() if one is member)
-        del self._members[key]
+        self._members.remove(member)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] is not member}
         if member.state == "ready":
             self.lost += 1
@@ -304,7 +304,7 @@ class Cluster:
 
     def _check_hope(self) -> None:
         """Raises InputError if no worker ever was accepted and none can be expected."""
-        states = {member.state for member in self._members.values()}
+        states = {member.state for member in self._members}
         if self.facts is not None or "loading" in states:
             self._alone_since = time.monotonic()
             return
@@ -336,7 +336,7 @@ class Cluster:
 
     def end(self) -> None:
         """Ends all workers at once."""
-        for member in self._members.values():
+        for member in self._members:
             with suppress(Exception):
                 self._ray.kill(member.actor)
         self._members.clear()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from bioscan_jax import config
@@ -332,12 +333,8 @@ class Run:
         record.blocks, record.rows = record.blocks + 1, record.rows + written.part.rows + written.part.rejected.num_rows
         record.seconds = time.perf_counter() - member.began
         if self._window:
-            rejected = written.part.rejected
-            rows = rejected.filter(
-                pa.array([reason == NOT_FINITE for reason in rejected["reason"].to_pylist()], pa.bool_())
-            )
+            lost = written.part.rejected.filter(pc.field("reason") == NOT_FINITE)["source_row"].to_numpy()
             before = self._begun if block == self._first else None
-            lost = rows["source_row"].to_numpy()
             self._earlier[block] = Earlier(
                 fragments=[*(before.fragments if before else []), *written.part.fragments],
                 not_finite=np.concatenate([before.not_finite, lost]) if before else lost,
