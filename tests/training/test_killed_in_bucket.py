@@ -96,15 +96,15 @@ def test_killed_and_its_disk_deleted_it_continues_to_the_same_result(store, tmp_
 
     filesystem, root = fsspec.core.url_to_fs(store, skip_instance_cache=True)
     sent = {"s3": signal.SIGKILL, "gs": signal.SIGTERM}[store.split(":")[0]]
-    run, end = start(store, tmp_path / "disk"), time.monotonic() + 400
-    while run.poll() is None and time.monotonic() < end:
-        time.sleep(0.2)
-        filesystem.invalidate_cache()
-        steps = {path.split("/checkpoints/")[1].split("/")[0] for path in filesystem.find(f"{root}/checkpoints")}
-        if len(steps) > 1:  # the first one is complete, the second may be under way
-            break
-    run.send_signal(sent)
-    ended, killed = run.wait(timeout=400), time.monotonic()
+    end = time.monotonic() + 400
+    with start(store, tmp_path / "disk") as run:  # which waits for its end, whatever happens here
+        while run.poll() is None and time.monotonic() < end:
+            time.sleep(0.2)
+            filesystem.invalidate_cache()
+            if len(filesystem.glob(f"{root}/checkpoints/*")) > 1:  # the first is complete, the second perhaps not
+                break
+        run.send_signal(sent)
+    ended, killed = run.returncode, time.monotonic()
     assert ended == (-9 if sent == signal.SIGKILL else 128 + sent), (tmp_path / "said").read_text()
     shutil.rmtree(tmp_path / "disk")
     finish(start(tmp_path / "whole", tmp_path / "other"))
