@@ -72,7 +72,7 @@ def test_killed_and_its_disk_deleted_it_continues_to_the_same_result(store, tmp_
             "data.path": tmp_path / "barcodes.parquet",
             "train.output_dir": directory,
             "train.batch_size": 9,
-            "train.epochs": 4,
+            "train.epochs": 15,  # long enough to be killed long before its end
             "train.max_shapes": 1,
             "train.log_every": 1,
             "train.learning_rate": 0.01,
