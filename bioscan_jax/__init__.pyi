@@ -31,7 +31,8 @@ from .config import (
     TrainConfig,
 )
 from .devices.sharding import Layout, make_layout
-from .embedding.encoder import Encoder, StreamBlock, load
+from .embedding.encoder import Encoder, StreamBlock
+from .embedding.load import load
 from .embedding.project import ProjectSummary, project
 from .embedding.summary import RunSummary
 from .errors import InputError, Interrupted

@@ -35,7 +35,7 @@ def main(
         mesh: Which devices hold the weights while they are written.
     """
     from bioscan_jax.checkpoints.push import push_to_hub
-    from bioscan_jax.embedding.encoder import load
+    from bioscan_jax.embedding.load import load
     from bioscan_jax.errors import InputError
     from bioscan_jax.training.export import export
 

@@ -3,8 +3,7 @@
 import dataclasses
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,37 +14,29 @@ import numpy as np
 import pyarrow as pa
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int, Int64
+from jaxtyping import Array, Float, Float32, Int
 
 from bioscan_jax.barcodes.cleaning import REASONS
 from bioscan_jax.barcodes.lineage import RANKS
-from bioscan_jax.barcodes.schemas import TokenBatch
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.barcodes.views import Views
-from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads, read_heads
+from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads
 from bioscan_jax.checkpoints.hub import (
-    DEFAULT,
-    DEFAULT_DIRECTORY,
     Provenance,
-    download_parts,
-    is_on_hub,
-    pinned,
     resolve_checkpoint,
-    resolve_part,
 )
-from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights, recorded_model
+from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights
 from bioscan_jax.checkpoints.model_card import trained_facts
-from bioscan_jax.checkpoints.peft import CONFIG_FILE, adapter_base, write_adapter
+from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.checkpoints.push import push_to_hub
-from bioscan_jax.config import DataConfig, EmbedConfig, MeshConfig, ModelConfig
-from bioscan_jax.data.batching import BatchShape, fitted_shapes, fixed_shapes, make_batches
+from bioscan_jax.config import DataConfig, EmbedConfig, ModelConfig
+from bioscan_jax.data.batching import fixed_shapes, make_batches
 from bioscan_jax.data.encode import EncodedBlock, Encoding, check_finite, encode_block, reject_not_finite
-from bioscan_jax.data.parquet import Block
-from bioscan_jax.devices.memory import memory_errors, out_of_memory
-from bioscan_jax.devices.sharding import Layout, make_layout, start_devices
-from bioscan_jax.embedding.dispatch import BatchTooLarge, Dispatcher
-from bioscan_jax.embedding.fitting import advise_batch_tokens
+from bioscan_jax.data.in_memory import COLUMN, Sequences, SequencesInMemory, as_column
+from bioscan_jax.devices.memory import memory_errors
+from bioscan_jax.devices.sharding import Layout
+from bioscan_jax.embedding.block_encoder import BlockEncoder
+from bioscan_jax.embedding.dispatch import Dispatcher
 from bioscan_jax.embedding.repeats import VectorCache, Window, window_blocks
 from bioscan_jax.embedding.sample import SAMPLED_ROWS, Blocks, Sample, sample_blocks
 from bioscan_jax.embedding.step import (
@@ -53,14 +44,11 @@ from bioscan_jax.embedding.step import (
     CountingSteps,
     Projector,
     can_count_tokens,
-    count_batches,
     make_embed_step,
-    rows_per_call,
-    sequence_vectors,
 )
 from bioscan_jax.embedding.to_onnx import write_onnx
 from bioscan_jax.errors import InputError, logger
-from bioscan_jax.location import local_copy, output_directory
+from bioscan_jax.location import output_directory
 from bioscan_jax.model.config import TransformerConfig
 from bioscan_jax.model.heads import predict
 from bioscan_jax.model.pooling import Pooling
@@ -72,91 +60,10 @@ from bioscan_jax.table.columns import check_values
 MOST_SHAPES = 64
 """From so many compiled shapes on, calls take theirs from a fixed set alone, so that their number stays bounded."""
 _BLOCKS_AHEAD = 1
-_COLUMN = "dna_sequence"
 _VECTOR_SETTINGS = ("pooling", "layer", "strand", "phases")
 _HEAD_ROWS = 4096
 
 Overlong = Literal["truncate", "window", "error"]
-Sequences = Sequence[str | None] | np.ndarray | pa.Array | pa.ChunkedArray | Any
-"""DNA as a list or tuple of str, a numpy array of them, an Arrow column or a pandas Series."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockEncoder:
-    """An encoder for one input: its settings, its batch shapes and their executables."""
-
-    steps: CompiledSteps | CountingSteps
-    encoding: Encoding
-    embed: EmbedConfig
-    layout: Layout
-    shapes: tuple[BatchShape, ...] = ()
-    spare: tuple[BatchShape, ...] = ()
-    """What a block that `shapes` fit badly may add."""
-    projector: Projector | None = None
-
-    def batches(self, views: Views, sequences: int, first: int = 0) -> list[TokenBatch]:
-        """Packs the views of some sequences into batches, to be passed to `steps`, in the order of their first rows.
-
-        Args:
-            views: The views.
-            sequences: Number of sequences.
-            first: Leave out the batches that no sequence from this one on needs.
-        """
-        if isinstance(self.steps, CountingSteps):
-            found = count_batches(views, sequences, self.steps.model.config.vocab_size, self.layout)
-            needed = first
-        else:
-            vocabulary = self.encoding.vocabulary
-            shapes = fitted_shapes(views.tokens.lengths, self.shapes, self.spare)
-            found = make_batches(views.tokens, shapes, cls=vocabulary.cls_id, pad=vocabulary.pad_id)
-            needed = int(np.searchsorted(views.owner, self.first_computed(first, sequences)))
-        return sorted((one for one in found if one.rows.max() >= needed), key=lambda one: int(one.rows.min()))
-
-    def buffer(self, views: Views, sequences: int) -> Float32[np.ndarray, "rows d"]:
-        """Returns where the batches' results go: a row for each view, or for each sequence where tokens are counted."""
-        if isinstance(self.steps, CountingSteps):
-            return np.empty((sequences, self.steps.dimension), np.float32)
-        return np.empty((len(views.owner), self.steps.model.config.hidden_size), np.float32)
-
-    def finished(self, waiting: TokenBatch | None, views: Views, sequences: int) -> int:
-        """Returns how many sequences, from the first, are done when `waiting` is the first batch that is not."""
-        if waiting is None:
-            return sequences
-        row = int(waiting.rows.min())
-        return row if isinstance(self.steps, CountingSteps) else self.first_computed(int(views.owner[row]), sequences)
-
-    def first_computed(self, sequence: int, sequences: int) -> int:
-        """Returns the sequence at which to begin, or end, to compute so that projected groups stay whole."""
-        return sequence if self.projector is None else sequence - sequence % rows_per_call(sequences, self.layout)
-
-    def vectors(
-        self, results: Float32[np.ndarray, "rows d"], views: Views, some: range, sequences: int
-    ) -> Float32[np.ndarray, "some dimension"]:
-        """Returns one vector for each of `some` of the sequences, whose results are there."""
-        if isinstance(self.steps, CountingSteps):
-            return results[some.start : some.stop]
-        vectors = sequence_vectors(results, views, some, self.embed.pooling)
-        return vectors if self.projector is None else self.projector(vectors, sequences)
-
-    @contextmanager
-    def memory_errors(self) -> Iterator[None]:
-        """Raises `BatchTooLarge` in its block, which is over the dispatcher's, as an InputError with a batch that fits."""
-        try:
-            yield
-        except BatchTooLarge as error:
-            shape, advice = error.shape, "free memory on the devices"
-            if isinstance(self.steps, CompiledSteps):
-                shapes = [shape, *self.shapes[-1:]]
-                advice = advise_batch_tokens(self.steps.compile, shapes, self.layout, "embed.batch_tokens")
-            task = f"embedding a batch of {shape.rows:,} x {shape.tokens} tokens"
-            raise out_of_memory(task, error.__cause__ or error, advice) from error
-
-    def tokens(self, batch: TokenBatch, views: Views) -> tuple[Int64[np.ndarray, " rows"], int]:
-        """Returns the tokens of each of a batch's views, and how many it holds, padding included."""
-        if not isinstance(self.steps, CountingSteps):
-            return views.tokens.lengths[batch.rows], batch.ids.size
-        bounds = np.searchsorted(views.owner, [batch.rows[0], batch.rows[-1] + 1])
-        return views.tokens.lengths[bounds[0] : bounds[1]], int(batch.ids.sum())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -320,8 +227,8 @@ class Encoder:
             batch_tokens=batch_tokens,
             deduplicate=deduplicate,
         )
-        column = _as_column([sequences] if isinstance(sequences, str) else sequences)
-        encoding = self.encoding(embed, _COLUMN, max_tokens=max_tokens, overlong=overlong)
+        column = as_column([sequences] if isinstance(sequences, str) else sequences)
+        encoding = self.encoding(embed, COLUMN, max_tokens=max_tokens, overlong=overlong)
         width = self.dimension if project else self.config.hidden_size
         vectors = np.full((len(column), width), np.nan, np.dtype(dtype))
         source = SequencesInMemory(column, block_rows)
@@ -665,9 +572,9 @@ class Encoder:
             [(3, 5, 64), (3, 2, 64)]
         """
         embed = EmbedConfig(layer=-1 if layer is None else layer, deduplicate=False)
-        encoding = self.encoding(embed, _COLUMN, max_tokens=max_tokens, overlong="truncate")
+        encoding = self.encoding(embed, COLUMN, max_tokens=max_tokens, overlong="truncate")
         encoding = dataclasses.replace(encoding, vocabulary=self.vocabulary.without_columns)
-        column = _as_column([sequences] if isinstance(sequences, str) else sequences)
+        column = as_column([sequences] if isinstance(sequences, str) else sequences)
         found: list[Any] = [None] * len(column)
         kept = 1 if layer is not None else self.config.num_hidden_layers + 1
         step, state = self._hidden_step
@@ -859,6 +766,8 @@ class Encoder:
             >>> bj.Encoder.from_pretrained("random:tiny-v2", seed=1).dimension
             64
         """
+        from bioscan_jax.embedding.load import load
+
         return load(name, **settings)
 
     def _save(self, target: Path, merge: bool) -> None:
@@ -902,78 +811,6 @@ class Encoder:
         return resolve_checkpoint(self.wanted.checkpoint, self.wanted.revision).directory
 
 
-def load(
-    checkpoint: str | os.PathLike[str] = DEFAULT,
-    *,
-    revision: str | None = None,
-    adapter: str | os.PathLike[str] | None = None,
-    projection: str | os.PathLike[str] = "auto",
-    heads: str | os.PathLike[str] | None = None,
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
-    seed: int = 0,
-    attention: Literal["auto", "dense", "splash", "cudnn"] = "auto",
-    mesh: MeshConfig | None = None,
-    progress: bool = False,
-) -> Encoder:
-    """Loads a model to embed sequences with.
-
-    Args:
-        checkpoint: A hub id or a directory with a checkpoint (Hugging Face's format or converted), with an adapter or
-            with what `save_pretrained` wrote, or random:PRESET for seeded random weights; the model in the package if
-            absent.
-        revision: Commit of the hub id; without it the newest one is taken, with a warning.
-        adapter: Directory with a LoRA adapter for the checkpoint, in PEFT's format, or OWNER/NAME@COMMIT on the hub
-            (without @COMMIT the newest one, with a warning).
-        projection: Directory with a projection of the pooled vectors, or OWNER/NAME@COMMIT; `auto` takes the one beside
-            the weights (or beside the adapter), if there is one, `none` returns raw vectors. What it was fitted on
-            (pooling, layer, strand, phases, max_tokens, overlong) becomes the default of every call.
-        heads: Directory with taxonomic heads, or OWNER/NAME@COMMIT; those beside the adapter or the checkpoint if absent.
-        dtype: Of parameters and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU.
-        seed: Of random:PRESET weights.
-        attention: As `ModelConfig.attention`.
-        mesh: Devices; all of them if absent.
-        progress: Show a bar on the terminal.
-
-    Raises:
-        InputError: Anything about the checkpoint, the adapter, the projection or the heads is wrong.
-
-    Example:
-        >>> import bioscan_jax as bj
-        >>> bj.load("random:tiny-v2", seed=1).dimension
-        64
-    """
-    mesh = mesh or MeshConfig()
-    name, adapter_name = os.fspath(checkpoint), None if adapter is None else pinned(os.fspath(adapter))
-    if on_hub := is_on_hub(name):
-        revision = revision or pinned(name).rpartition("@")[2]
-        given = download_parts(name, revision, "model.checkpoint")
-    else:
-        given = DEFAULT_DIRECTORY if name == DEFAULT else local_copy(name, "model.checkpoint")
-    wanted = ModelConfig(
-        checkpoint=name,
-        revision=revision,
-        dtype=dtype,
-        seed=seed,
-        adapter=adapter_name,
-        projection=pinned(os.fspath(projection)),
-        attention=attention,
-    )
-    if adapter is None and (given / CONFIG_FILE).is_file() and not (given / "config.json").is_file():
-        base = recorded_model(adapter_base(given))
-        own = base.revision if on_hub else revision or base.revision
-        if own is None and is_on_hub(base.checkpoint):
-            own = pinned(base.checkpoint).rpartition("@")[2]
-        adapter = f"{name}@{revision}" if on_hub else name
-        wanted = dataclasses.replace(wanted, checkpoint=base.checkpoint, revision=own, seed=base.seed, adapter=adapter)
-    start_devices(mesh)
-    with progress_bar(unit="B", unit_scale=True, desc="load weights", disable=not progress, leave=False) as bar:
-        loaded = load_weights(wanted, make_layout(mesh), on_bytes=bar.update)
-    beside = [given] if adapter_name is None else [resolve_part(adapter_name, "model.adapter"), given]
-    found = next((directory for directory in beside if (directory / HEADS_FILE).is_file()), None)
-    where = found if heads is None else resolve_part(pinned(os.fspath(heads)), "heads")
-    return Encoder(loaded=loaded, heads=None if where is None else read_heads(where, loaded.layout), wanted=wanted)
-
-
 def _changed(settings: EmbedConfig, **wanted: Any) -> EmbedConfig:
     """Replaces the settings that a call gives."""
     return dataclasses.replace(settings, **{name: value for name, value in wanted.items() if value is not None})
@@ -983,56 +820,6 @@ def unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Scales vectors to length 1; a vector of zeros stays."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(length, np.finfo(np.float32).tiny)
-
-
-def _as_column(sequences: Sequences) -> pa.Array | pa.ChunkedArray:
-    """Converts what a user holds to an Arrow column of strings.
-
-    Raises:
-        InputError: It is not one-dimensional, or an element is neither a string nor missing.
-    """
-    if isinstance(sequences, pa.Array | pa.ChunkedArray):
-        return sequences
-    values = [None if _is_missing(value) else value for value in sequences]
-    for i, value in enumerate(values):
-        if not isinstance(value, str | None):
-            raise InputError(f"sequence {i} is of type {type(value).__name__}; pass strings of DNA")
-    return pa.array(values, pa.large_string())
-
-
-def _is_missing(value: object) -> bool:
-    """Whether a value is None, NaN or pandas.NA."""
-    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
-
-
-@dataclass(frozen=True)
-class SequencesInMemory:
-    """Sequences in memory, as blocks of rows."""
-
-    column: pa.Array | pa.ChunkedArray
-    block_rows: int
-    name: str = _COLUMN
-    """Of the column."""
-
-    @property
-    def rows(self) -> int:
-        """Number of sequences."""
-        return len(self.column)
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.block_rows)
-
-    def __getitem__(self, index: int, /) -> Block:
-        first = index * self.block_rows
-        if index >= len(self):
-            raise IndexError(index)
-        column = self.column.slice(first, self.block_rows)
-        ids = pa.array(range(first, first + len(column)), pa.int64()).cast(pa.string())
-        return Block(index, first, pa.table({"sequence_id": ids, self.name: column}))
-
-    def locate(self, row: int) -> str:
-        """Names a sequence by its number."""
-        return f"sequence {row}"
 
 
 def _refuse_rejects(encoded: EncodedBlock) -> None:

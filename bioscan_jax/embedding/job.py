@@ -13,7 +13,8 @@ import pyarrow as pa
 from bioscan_jax import config
 from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.data.parquet import ParquetBlocks
-from bioscan_jax.embedding.encoder import BlockEncoder, Encoder
+from bioscan_jax.embedding.block_encoder import BlockEncoder
+from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.location import local_directory
 from bioscan_jax.output import private_directory
 from bioscan_jax.table.columns import vector_schema

@@ -14,11 +14,12 @@ import pyarrow as pa
 from jaxtyping import Float32
 
 from bioscan_jax.checkpoints.load import load_weights
+from bioscan_jax.data.in_memory import SequencesInMemory
 from bioscan_jax.data.parquet import open_source
 from bioscan_jax.devices.sharding import make_layout, start_devices
 from bioscan_jax.embedding.block import StartedBlock, begin, sequences_before, tally, tokenise, write_part
 from bioscan_jax.embedding.dispatch import Dispatcher
-from bioscan_jax.embedding.encoder import Encoder, SequencesInMemory
+from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.job import Job, prepare, scratch_directory
 from bioscan_jax.embedding.repeats import PreparedBlock, Repeats, VectorCache, fresh_views
 from bioscan_jax.embedding.summary import DeviceActivity, peak_device_bytes, versions

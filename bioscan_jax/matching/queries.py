@@ -21,9 +21,11 @@ from bioscan_jax.barcodes.cleaning import clean, reverse_complement
 from bioscan_jax.barcodes.strands import StrandProfile
 from bioscan_jax.checkpoints.load import LoadedModel, load_weights, recorded_model
 from bioscan_jax.data.encode import EncodedBlock, Encoding
+from bioscan_jax.data.in_memory import SequencesInMemory
 from bioscan_jax.data.parquet import Block, ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.sharding import make_layout, start_devices
-from bioscan_jax.embedding.encoder import BlockEncoder, Encoder, SequencesInMemory
+from bioscan_jax.embedding.block_encoder import BlockEncoder
+from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.matching.reference import Reference
 

@@ -19,7 +19,7 @@ from bioscan_jax.checkpoints.model_card import data_facts, read_facts, trained_f
 from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.publish import write_merged
 from bioscan_jax.devices.sharding import make_layout, start_devices
-from bioscan_jax.embedding.encoder import load
+from bioscan_jax.embedding.load import load
 from bioscan_jax.embedding.to_onnx import write_onnx
 from bioscan_jax.errors import InputError
 from bioscan_jax.location import output_directory

@@ -19,7 +19,8 @@ from bioscan_jax.barcodes.simulate import write_simulated
 from bioscan_jax.checkpoints import hub
 from bioscan_jax.checkpoints.peft import write_adapter
 from bioscan_jax.checkpoints.projection_files import read_projection, write_projection
-from bioscan_jax.embedding import encoder as encoder_module
+from bioscan_jax.data.in_memory import SequencesInMemory
+from bioscan_jax.embedding import load as load_module
 from bioscan_jax.embedding import project as project_module
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.step import CompiledSteps, CountingSteps
@@ -101,7 +102,7 @@ def test_encodes_as_raw_vectors_projected(tmp_path, preset, inputs):
 @pytest.mark.parametrize("count", [1, 16, 17, 300])
 def test_counting_tokens_equals_pooling_them(model, count):
     sequences = dna(count, seed=count)
-    source = encoder_module.SequencesInMemory(pa.array(sequences), 8192)
+    source = SequencesInMemory(pa.array(sequences), 8192)
     blocks = model.block_encoder(source, model.encoding(model.settings, "dna_sequence"), model.settings)
     assert isinstance(blocks.steps, CountingSteps)
     slow = general(model)
@@ -432,7 +433,7 @@ def test_a_model_without_layers(tmp_path, world):
 
 
 def test_the_model_in_the_package(tmp_path, monkeypatch, world):
-    for module in (hub, encoder_module):
+    for module in (hub, load_module):
         monkeypatch.setattr(module, "DEFAULT_DIRECTORY", tmp_path / "default_model")
     for make in (bj.load, lambda: embedded(world / "in.parquet", tmp_path / "db", "default")):
         with pytest.raises(InputError, match=f"no default model in {tmp_path / 'default_model'}"):

@@ -8,7 +8,7 @@ from bioscan_jax import EmbedConfig
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.data.batching import fitted_shapes, make_batches
 from bioscan_jax.data.encode import Encoding, encode_block
-from bioscan_jax.embedding.encoder import SequencesInMemory
+from bioscan_jax.data.in_memory import SequencesInMemory
 from bioscan_jax.embedding.sample import _spread, sample_blocks
 
 BLOCK_ROWS, EMBED = 256, EmbedConfig(batch_tokens=1024, deduplicate=False)
