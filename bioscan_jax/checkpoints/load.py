@@ -16,6 +16,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.hub import Provenance, ResolvedCheckpoint, resolve_checkpoint, resolve_part
 from bioscan_jax.checkpoints.keys import has_lm_head, load_model, random_model
+from bioscan_jax.checkpoints.model_card import trained_facts
 from bioscan_jax.checkpoints.orbax import has_converted_head, is_converted, load_converted, read_provenance
 from bioscan_jax.checkpoints.peft import Adapter, read_adapter
 from bioscan_jax.checkpoints.projection_files import has_projection, read_projection
@@ -65,6 +66,11 @@ class LoadedModel:
         if self.projection is not None:
             found |= projection_facts(self.projection, self.projection_setting)
         return found
+
+    @property
+    def trained_facts(self) -> dict[str, Any]:
+        """What the export of its adapter says of the training."""
+        return trained_facts((self.adapter and self.adapter.facts) or {})
 
 
 def projection_facts(projection: Projection, setting: str) -> dict[str, str]:

@@ -5,52 +5,37 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 import pyarrow as pa
-from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Float, Float32
 
 from bioscan_jax.barcodes.cleaning import REASONS
-from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.barcodes.tokenizer import Vocabulary
 from bioscan_jax.checkpoints.head_files import HEADS_FILE, Heads
-from bioscan_jax.checkpoints.hub import (
-    Provenance,
-    resolve_checkpoint,
-)
-from bioscan_jax.checkpoints.load import RANDOM, LoadedModel, load_weights
-from bioscan_jax.checkpoints.model_card import trained_facts
-from bioscan_jax.checkpoints.peft import write_adapter
-from bioscan_jax.checkpoints.publish import write_merged
+from bioscan_jax.checkpoints.hub import Provenance
+from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.checkpoints.push import push_to_hub
+from bioscan_jax.checkpoints.save import save_model
 from bioscan_jax.config import DataConfig, EmbedConfig, ModelConfig
-from bioscan_jax.data.batching import fixed_shapes, make_batches
 from bioscan_jax.data.encode import EncodedBlock, Encoding, check_finite, encode_block, reject_not_finite
 from bioscan_jax.data.in_memory import COLUMN, Sequences, SequencesInMemory, as_column
-from bioscan_jax.devices.memory import memory_errors
 from bioscan_jax.devices.sharding import Layout
 from bioscan_jax.embedding.block_encoder import BlockEncoder
 from bioscan_jax.embedding.dispatch import Dispatcher
+from bioscan_jax.embedding.hidden_states import HiddenStates
+from bioscan_jax.embedding.predict import HeadPredictor
 from bioscan_jax.embedding.repeats import VectorCache, Window, window_blocks
 from bioscan_jax.embedding.sample import SAMPLED_ROWS, Blocks, Sample, sample_blocks
-from bioscan_jax.embedding.step import (
-    CompiledSteps,
-    CountingSteps,
-    Projector,
-    can_count_tokens,
-    make_embed_step,
-)
+from bioscan_jax.embedding.step import CompiledSteps, CountingSteps, Projector, can_count_tokens
 from bioscan_jax.embedding.to_onnx import write_onnx
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.location import output_directory
 from bioscan_jax.model.config import TransformerConfig
-from bioscan_jax.model.heads import predict
 from bioscan_jax.model.pooling import Pooling
 from bioscan_jax.model.projection import Projection
 from bioscan_jax.model.transformer import NucleotideTransformer, first_layers
@@ -61,7 +46,6 @@ MOST_SHAPES = 64
 """From so many compiled shapes on, calls take theirs from a fixed set alone, so that their number stays bounded."""
 _BLOCKS_AHEAD = 1
 _VECTOR_SETTINGS = ("pooling", "layer", "strand", "phases")
-_HEAD_ROWS = 4096
 
 Overlong = Literal["truncate", "window", "error"]
 
@@ -575,46 +559,14 @@ class Encoder:
         encoding = self.encoding(embed, COLUMN, max_tokens=max_tokens, overlong="truncate")
         encoding = dataclasses.replace(encoding, vocabulary=self.vocabulary.without_columns)
         column = as_column([sequences] if isinstance(sequences, str) else sequences)
-        found: list[Any] = [None] * len(column)
-        kept = 1 if layer is not None else self.config.num_hidden_layers + 1
-        step, state = self._hidden_step
-        for block in SequencesInMemory(column, DataConfig.block_rows):
-            encoded = encode_block(block, encoding)
-            _refuse_rejects(encoded)
-            tokens = encoded.views.tokens
-            if not len(tokens):
-                continue
-            shapes = fixed_shapes(
-                tokens.lengths,
-                int(tokens.lengths.max()),
-                encoding.max_tokens,
-                most=2,
-                devices=self.layout.data_devices,
-                tokens_per_device=max(1, self.settings.batch_tokens // kept),
-            )
-            ids = {"cls": self.vocabulary.cls_id, "pad": self.vocabulary.pad_id}
-            for batch in make_batches(tokens, shapes, **ids):
-                rows, width = batch.ids.shape
-                with memory_errors(
-                    f"computing the states of {rows} x {width} tokens", "pass fewer or shorter sequences"
-                ):
-                    placed = jax.device_put(batch.ids, self.layout.batched(2))
-                    states = np.asarray(step(state, placed, layer), np.float32)
-                for i, row in enumerate(batch.rows.tolist()):
-                    found[block.first_row + row] = states[..., i, : int(tokens.lengths[row]), :]
-        return found
+        blocks = [encode_block(block, encoding) for block in SequencesInMemory(column, DataConfig.block_rows)]
+        for block in blocks:
+            _refuse_rejects(block)
+        return self._hidden_states(blocks, encoding.max_tokens, layer)
 
     @cached_property
-    def _hidden_step(self) -> tuple[Callable[..., Array], nnx.State]:
-        graph, _ = nnx.split(self.loaded.model)
-        _, state = make_embed_step(self.loaded.model, self.layout, self.settings)
-
-        @partial(jax.jit, static_argnums=2)
-        def hidden_step(state: nnx.State, ids: Int[Array, "b s"], layer: int | None) -> Float[Array, "*layers b s d"]:
-            model = nnx.merge(graph, state)
-            return model.hidden_states(ids) if layer is None else model.hidden_state(ids, layer=layer)
-
-        return hidden_step, state
+    def _hidden_states(self) -> HiddenStates:
+        return HiddenStates(self.loaded, self.settings)
 
     def predict(
         self,
@@ -643,34 +595,21 @@ class Encoder:
                 f"{self.provenance.model} has no taxonomic heads; load the directory of an export that has "
                 f"{HEADS_FILE}, or pass it as heads="
             )
-        heads = self.heads
-        given = [sequences] if isinstance(sequences, str) else sequences
         vectors = self.encode(
-            given, pooling=heads.pooling, layer=-1, strand=strand, phases=phases, project=False, on_error=on_error
+            [sequences] if isinstance(sequences, str) else sequences,
+            pooling=self.heads.pooling,
+            layer=-1,
+            strand=strand,
+            phases=phases,
+            project=False,
+            on_error=on_error,
         )
-        there = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-        taxa = np.full((len(vectors), len(RANKS)), -1, np.int32)
-        confidence = np.full((len(vectors), len(RANKS)), np.nan, np.float64)
-        for first in range(0, len(there), _HEAD_ROWS):
-            rows = there[first : first + _HEAD_ROWS]
-            # Padded to a power of two: each number of rows compiles.
-            padded = np.zeros((1 << (len(rows) - 1).bit_length(), vectors.shape[1]), np.float32)
-            padded[: len(rows)] = vectors[rows]
-            chosen, sure = self._apply_heads(padded)
-            taxa[rows], confidence[rows] = np.asarray(chosen)[: len(rows)], np.asarray(sure)[: len(rows)]
-        columns: dict[str, pa.Array] = {}
-        for rank, names in enumerate(heads.space.names):
-            column = pa.array(taxa[:, rank], mask=taxa[:, rank] < 0)
-            columns[RANKS[rank]] = pa.array(names, pa.string()).take(column)
-        for rank, name in enumerate(RANKS):
-            columns[f"{name}_confidence"] = pa.array(confidence[:, rank], mask=np.isnan(confidence[:, rank]))
-        return pa.table(columns)
+        return self._predictor(vectors)
 
     @cached_property
-    def _apply_heads(self) -> Callable[..., tuple[Array, Array]]:
-        heads = self.heads
-        assert heads is not None
-        return jax.jit(lambda vectors: predict(heads.head(vectors), heads.tree, heads.kind))
+    def _predictor(self) -> HeadPredictor:
+        assert self.heads is not None
+        return HeadPredictor(self.heads)
 
     def save_pretrained(self, directory: str | Path, *, merge: bool = True) -> None:
         """Writes the model with its heads and projection, so that `bioscan_jax.load(directory)` gives it back.
@@ -693,7 +632,7 @@ class Encoder:
             True
         """
         with output_directory(os.fspath(directory), "output") as target:
-            self._save(target, merge)
+            save_model(target, self.loaded, self.wanted, heads=self.heads, merge=merge)
 
     def push_to_hub(
         self,
@@ -750,12 +689,7 @@ class Encoder:
             >>> bj.load().save_onnx("model_onnx")  # doctest: +SKIP
         """
         with output_directory(os.fspath(directory), "output") as target:
-            write_onnx(target, self, self.provenance, self._trained_facts)
-
-    @property
-    def _trained_facts(self) -> dict[str, Any]:
-        """What the export of this model's adapter says of its training."""
-        return trained_facts((self.loaded.adapter and self.loaded.adapter.facts) or {})
+            write_onnx(target, self, self.provenance, self.loaded.trained_facts)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **settings: Any) -> "Encoder":
@@ -769,46 +703,6 @@ class Encoder:
         from bioscan_jax.embedding.load import load
 
         return load(name, **settings)
-
-    def _save(self, target: Path, merge: bool) -> None:
-        loaded = self.loaded
-        base = dataclasses.replace(loaded.provenance, adapter=None, adapter_sha256=None)
-        facts = self._trained_facts
-        if not merge:
-            if loaded.adapter is None:
-                raise InputError(f"{base.model} has no adapter to write alone; pass merge=True")
-            lora, parts = loaded.adapter.lora, {"heads": self.heads, "projection": self.projection}
-            write_adapter(target, loaded.model, lora, provenance=base, facts=facts, **parts)
-            return
-        if (made_by := loaded.provenance).adapter is not None:
-            facts |= {"adapter": made_by.adapter, "adapter_sha256": made_by.adapter_sha256}
-        write_merged(
-            target,
-            self._with_lm_head(),
-            loaded.vocabulary,
-            provenance=base,
-            base=self._base_directory(),
-            heads=self.heads,
-            projection=self.projection,
-            facts=facts,
-        )
-
-    def _with_lm_head(self) -> NucleotideTransformer:
-        """The model with its language-model head, which published checkpoints have and vectors do not need."""
-        if self.loaded.model.lm_head is not None or not self.config.num_hidden_layers:
-            return self.loaded.model
-        if self.wanted is None:
-            raise InputError("this model was not made by load, so its language-model head cannot be read")
-        plain = dataclasses.replace(self.wanted, adapter=None, projection="none")
-        base = load_weights(plain, self.layout, lm_head=True)
-        model = nnx.merge(*nnx.split(self.loaded.model))
-        model.lm_head = nnx.data(base.model.lm_head)
-        return model
-
-    def _base_directory(self) -> Path | None:
-        if self.wanted is None or self.wanted.checkpoint.startswith(RANDOM):
-            return None
-        return resolve_checkpoint(self.wanted.checkpoint, self.wanted.revision).directory
 
 
 def _changed(settings: EmbedConfig, **wanted: Any) -> EmbedConfig:
