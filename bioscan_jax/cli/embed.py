@@ -33,8 +33,7 @@ def main(
     """
     import jax
 
-    from bioscan_jax.checkpoints.hub import DEFAULT, DEFAULT_DIRECTORY
-    from bioscan_jax.checkpoints.projection_files import read_projection
+    from bioscan_jax.checkpoints.hub import DEFAULT
     from bioscan_jax.fleet.run import embed as run_embed
     from bioscan_jax.matching.search import describe_neighbours
 
@@ -47,8 +46,9 @@ def main(
     summary = run_embed(model, data, sink, embed, mesh, fleet=fleet, profile=profile)
     if fleet is not None or jax.process_index() == 0:  # with a fleet, the devices of this machine may be a worker's
         print(summary)
-        if model.checkpoint == DEFAULT:
-            print(f"default model: {read_projection(DEFAULT_DIRECTORY).description}")
+        described = summary.provenance.get("projection_description")
+        if model.checkpoint == DEFAULT and described:
+            print(f"default model: {described}")
         if neighbours:
             print(describe_neighbours(sink.uri, sink.table, neighbours))
 
