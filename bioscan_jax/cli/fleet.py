@@ -18,7 +18,7 @@ def simulate(
     blocks_ahead: tuple[float, ...] = (4.0, 8.0, 16.0),
     copies: tuple[int, ...] = (0, 1),
 ) -> None:
-    """Simulate a fleet whose machines are taken away and come back, for each combination of the last three flags.
+    """Simulate a fleet whose machines are taken away and come back, for each block_seconds, blocks_ahead and copies.
 
     Args:
         fleet: The machines.
@@ -26,12 +26,16 @@ def simulate(
         blocks_ahead: Blocks that may be handed out beyond the first uncommitted one, for each worker.
         copies: Idle workers that may compute a block in work once more.
     """
+    from bioscan_jax.errors import InputError
     from bioscan_jax.fleet.simulate import Policy, describe
     from bioscan_jax.fleet.simulate import simulate as run
 
+    policies = [Policy(*one) for one in itertools.product(block_seconds, blocks_ahead, copies)]
+    if not policies:
+        raise InputError("nothing to simulate: --block_seconds, --blocks_ahead and --copies need a value each")
     widths: list[int] = []
-    for one in itertools.product(block_seconds, blocks_ahead, copies):
-        row = run(fleet, Policy(*one)).row()
+    for policy in policies:
+        row = run(fleet, policy).row()
         if not widths:
             print(describe(fleet))
             widths = [max(len(name), len(value) + 2) for name, value in row.items()]

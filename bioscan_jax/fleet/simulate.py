@@ -14,6 +14,8 @@ from bioscan_jax.fleet.schedule import BLOCK_SECONDS, BLOCKS_AHEAD, COPIES, Sche
 
 _HOUR = 3600.0
 _MOST_BLOCKS = 5_000_000
+_MOST_MACHINES = 100_000
+"""Most machines at the start; with ten for each block, as many taken away show that a run has no end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class Fleet:
         for name, least in {"rows": 1, "workers": 1, "held": 1, "slow_factor": 1.0}.items():
             if getattr(self, name) < least:
                 raise InputError(f"--{name} {getattr(self, name)} is too small; pass at least {least}")
+        if self.workers > _MOST_MACHINES:
+            raise InputError(f"{self.workers:,} machines are too many to simulate; pass at most {_MOST_MACHINES:,}")
         for one in dataclasses.fields(self):
             if not 0 <= getattr(self, one.name) < float("inf"):
                 raise InputError(f"--{one.name} {getattr(self, one.name)} is out of range; pass 0 or more")
@@ -81,6 +85,13 @@ class Policy:
     """Blocks that may be handed out beyond the first uncommitted one, for each worker."""
     copies: int = COPIES
     """Idle workers that may compute a block in work once more."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.block_seconds < float("inf") and 0 < self.blocks_ahead < float("inf") and self.copies >= 0):
+            raise InputError(
+                f"--block_seconds {self.block_seconds:g}, --blocks_ahead {self.blocks_ahead:g}, --copies {self.copies}: "
+                "the first two must be above 0, the last one 0 or more"
+            )
 
 
 @dataclass(kw_only=True)
@@ -227,6 +238,11 @@ class _Run:
     def leave(self, worker: _Worker) -> None:
         self.account(worker, "lost" if worker.queue else "idle" if worker.ready else "starting")
         self.outcome.preempted += 1
+        if self.outcome.preempted > _MOST_MACHINES + 10 * self.outcome.blocks:
+            raise InputError(
+                f"{self.outcome.preempted:,} machines were taken away before the end: a machine that is there for "
+                f"{self.fleet.preempted_hours:g} h hardly finishes a block; lower --block_seconds or --startup_seconds"
+            )
         worker.there = False
         del self.workers[worker.name]
         self.idle.pop(worker.name, None)
@@ -303,7 +319,7 @@ def simulate(fleet: Fleet, policy: Policy) -> Outcome:
     """Simulates one run of a fleet.
 
     Raises:
-        InputError: There are too many blocks.
+        InputError: There are too many blocks, or the run has no end.
 
     Example:
         >>> fleet = Fleet(rows=100_000, workers=10, preempted_hours=0.5)

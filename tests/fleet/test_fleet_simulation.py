@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 from support.commands import call
 
+from bioscan_jax.errors import InputError
 from bioscan_jax.fleet.simulate import Fleet, Policy, simulate
 
 CALM = Fleet(
@@ -55,3 +56,12 @@ def test_the_command_says_that_it_is_simulated():
     assert "pass at least 1" in call("fleet", "simulate", "--workers", 0).stderr
     assert "too many to simulate" in call("fleet", "simulate", "--block_seconds", "0.1").stderr
     assert "pass one of plan, simulate first" in call("fleet").stderr
+    assert "a value each" in call("fleet", "simulate", "--block_seconds", "[]").stderr
+    assert "--copies -1" in call("fleet", "simulate", "--copies", "[-1]").stderr
+    assert "at most 100,000" in call("fleet", "simulate", "--workers", 10**9).stderr
+
+
+def test_a_run_that_cannot_end_is_refused(monkeypatch):
+    monkeypatch.setattr("bioscan_jax.fleet.simulate._MOST_MACHINES", 1000)
+    with pytest.raises(InputError, match=r"1,\d+ machines were taken away .* lower --block_seconds"):
+        simulate(Fleet(rows=100, workers=10), Policy(block_seconds=1e9))
