@@ -144,13 +144,25 @@ def parse(
         cause = error.__cause__ or error
         if isinstance(cause, InputError):
             raise cause from None
-        reason = re.sub('Parser key "([^"]+)":', r"--\1:", str(error))
-        raise UsageError(f"{reason}; --help lists the flags") from None
+        raise UsageError(f"{_reason(str(error))}; --help lists the flags") from None
     arguments = vars(given)
     arguments.pop("config", None)
     for group, kind in groups.items():
         arguments[group] = kind(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(kind)})
     return arguments
+
+
+def _reason(text: str) -> str:
+    """Returns a message of jsonargparse with our flags' names, and the types without Python's words for them."""
+    flag = ".".join(re.findall('Parser key "([^"]+)":', text))
+    if missing := re.search("arguments are required: (.*)", text):
+        names = ", ".join(f"--{flag}.{name}" if flag else f"--{name}" for name in missing[1].split(", "))
+        return f"{names} required" + (f" where another --{flag} flag is given" if flag else "")
+    value, kinds = re.search("G(?:iven|ot) value: (.*)", text), re.findall(r"Expected an? (.+?)(?:\. Got .*)?$", text, re.M)
+    if value and kinds:
+        names = (re.sub(r"<class '(.*)'>", r"\1", kind).replace("typing.Literal", "one of ") for kind in kinds)
+        return f"--{flag}: expected {' or '.join(n for n in dict.fromkeys(names) if n != 'NoneType')}, got {value[1]}"
+    return re.sub('Parser key "([^"]+)":', r"--\1:", text)
 
 
 def optional_flags(run: Callable[..., object], required: Sequence[str] = ()) -> list[inspect.Parameter]:

@@ -195,7 +195,7 @@ def test_the_command_reads_every_config_file_of_a_run_and_refuses_in_one_line():
     """The files up to the last flag, which is wrong on purpose: nothing is traced."""
     wrong = {
         ("--step", "x"): "--step 'x' is unknown; pass one of embed, finetune",
-        ("--model.checkpoint", "random:tiny-v1"): "the following arguments are required: topology",
+        ("--model.checkpoint", "random:tiny-v1"): "--topology required",
         ("--model.checkpoint", "random:tiny-v1", "--topology", "v3-8", "--batch", "x"): "--batch: ",
     }
     for path in shipped_configs().values():
