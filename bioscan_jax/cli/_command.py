@@ -158,7 +158,10 @@ def _reason(text: str) -> str:
     if missing := re.search("arguments are required: (.*)", text):
         names = ", ".join(f"--{flag}.{name}" if flag else f"--{name}" for name in missing[1].split(", "))
         return f"{names} required" + (f" where another --{flag} flag is given" if flag else "")
-    value, kinds = re.search("G(?:iven|ot) value: (.*)", text), re.findall(r"Expected an? (.+?)(?:\. Got .*)?$", text, re.M)
+    value, kinds = (
+        re.search("G(?:iven|ot) value: (.*)", text),
+        re.findall(r"Expected an? (.+?)(?:\. Got .*)?$", text, re.M),
+    )
     if value and kinds:
         names = (re.sub(r"<class '(.*)'>", r"\1", kind).replace("typing.Literal", "one of ") for kind in kinds)
         return f"--{flag}: expected {' or '.join(n for n in dict.fromkeys(names) if n != 'NoneType')}, got {value[1]}"
