@@ -23,6 +23,7 @@ from bioscan_jax import config
 from bioscan_jax.cache import BOUND, bytes_below, cache_bound, cache_directory, downloads_directory
 from bioscan_jax.checkpoints.hub import DEFAULT, cached_checkpoint
 from bioscan_jax.checkpoints.load import RANDOM
+from bioscan_jax.dashboard import has_key
 from bioscan_jax.data.files import find_files
 from bioscan_jax.devices.memory import Memory, host_memory
 from bioscan_jax.embedding.fitting import NO_ROW_FITS
@@ -34,7 +35,6 @@ from bioscan_jax.notebook import Shown
 from bioscan_jax.planning.plan import SPECIES, model_size, plan
 from bioscan_jax.planning.probe import Devices, Failure, Step, StepFit, ask
 from bioscan_jax.planning.programs import EmbedProgram, FinetuneProgram
-from bioscan_jax.training.tracking import has_key
 
 DEVICE_SECONDS = 90.0
 """Most seconds for the devices to start; a TPU takes about ten."""

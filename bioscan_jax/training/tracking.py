@@ -6,32 +6,23 @@ NaN and infinities are written as null, since JSON has neither.
 
 import json
 import math
-import os
-import secrets
-import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.config import TrackingConfig
-from bioscan_jax.errors import InputError, logger
+from bioscan_jax.dashboard import Dashboard, mode_of
+from bioscan_jax.errors import InputError
 from bioscan_jax.output import whole_file
 from bioscan_jax.training.run_directory import CURVES, METRICS
 
 if TYPE_CHECKING:
-    import wandb
     from matplotlib.axes import Axes
 
 STEP = "train/global_step"
-_WANDB = "Weights & Biases"
-
-_INIT_SECONDS = 60.0
-_FINISH_SECONDS = 60.0
-_WANDB_HOSTS = ("wandb.ai", "coreweave.com")
 
 _SMOOTHED = 25
 """Most lines averaged in the drawn mean of the training loss, half of them on each side; an odd number."""
@@ -47,9 +38,7 @@ class Tracker:
     _resumed_at: int
     _written: set[str]
     """Names that the file already has at the step resumed from."""
-    _run: "wandb.Run | None" = field(repr=False)
-    _server_step: int
-    """Last step that the server had when this process started."""
+    _dashboard: Dashboard = field(repr=False)
 
     def log(self, metrics: Mapping[str, float | int], step: int) -> None:
         """Appends one line to metrics.jsonl (written through to the operating system) and sends it to the dashboard.
@@ -73,25 +62,7 @@ class Tracker:
             self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise InputError(f"{self._file.name}: {error.strerror}; fix it and run the same command again") from error
-        self._send(record)
-
-    def _send(self, record: dict[str, Any]) -> None:
-        if self._run is not None and record[STEP] >= self._server_step:
-            try:
-                self._run.log(record)
-            except Exception as error:  # no failure of the dashboard may end the training
-                logger.warning(
-                    f"{_WANDB}: no longer logging ({_line(error)}); training continues, all metrics are in {METRICS}"
-                )
-                self._run = None
-
-    def _finish(self, exit_code: int) -> None:
-        if self._run is not None:
-            try:
-                self._run.finish(exit_code=exit_code)
-            except Exception as error:
-                again = f"wandb sync --include-online {_files(self._run)}"
-                logger.warning(f"{_WANDB}: not everything was sent ({_line(error)}); to upload: {again}")
+        self._dashboard.send(record)
 
 
 @contextmanager
@@ -102,11 +73,6 @@ def open_tracking(
 
     Lines after `resumed_at` and an incomplete last line are first removed atomically, so that the finished file has
     each step once, like that of an uninterrupted run.
-
-    With `auto` the environment variable WANDB_MODE decides, if set; otherwise the run is online if there is an API key
-    (WANDB_API_KEY, WANDB_IDENTITY_TOKEN_FILE, wandb's settings or netrc) and offline without one. A run that cannot
-    reach the server within a minute, or whose key is refused, becomes an offline run; a server that is lost later is
-    retried in the background, and for a minute at the end. Neither ends the training: a warning is logged.
 
     A kill loses what wandb's own process had not yet sent or written (up to 32 KiB). A resumed run, which keeps its id,
     is therefore first sent the missing lines of metrics.jsonl, at half a millisecond per line. Online, these are the
@@ -125,36 +91,19 @@ def open_tracking(
     Raises:
         InputError: Online is requested without an API key, WANDB_MODE is unknown, or metrics.jsonl is damaged.
     """
-    mode = _mode(tracking)
+    mode = mode_of(tracking)
     path = directory / METRICS
     directory.mkdir(parents=True, exist_ok=True)
     kept = _truncate(path, resumed_at)
-    run = None if mode == "disabled" else _start(tracking, mode, directory, settings, run_id)
-    with path.open("ab", buffering=0) as file:
-        tracker = Tracker(
-            run_id=run.id if run is not None else run_id,
-            _file=file,
-            _resumed_at=resumed_at,
-            _written={name for record in kept if record[STEP] == resumed_at for name in record},
-            _run=run,
-            _server_step=run.summary.get(STEP, 0) if run is not None and run.resumed else 0,
+    kept_here = f"all metrics are in {METRICS}"
+    given = {"step": STEP, "settings": settings, "elsewhere": kept_here, "directory": directory, "run_id": run_id}
+    with Dashboard(tracking, mode, **given) as dashboard, path.open("ab", buffering=0) as file:
+        for record in kept:
+            dashboard.send({name: math.nan if value is None else value for name, value in record.items()})
+        written = {name for record in kept if record[STEP] == resumed_at for name in record}
+        yield Tracker(
+            run_id=dashboard.run_id, _dashboard=dashboard, _file=file, _resumed_at=resumed_at, _written=written
         )
-        try:
-            for record in kept:
-                tracker._send({name: math.nan if value is None else value for name, value in record.items()})
-            yield tracker
-        except BaseException:
-            tracker._finish(exit_code=1)
-            raise
-        tracker._finish(exit_code=0)
-
-
-def _files(run: "wandb.Run") -> str:
-    return shlex.quote(str(Path(run.dir).parent))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_metrics(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
@@ -188,87 +137,6 @@ def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
         with whole_file(path, locked=True) as partial:
             partial.write_bytes(whole)
     return [record for _, record in kept]
-
-
-def _mode(tracking: TrackingConfig) -> Literal["online", "offline", "disabled"]:
-    mode, flag = tracking.mode, f"--tracking.mode {tracking.mode}"
-    if mode == "auto":
-        chosen = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-        mode, flag = {"dryrun": "offline"}.get(chosen, chosen), f"WANDB_MODE={chosen}"
-    if mode == "offline" or mode == "disabled":
-        return mode
-    if mode != "online":
-        raise InputError(f"{flag} is not a mode; set WANDB_MODE to online, offline or disabled, or unset it")
-    if not has_key():
-        raise InputError(f"{flag} needs an API key; set WANDB_API_KEY, run `wandb login`, or pass offline")
-    return "online"
-
-
-def has_key() -> bool:
-    """Returns whether wandb would find credentials, without prompting for them."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    import netrc
-
-    import wandb
-
-    settings = wandb.setup().settings
-    if settings.api_key or settings.identity_token_file:
-        return True
-    host = urlsplit(settings.base_url).netloc
-    hosts = [host, "api.wandb.ai"] if host.endswith(_WANDB_HOSTS) else [host]
-    homes = [Path(name).expanduser() for name in ("~/.netrc", "~/_netrc")]
-    netrc_path = os.environ.get("NETRC")
-    path = Path(netrc_path).expanduser() if netrc_path else next((home for home in homes if home.exists()), homes[0])
-    try:
-        logins = netrc.netrc(path)
-    except (OSError, netrc.NetrcParseError):
-        return False
-    found = [logins.authenticators(host) for host in hosts]
-    return any(login is not None and login[2] for login in found)
-
-
-def _start(
-    tracking: TrackingConfig,
-    mode: Literal["online", "offline"],
-    directory: Path,
-    settings: dict[str, Any],
-    run_id: str | None,
-) -> "wandb.Run | None":
-    """Starts or resumes the run: offline if online fails, None if that fails too."""
-    import wandb
-
-    run_id = run_id or secrets.token_hex(4)
-    quiet = wandb.Settings(
-        silent=True,
-        console="off",
-        init_timeout=_INIT_SECONDS,
-        finish_timeout=_FINISH_SECONDS,
-        finish_timeout_raises=True,
-    )
-    try:
-        run = wandb.init(
-            mode=mode,
-            project=tracking.project,
-            name=tracking.name,
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            reinit="create_new",
-            dir=directory,
-            config=settings,
-            settings=quiet,
-        )
-        run.define_metric("*", step_metric=STEP)
-    except Exception as error:  # no failure of the dashboard may end the training
-        if mode == "online":
-            logger.warning(f"{_WANDB}: not online ({_line(error)}); the run is logged offline")
-            with suppress(Exception):
-                wandb.teardown()  # its service still holds the id of the run that failed to start
-            return _start(tracking, "offline", directory, settings, run_id)
-        logger.warning(f"{_WANDB}: did not start ({_line(error)}); the metrics are in {METRICS} only")
-        return None
-    logger.info(f"{_WANDB}: {run.url if mode == 'online' else f'offline; to upload: wandb sync {_files(run)}'}")
-    return run
 
 
 def draw_curves(directory: Path) -> Path | None:

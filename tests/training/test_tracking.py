@@ -251,7 +251,7 @@ def test_a_bad_key_makes_the_run_an_offline_one_and_a_dead_dashboard_does_not_en
     with open_tracking(TrackingConfig(), directory, settings={}, resumed_at=0, run_id="abcd1234") as tracker:
         assert tracker.run_id == "abcd1234"
         tracker.log({"train/loss": 1.0}, 1)
-        tracker._run.finish()
+        tracker._dashboard._run.finish()
         tracker.log({"train/loss": 0.5}, 2)
         tracker.log({"train/loss": 0.4}, 3)
     (offline,) = directory.glob("wandb/offline-run-*-abcd1234")
