@@ -492,7 +492,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Weights & Biases logging; metrics.jsonl and curves.png are always written.
+    """Weights & Biases logging, of training and of embedding; bioscan embed has it disabled unless a mode is given.
 
     Example:
         >>> TrackingConfig(mode="offline").project
@@ -500,7 +500,7 @@ class TrackingConfig:
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online if WANDB_API_KEY or a login is found, else offline."""
+    """auto is online if WANDB_API_KEY or a login is found, else offline; disabled logs nothing there."""
     project: str = "bioscan_jax"
     """Weights & Biases project."""
     name: str | None = None

@@ -15,6 +15,9 @@ from bioscan_jax.errors import InputError, logger
 if TYPE_CHECKING:
     import wandb
 
+Mode = Literal["online", "offline", "disabled"]
+NOT_TRACKED = TrackingConfig(mode="disabled")
+
 _WANDB = "Weights & Biases"
 _INIT_SECONDS = 60.0
 _FINISH_SECONDS = 60.0
@@ -41,7 +44,7 @@ class Dashboard:
     def __init__(
         self,
         tracking: TrackingConfig,
-        mode: Literal["online", "offline", "disabled"],
+        mode: Mode,
         *,
         step: str,
         settings: Mapping[str, Any],
@@ -117,7 +120,7 @@ class Dashboard:
         return run
 
 
-def mode_of(tracking: TrackingConfig) -> Literal["online", "offline", "disabled"]:
+def mode_of(tracking: TrackingConfig) -> Mode:
     """Returns what a run does.
 
     With `auto` the environment variable WANDB_MODE decides, if set; otherwise the run is online if there is an API key

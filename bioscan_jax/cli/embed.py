@@ -13,6 +13,7 @@ def main(
     sink: config.SinkConfig,
     embed: config.EmbedConfig = config.EmbedConfig(),  # noqa: B008 - frozen
     mesh: config.MeshConfig = config.MeshConfig(),  # noqa: B008
+    tracking: config.TrackingConfig = config.TrackingConfig(mode="disabled"),  # noqa: B008
     fleet: config.FleetConfig | None = None,
     simulate: config.SimulateConfig | None = None,
     neighbours: int = 0,
@@ -26,6 +27,7 @@ def main(
         sink: Which table.
         embed: How tokens become vectors.
         mesh: Which devices.
+        tracking: Weights & Biases.
         fleet: Workers on a Ray cluster, instead of the devices of this machine.
         simulate: Simulated barcodes to embed.
         neighbours: Print this many nearest neighbours of the first row at the end.
@@ -43,7 +45,7 @@ def main(
         print(f"{data.path}: your file instead of simulated barcodes; its vectors go to the table {sink.table!r}")
     if model.checkpoint.startswith("random:"):
         print(f"{model.checkpoint}: RANDOM weights, not trained; vectors only show that the machinery runs")
-    summary = run_embed(model, data, sink, embed, mesh, fleet=fleet, profile=profile)
+    summary = run_embed(model, data, sink, embed, mesh, tracking, fleet=fleet, profile=profile)
     if fleet is not None or jax.process_index() == 0:  # with a fleet, the devices of this machine may be a worker's
         print(summary)
         described = summary.provenance.get("projection_description")

@@ -45,6 +45,12 @@ class Job:
         return self.loaded.config.hidden_size if projection is None else projection.dimension
 
     @property
+    def devices(self) -> str:
+        """How many devices there are, and of which kind."""
+        devices = self.loaded.layout.mesh.devices
+        return f"{devices.size} x {devices.flat[0].device_kind}"
+
+    @property
     def depth(self) -> int:
         """Number of layers that are computed."""
         return self.loaded.config.resolve_layer(self.embed.layer)

@@ -26,7 +26,6 @@ import grain
 import jax
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from bioscan_jax.data.encode import EncodedBlock, check_finite
 from bioscan_jax.data.parquet import Block
@@ -45,6 +44,7 @@ from bioscan_jax.embedding.block import (
 )
 from bioscan_jax.embedding.dispatch import Dispatcher
 from bioscan_jax.embedding.job import Job
+from bioscan_jax.embedding.progress import RunProgress
 from bioscan_jax.embedding.repeats import PreparedBlock, VectorCache, Window, first_rows, window_blocks
 from bioscan_jax.embedding.summary import DeviceActivity, StageClock
 from bioscan_jax.table.sink import VectorTable
@@ -98,7 +98,7 @@ def run_rounds(
     table: VectorTable | None,
     work: Work,
     stop: StopRequest,
-    bar: tqdm,
+    progress: RunProgress,
     clock: StageClock,
     profiler: StepProfiler,
 ) -> None:
@@ -119,7 +119,7 @@ def run_rounds(
         closing(blocks),
         _stop_on_failure(work),
     ):
-        writer = _Writer(job, work, table, cache, stop, bar, clock)
+        writer = _Writer(job, work, table, cache, stop, progress, clock)
         for _ in range(first, len(job.source), processes):
             with clock.stage("wait for input"):
                 item = next(blocks, None)
@@ -201,7 +201,7 @@ class _Writer:
     table: VectorTable | None
     cache: VectorCache
     stop: StopRequest
-    bar: tqdm
+    progress: RunProgress
     clock: StageClock
     last_commit: float = field(default_factory=time.perf_counter)
 
@@ -278,5 +278,5 @@ class _Writer:
                 fragments = [fragment for part in parts for fragment in part.fragments]
                 self.table.append_fragments(parts[-1].stop, fragments, sum(part.rows for part in parts), rejects)
                 work.first_commit = work.first_commit or time.perf_counter()
-                self.bar.update(parts[-1].stop - self.bar.n)
+                self.progress.update(parts[-1].stop, self.table, work.tally.counts.distinct)
         work.safe_rows = parts[-1].stop

@@ -14,6 +14,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import CleaningCounts
 from bioscan_jax.barcodes.lineage import LineageSurvey, lineage_columns
 from bioscan_jax.checkpoints.load import load_weights
+from bioscan_jax.dashboard import NOT_TRACKED, mode_of
 from bioscan_jax.data.encode import NOT_FINITE, BlockCounts
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
 from bioscan_jax.devices.hosts import gather_bytes, propagate_failure
@@ -25,6 +26,7 @@ from bioscan_jax.embedding.block import Tally
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.job import Job, prepare, scratch_directory
 from bioscan_jax.embedding.pipeline import Work, run_rounds
+from bioscan_jax.embedding.progress import open_progress
 from bioscan_jax.embedding.summary import RunSummary, StageClock, peak_device_bytes, peak_host_bytes, versions
 from bioscan_jax.errors import InputError, Interrupted, logger
 from bioscan_jax.location import write_whole
@@ -44,6 +46,7 @@ def embed(
     sink: config.SinkConfig,
     embed: config.EmbedConfig | None = None,
     mesh: config.MeshConfig | None = None,
+    tracking: config.TrackingConfig | None = None,
     *,
     progress: bool = True,
     profile: str | None = None,
@@ -55,7 +58,7 @@ def embed(
         with progress_bar(unit="B", unit_scale=True, desc="load weights", disable=not shown, leave=False) as bar:
             return Encoder(loaded=load_weights(model, layout, on_bytes=bar.update))
 
-    return embed_with(make_encoder, data, sink, embed, mesh, progress=progress, profile=profile)
+    return embed_with(make_encoder, data, sink, embed, mesh, tracking, progress=progress, profile=profile)
 
 
 _MEMORY = "lower --data.block_rows or --embed.cache_rows, or take a machine with more memory; bioscan doctor compares"
@@ -69,6 +72,7 @@ def embed_with(
     sink: config.SinkConfig,
     embed: config.EmbedConfig | None = None,
     mesh: config.MeshConfig | None = None,
+    tracking: config.TrackingConfig | None = None,
     *,
     progress: bool = True,
     profile: str | None = None,
@@ -77,6 +81,8 @@ def embed_with(
     embed, mesh = embed or config.EmbedConfig(), mesh or config.MeshConfig()
     clock, begun = StageClock(), time.perf_counter()
     start_devices(mesh)
+    tracking = tracking or NOT_TRACKED
+    mode = mode_of(tracking) if jax.process_index() == 0 else "disabled"
     progress = progress and jax.process_index() == 0
     with ExitStack() as held:
         profiler = held.enter_context(StepProfiler(profile, "embed"))
@@ -101,11 +107,20 @@ def embed_with(
         resumed, vectors, not_finite = json.loads(gather_bytes(json.dumps(begun_at).encode())[0])
         work = Work(resumed, vectors + not_finite, not_finite)
         stop = held.enter_context(stop_on_signals())
-        bar = held.enter_context(
-            progress_bar(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress)
+        opened = open_progress(
+            tracking,
+            mode,
+            sink,
+            rows=source.rows,
+            resumed=resumed,
+            plan=job.plan,
+            settings={"provenance": job.provenance, "devices": job.devices, "processes": jax.process_count()},
+            shown=progress,
         )
-        run_rounds(job, table, work, stop, bar, clock, profiler)
-        bar.close()
+        shown = held.enter_context(opened)
+        run_rounds(job, table, work, stop, shown, clock, profiler)
+        if table is not None:
+            shown.update(work.safe_rows, table, work.tally.counts.distinct, last=True)
         if work.stopping and work.safe_rows < source.rows:
             raise stopped(source, sink, work.safe_rows, stop)
         index = None if table is None else finish_table(table, sink, clock)
@@ -225,7 +240,6 @@ def _summary(
     begun: float,
 ) -> RunSummary:
     total = time.perf_counter() - begun
-    devices = job.loaded.layout.mesh.devices
     return RunSummary(
         table=table_path(job.sink.uri, job.sink.table),
         rows=job.source.rows,
@@ -243,7 +257,7 @@ def _summary(
         seconds_to_first_commit=None if work.first_commit is None else work.first_commit - begun,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(),
-        devices=f"{devices.size} x {devices.flat[0].device_kind}",
+        devices=job.devices,
         processes=jax.process_count(),
         versions=versions(),
         provenance=job.loaded.facts,

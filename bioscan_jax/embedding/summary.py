@@ -281,19 +281,18 @@ def peak_device_bytes() -> int | None:
     return max(peaks) if peaks else None
 
 
-def device_bytes_in_use() -> int | None:
-    """Returns the memory now in use on the fullest local device, where the platform reports it."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    used = [s["bytes_in_use"] for s in stats if "bytes_in_use" in s]
-    return max(used) if used else None
-
-
 def resident_bytes() -> int:
     """Returns the memory of this process now; its peak where the system has no /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_host_bytes()
+
+
+def bytes_in_use() -> int:
+    """Returns the memory now in use on the fullest local device; that of this process where the platform has no figure."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((s["bytes_in_use"] for s in stats if "bytes_in_use" in s), default=resident_bytes())
 
 
 def versions() -> dict[str, str]:

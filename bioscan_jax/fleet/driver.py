@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from bioscan_jax import config
+from bioscan_jax.dashboard import mode_of
 from bioscan_jax.data.encode import NOT_FINITE
 from bioscan_jax.data.files import DEMO
 from bioscan_jax.data.parquet import ParquetBlocks, check_unique_ids, open_source
@@ -22,6 +22,7 @@ from bioscan_jax.devices.interrupt import StopRequest, stop_on_signals
 from bioscan_jax.embedding.block import Part, Tally
 from bioscan_jax.embedding.job import scratch_directory
 from bioscan_jax.embedding.pipeline import SECONDS_TO_STOP, Work
+from bioscan_jax.embedding.progress import RunProgress, open_progress
 from bioscan_jax.embedding.repeats import window_blocks
 from bioscan_jax.embedding.run import finish_table, input_notes, opened_table, stopped, write_record
 from bioscan_jax.embedding.summary import FleetFigures, RunSummary, StageClock, peak_host_bytes, versions
@@ -31,7 +32,7 @@ from bioscan_jax.fleet.naming import Naming
 from bioscan_jax.fleet.orders import Earlier, Facts, Order, Settings, Written
 from bioscan_jax.fleet.schedule import BLOCKS_AHEAD, Schedule
 from bioscan_jax.location import is_remote, local_directory, locate, write_whole
-from bioscan_jax.notebook import progress_bar, same_again
+from bioscan_jax.notebook import same_again
 from bioscan_jax.table.columns import vector_schema
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.plan import Plan
@@ -51,6 +52,7 @@ def embed_by_fleet(
     sink: config.SinkConfig,
     embed: config.EmbedConfig,
     mesh: config.MeshConfig,
+    tracking: config.TrackingConfig,
     fleet: config.FleetConfig,
     *,
     progress: bool = True,
@@ -63,6 +65,7 @@ def embed_by_fleet(
     """
     if mesh.distributed:
         raise InputError("--mesh.distributed joins processes to one job, --fleet needs none; leave one out")
+    mode = mode_of(tracking)
     clock, begun = StageClock(), time.perf_counter()
     model, data, sink = absolute(model, data, sink)
     with ExitStack() as held:
@@ -88,13 +91,21 @@ def embed_by_fleet(
         table = held.enter_context(opened)
         resumed, not_finite = table.safe_rows, table.count_rejects(NOT_FINITE)
         work = Work(resumed, table.vectors + not_finite, not_finite)
-        bar = held.enter_context(
-            progress_bar(total=source.rows, initial=resumed, unit="row", desc="embed", disable=not progress)
+        opened = open_progress(
+            tracking,
+            mode,
+            sink,
+            rows=source.rows,
+            resumed=resumed,
+            plan=Plan(facts.plan),
+            settings={"provenance": facts.provenance, "devices": facts.devices, "fleet": dataclasses.asdict(fleet)},
+            shown=progress,
         )
-        run = Run(cluster, source, embed, sink, fleet, facts, table, work, bar, clock)
+        shown = held.enter_context(opened)
+        run = Run(cluster, source, embed, sink, fleet, facts, table, work, shown, clock)
         if resumed < source.rows:
             run.until_finished(stop)
-        bar.close()
+        run.show(last=True)
         cluster.end()
         if work.safe_rows < source.rows:
             raise stopped(source, sink, work.safe_rows, stop)
@@ -169,11 +180,11 @@ class Run:
         facts: Facts,
         table: VectorTable,
         work: Work,
-        bar: tqdm,
+        progress: RunProgress,
         clock: StageClock,
     ) -> None:
         self._cluster, self._source, self._sink, self._facts = cluster, source, sink, facts
-        self._table, self._work, self._bar, self._clock = table, work, bar, clock
+        self._table, self._work, self._progress, self._clock = table, work, progress, clock
         self._fleet = fleet
         self._window = window_blocks(embed, source.block_rows)
         self._schedule = Schedule(range(table.next_block, len(source)), blocks_ahead=self._bound)
@@ -369,8 +380,12 @@ class Run:
             self._orders.pop(block, None)
         for block in [block for block in self._earlier if block < self._schedule.frontier - self._window]:
             del self._earlier[block]
-        self._bar.update(work.safe_rows - self._bar.n)
-        self._bar.set_postfix_str(f"{len(self._cluster.ready)} workers")
+        self.show()
+
+    def show(self, *, last: bool = False) -> None:
+        """Shows how far the run is."""
+        work, workers = self._work, len(self._cluster.ready)
+        self._progress.update(work.safe_rows, self._table, work.tally.counts.distinct, workers=workers, last=last)
 
     def summary(self, resumed: int, index: str, begun: float) -> RunSummary:
         """Describes the run."""

@@ -1,6 +1,7 @@
 """Embeds an input into a table, on the devices of this process or on the workers of a fleet."""
 
 from bioscan_jax import config
+from bioscan_jax.dashboard import NOT_TRACKED
 from bioscan_jax.embedding import run
 from bioscan_jax.embedding.summary import RunSummary
 from bioscan_jax.errors import InputError
@@ -12,6 +13,7 @@ def embed(
     sink: config.SinkConfig,
     embed: config.EmbedConfig | None = None,
     mesh: config.MeshConfig | None = None,
+    tracking: config.TrackingConfig | None = None,
     *,
     fleet: config.FleetConfig | None = None,
     progress: bool = True,
@@ -25,6 +27,7 @@ def embed(
         sink: Which table.
         embed: Pooling and batching.
         mesh: Devices; those of each worker, with a fleet.
+        tracking: Weights & Biases; disabled if absent.
         fleet: The workers of a Ray cluster to embed on; this process's devices if absent. Rows are the same either way,
             to the last bit on one kind of device.
         progress: Show bars on the terminal.
@@ -43,10 +46,10 @@ def embed(
         2
     """
     if fleet is None:
-        return run.embed(model, data, sink, embed, mesh, progress=progress, profile=profile)
+        return run.embed(model, data, sink, embed, mesh, tracking, progress=progress, profile=profile)
     from bioscan_jax.fleet.driver import embed_by_fleet
 
     if profile is not None:
         raise InputError("--profile traces this process, which has no device in a fleet; leave it out")
-    settings = embed or config.EmbedConfig(), mesh or config.MeshConfig()
+    settings = embed or config.EmbedConfig(), mesh or config.MeshConfig(), tracking or NOT_TRACKED
     return embed_by_fleet(model, data, sink, *settings, fleet, progress=progress)

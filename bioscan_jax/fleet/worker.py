@@ -70,14 +70,13 @@ class Worker:
         except InputError as error:
             return Refusal(reason=str(error))
         self._activity.resume()
-        devices = job.loaded.layout.mesh.devices
         return Facts(
             plan=job.plan.facts,
             provenance=job.provenance,
             model=job.loaded.facts,
             schema=job.schema,
             encoding=job.blocks.encoding,
-            devices=f"{devices.size} x {devices.flat[0].device_kind}",
+            devices=job.devices,
             shapes=[(shape.rows, shape.tokens) for shape in job.blocks.shapes],
             probe=probe,
             load_seconds=time.perf_counter() - begun,

@@ -26,7 +26,7 @@ from bioscan_jax.devices.interrupt import StopRequest
 from bioscan_jax.devices.memory import is_out_of_memory, out_of_memory
 from bioscan_jax.devices.profiling import StepProfiler
 from bioscan_jax.embedding.fitting import advise_batch_tokens
-from bioscan_jax.embedding.summary import device_bytes_in_use, resident_bytes
+from bioscan_jax.embedding.summary import bytes_in_use
 from bioscan_jax.errors import InputError, Interrupted
 from bioscan_jax.model.classifier import Arrays
 from bioscan_jax.notebook import same_again
@@ -253,8 +253,7 @@ class _MetricsWindow:
         metrics |= {name: sums[name] / steps for name in sums if name.startswith("metrics/")}
         devices = setup.model.layout.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind)
-        used = device_bytes_in_use()
-        metrics["hardware/memory_used_gb"] = (used if used is not None else resident_bytes()) / 1e9
+        metrics["hardware/memory_used_gb"] = bytes_in_use() / 1e9
         if self._rows:
             metrics["hardware/throughput_seqs_per_sec"] = self._rows / seconds
         if peak is not None:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.commands import call
+from support.dashboards import hide_credentials, history
 from support.embed_runs import BLOCK_ROWS, Table, lines, rows_there, run, unnamed_files, write_input
 from support.fleets import script_command, start_driver
 from support.places import TESTS
@@ -145,8 +146,10 @@ def test_killed_workers_nodes_and_drivers_leave_the_table_of_one_process(tmp_pat
 
 
 @pytest.mark.fleet
-def test_a_fleet_goes_on_from_a_table_and_stops_when_asked(tmp_path):
-    """A stop keeps what is finished; another run goes on, to the table of one process."""
+def test_a_fleet_goes_on_from_a_table_and_stops_when_asked(tmp_path, monkeypatch):
+    """A stop keeps what is finished; another run goes on, to the table of one process, and says so to Weights & Biases."""
+    hide_credentials(tmp_path, monkeypatch)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     data, uri, log = write_input(tmp_path / "input", ROWS), tmp_path / "fleet", tmp_path / "stderr"
     settings = {"data__block_rows": BLOCK_ROWS, "embed__cache_rows": 3 * BLOCK_ROWS}
     single = run(script_command(data, tmp_path / "single", **settings))
@@ -169,11 +172,14 @@ def test_a_fleet_goes_on_from_a_table_and_stops_when_asked(tmp_path):
     nothing.communicate(timeout=120)
     assert nothing.returncode == 2
     assert "no machine of the cluster has 4 TPU" in lines(log.read_text())[-1]
-    driver = begin()
+    driver = begin("--tracking.mode=offline")
     summary = driver.communicate(timeout=120)[0].decode()
     assert driver.returncode == 0, log.read_text()
     assert f"3,000 ({safe:,} of them before this run)" in summary
     assert "1 workers, " in summary
+    (directory,) = tmp_path.glob("wandb/offline-run-*")
+    last = history(directory)[-1]
+    assert (last["embed/rows_done"], last["embed/rows_pending"], last["embed/workers"]) == (ROWS, 0, 1)
     assert Table.read(uri).differences(Table.read(tmp_path / "single")) == []
     assert unnamed_files(uri) == []
 

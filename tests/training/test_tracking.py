@@ -5,13 +5,13 @@ import logging
 import math
 import resource
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.dashboards import hide_credentials, history, stored
 
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.config import TrackingConfig
@@ -23,11 +23,7 @@ DISABLED = TrackingConfig(mode="disabled")
 
 @pytest.fixture(autouse=True)
 def _no_credentials(tmp_path, monkeypatch):
-    """The tests must not find the key of the person who runs them."""
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-config"))
+    hide_credentials(tmp_path, monkeypatch)
 
 
 def write(directory, steps, *, resumed_at=0, numbers=lambda step: {"train/loss": 1 / (step + 1)}, tracking=DISABLED):
@@ -148,42 +144,6 @@ def test_online_without_a_key_is_refused_before_anything_is_written(tmp_path, mo
     with pytest.raises(InputError, match=message):
         write(tmp_path / "run", [1], tracking=TrackingConfig(mode=asked))
     assert not (tmp_path / "run").exists()
-
-
-def stored(directory):
-    """Reads the records of a finished offline run once wandb's own process has written them all."""
-    (path,) = directory.glob("run-*.wandb")
-    while not (found := parsed(path.read_bytes()))["exit"]:
-        time.sleep(0.05)
-    return found
-
-
-def parsed(log):
-    """Records by kind: protobuf in LevelDB's log format, after 7 bytes of wandb's own."""
-    from wandb.proto import wandb_internal_pb2
-
-    at, parts, found = 7, [], []
-    while at + 7 <= len(log):
-        block_left = 32768 - at % 32768
-        if block_left < 7:
-            at += block_left
-            continue
-        length, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
-        parts.append(log[at + 7 : at + 7 + length])
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            found.append(wandb_internal_pb2.Record.FromString(b"".join(parts)))
-            parts = []
-    return {
-        kind: [getattr(r, kind) for r in found if r.HasField(kind)] for kind in ("run", "metric", "history", "exit")
-    }
-
-
-def history(directory):
-    rows = [
-        {item.nested_key[0]: json.loads(item.value_json) for item in row.item} for row in stored(directory)["history"]
-    ]
-    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
 
 
 def test_each_offline_run_of_one_id_holds_all_metrics_from_the_first_step(tmp_path, capfd, caplog):
