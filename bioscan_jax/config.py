@@ -109,7 +109,10 @@ class MeshConfig:
     process_id: int | None = None
     """Number of this process, from 0; found automatically as above."""
     compilation_cache: str | None = "~/.cache/bioscan_jax/xla"
-    """Directory or URL that keeps compiled programs; null disables it, JAX_COMPILATION_CACHE_DIR overrides it."""
+    """Directory or URL that keeps compiled programs; null disables it, JAX_COMPILATION_CACHE_DIR overrides it.
+
+    In a directory they take at most 2 GiB, or JAX_COMPILATION_CACHE_MAX_SIZE bytes (-1: no bound).
+    """
 
     def __post_init__(self) -> None:
         _at_least("mesh.model", self.model, 1)

@@ -12,9 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bioscan_jax import config
+from bioscan_jax.devices.compile_cache import use_compile_cache
 from bioscan_jax.devices.hosts import initialize_distributed
 from bioscan_jax.errors import InputError
-from bioscan_jax.location import local_directory, locate
 
 Axes = tuple[str | None, ...]
 """Logical axis of each dimension of an array: batch, layer, vocab, position, hidden, heads, mlp, taxa or None."""
@@ -23,7 +23,6 @@ Tree = TypeVar("Tree")
 _TENSOR_PARALLEL = {"heads": "model", "mlp": "model"}
 _FULLY_SHARDED = {"hidden": "data"}
 _CLASSES = {"taxa": "data"}
-_JAX_STORES = ("gs://", "s3://", "az://")
 
 
 @dataclass(frozen=True)
@@ -170,25 +169,9 @@ def make_layout(mesh: config.MeshConfig, *, local: bool = False) -> Layout:
 def start_devices(mesh: config.MeshConfig) -> None:
     """Sets up the compilation cache and the connection between processes; call it before any device is used."""
     if mesh.compilation_cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", _cache_place(mesh.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        use_compile_cache(mesh.compilation_cache)
     if mesh.distributed:
         initialize_distributed(mesh)
-
-
-def _cache_place(cache: str) -> str:
-    """Returns the directory or URL of the compilation cache as JAX takes it.
-
-    Raises:
-        InputError: JAX cannot write there.
-    """
-    local = local_directory(cache, flag="mesh.compilation_cache")
-    if local is not None:
-        return str(local)
-    if not cache.startswith(_JAX_STORES):
-        raise InputError(f"--mesh.compilation_cache {cache}: JAX writes to {', '.join(_JAX_STORES)} or a directory")
-    locate(cache, "mesh.compilation_cache")
-    return cache
 
 
 def compute_dtype(wanted: Literal["auto", "bfloat16", "float32"]) -> jax.typing.DTypeLike:

@@ -25,6 +25,7 @@ from bioscan_jax.checkpoints.hub import DEFAULT, cached_checkpoint
 from bioscan_jax.checkpoints.load import RANDOM
 from bioscan_jax.dashboard import has_key
 from bioscan_jax.data.files import find_files
+from bioscan_jax.devices.compile_cache import MOST_BYTES
 from bioscan_jax.devices.memory import Memory, host_memory
 from bioscan_jax.embedding.fitting import NO_ROW_FITS
 from bioscan_jax.embedding.summary import VERSIONED
@@ -272,7 +273,9 @@ def _caches(run: Run) -> Iterator[Finding]:
     elif is_remote(compiled):
         yield Finding("compile cache", "ok", f"{compiled}: not on this machine")
     else:
-        yield _cache("compile cache", Path(compiled).expanduser(), "it may be removed at any time")
+        ours = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+        bound = f"at most {MOST_BYTES >> 30} GiB (JAX_COMPILATION_CACHE_MAX_SIZE); " if ours else ""
+        yield _cache("compile cache", Path(compiled).expanduser(), f"{bound}it may be removed at any time")
     try:
         bound = f"at most {cache_bound() / 1e9:g} GB ({BOUND})"
     except InputError as error:
