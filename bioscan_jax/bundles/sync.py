@@ -167,6 +167,8 @@ def sync(
         raise InputError(f"--source {source}: there is no such directory; is the disk mounted?")
     if isinstance(goal, Directory):
         check_mounted(goal.root, "target")
+        if isinstance(origin, Directory):
+            _check_apart(origin.root.resolve(), goal.root.resolve())
     sizes, there = origin.sizes(), goal.sizes()
     pulls = is_copy(sizes)
     _check_sides(origin, sizes, goal, there, beside)
@@ -205,6 +207,13 @@ def sync(
 def _some(paths: Sequence[str], most: int = 3) -> str:
     more = f" and {len(paths) - most:,} more" if len(paths) > most else ""
     return ", ".join(paths[:most]) + more
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Raises InputError if one directory holds the other, whose files would then be copied, too, and again each time."""
+    if source == target or source in target.parents or target in source.parents:
+        how = "is" if source == target else "lies in" if source in target.parents else "holds"
+        raise InputError(f"--target {target} {how} --source {source}; pass a place outside it")
 
 
 def _check_sides(
@@ -288,7 +297,7 @@ class _State:
         else:
             directory = cache_directory() / "sync" / hashlib.sha256(folder.name.encode()).hexdigest()[:16] / key
         state = _State(directory)
-        with storage_errors(str(directory), flag="--source"):
+        with storage_errors(str(directory), flag="folder"):
             directory.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
                 found = json.loads(state._file.read_bytes())
@@ -659,7 +668,7 @@ class _Run:
             with storage_errors(str(file), flag="--source"):
                 if sha256_of(file) == one.sha256:
                     return file, True
-            raise InputError(f"{file} is damaged; sync the copy from its source again")
+            raise InputError(f"{file} is damaged; remove it, then sync the copy from its source again")
         goal = self.state.incoming / one.sha256
         if goal.exists() and sha256_of(goal) == one.sha256:
             return goal, False
@@ -673,7 +682,7 @@ class _Run:
                     scratch.rmdir()
                     return goal, True
             logger.warning(f"{self.place.name}/{one.path} did not arrive intact; fetching it again")
-        raise InputError(f"{self.place.name}/{one.path} is damaged; sync the copy from its source again")
+        raise InputError(f"{self.place.name}/{one.path} is damaged; remove it, then sync the copy from its source again")
 
     def _delete(self, path: str) -> None:
         """Deletes a table or file of the folder."""

@@ -46,6 +46,7 @@ DISK_SECONDS = 10.0
 _GIB = 2**30
 _LITTLE_MEMORY = 2 * _GIB
 _LITTLE_SPACE = 2 * _GIB
+_NO_SPACE = 64 << 20
 _GOOGLE, _NVIDIA = "0x1ae0", "0x10de"
 _TPUS = {"0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 """PCI devices of Google that are TPUs (v2 and v3, v4, v5p, v5e, v6e, v7), as in jax._src.hardware_utils."""
@@ -311,8 +312,8 @@ def _space(run: Run) -> Iterator[Finding]:
             yield Finding("space", "problem", f"{flag} {place}: {existing} may not be written", "pass another place")
         elif device not in seen:
             text = f"{free / 1e9:.1f} GB free at {existing} ({flag})"
-            little = free < _LITTLE_SPACE
-            yield Finding("space", "warning" if little else "ok", text, "free space or pass another place" * little)
+            level = "problem" if free < _NO_SPACE else "warning" if free < _LITTLE_SPACE else "ok"
+            yield Finding("space", level, text, "" if level == "ok" else "free space or pass another place")
         seen.add(device)
 
 

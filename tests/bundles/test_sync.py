@@ -209,7 +209,7 @@ def test_damage_in_the_copy_is_noticed_and_repaired(folder, tmp_path):
     data = bytearray((copy / first).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / first).write_bytes(data)
-    refused("vector-.* is damaged; sync the copy from its source again", copy, tmp_path / "laptop")
+    refused("vector-.* is damaged; remove it, then sync the copy from its source again", copy, tmp_path / "laptop")
     assert not (tmp_path / "laptop" / TABLE).exists()
     (copy / first).unlink()
     (copy / second).unlink()
@@ -349,6 +349,9 @@ def test_what_is_neither_a_folder_nor_its_copy_is_refused(folder, tmp_path):
     (tmp_path / "full" / "thesis.docx").write_text("mine")
     refused("holds other files .'thesis.docx'.; pass a new or empty place", folder, tmp_path / "full")
     refused("there is no such directory; is the disk mounted", tmp_path / "none", copy)
+    refused("holds --source .*; pass a place outside it", folder, tmp_path)
+    refused("lies in --source .*; pass a place outside it", folder, folder / "copy")
+    refused("is --source .*; pass a place outside it", folder, folder)
     shutil.copytree(copy, tmp_path / "second")
     refused("are both copies", copy, tmp_path / "second")
     refused("--with adds files to a copy", copy, tmp_path / "laptop", beside=[str(folder / "report.html")])

@@ -144,6 +144,12 @@ def test_room_is_that_of_the_nearest_directory(tmp_path):
     assert levels[0] != "problem"
 
 
+@pytest.mark.parametrize(("free", "level"), [(10 << 20, "problem"), (1 << 30, "warning"), (1 << 40, "ok")])
+def test_a_disk_without_room_is_a_problem(monkeypatch, free, level):
+    monkeypatch.setattr(doctor, "_room", lambda directory: (directory, 1, free, True))
+    assert next(iter(doctor._space(Run(sink=config.SinkConfig(uri="db"))))).level == level
+
+
 def test_an_input_that_is_not_there_is_a_problem(tmp_path):
     (tmp_path / "x.fasta").write_text(">a\nACGT\n")
     assert doctor._input(str(tmp_path / "x.fasta")).level == "ok"
