@@ -682,7 +682,9 @@ class _Run:
                     scratch.rmdir()
                     return goal, True
             logger.warning(f"{self.place.name}/{one.path} did not arrive intact; fetching it again")
-        raise InputError(f"{self.place.name}/{one.path} is damaged; remove it, then sync the copy from its source again")
+        raise InputError(
+            f"{self.place.name}/{one.path} is damaged; remove it, then sync the copy from its source again"
+        )
 
     def _delete(self, path: str) -> None:
         """Deletes a table or file of the folder."""
