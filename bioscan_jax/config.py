@@ -441,7 +441,11 @@ class TrainConfig:
     rows_per_species: int = 2
     """Rows of a species that come together; for sampler genera."""
     patience: int | None = None
-    """Stop after this many epochs without a lower validation loss; if absent, train all epochs."""
+    """Stop after this many epochs without a lower validation loss; if absent, train all epochs.
+
+    The validation loss, by which the best parameters are chosen, too, is that of the heads: a contrastive loss depends
+    on which rows share a batch, and is not part of it.
+    """
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     seed: int = 0

@@ -187,11 +187,13 @@ def _summed(lineages: pa.Table) -> pa.Table:
 
 def _lookup(lineages: Sequence[pa.Array], names: Sequence[pa.Array]) -> Int32[np.ndarray, "rows 7"]:
     """Returns the index of each name in `names`, -1 if it is null or not among them."""
-    codes = []
-    for column, known in zip(lineages, names, strict=True):
-        found = pc.call_function("index_in", [column], pc.SetLookupOptions(known, skip_nulls=True))
-        codes.append(found.fill_null(-1).to_numpy())
-    return np.stack(codes, axis=1)
+    return np.stack([name_codes(*pair) for pair in zip(lineages, names, strict=True)], axis=1)
+
+
+def name_codes(column: pa.Array, names: pa.Array) -> Int32[np.ndarray, " rows"]:
+    """Returns the index of each value in `names`; -1 where it is null or absent."""
+    found = pc.call_function("index_in", [column], pc.SetLookupOptions(names, skip_nulls=True))
+    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
 
 
 def _follow(stated: Int32[np.ndarray, "rows 7"], paths: Sequence[np.ndarray]) -> Int32[np.ndarray, "rows 7"]:

@@ -12,11 +12,11 @@ import pyarrow as pa
 
 # pyarrow.compute defines most of its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
-import pyarrow.compute as pc
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, UInt64
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
+from bioscan_jax.barcodes.labels import name_codes
 from bioscan_jax.barcodes.lineage import RANKS, coded_lineages, lineage_columns, missing_lineages
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.reading import check_condition, open_existing, schema_metadata, take_rows
@@ -382,12 +382,6 @@ def fill_gaps(lineages: Int32[np.ndarray, "lineages 7"]) -> Int32[np.ndarray, "l
         if len(most) == 1:
             filled[row, :end] = most[0]
     return filled
-
-
-def name_codes(column: pa.Array, names: pa.Array) -> Int32[np.ndarray, " rows"]:
-    """Returns the index of each value in `names`; -1 where it is null or absent."""
-    found = pc.call_function("index_in", [column], pc.SetLookupOptions(names, skip_nulls=True))
-    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
 
 
 def open_reference(given: config.ReferenceConfig, condition: str | None = None) -> Reference:

@@ -8,7 +8,7 @@ grain iterates, prefetches in threads and holds the state of the iterator. The o
 shuffle and batch know neither batches of similar length nor sampling by probability, and would change earlier runs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -136,6 +136,23 @@ def genus_order(
     return batches
 
 
+def sampler(
+    rows: Int64[np.ndarray, " rows"],
+    tokens: Int[np.ndarray, " rows"],
+    labels: Int32[np.ndarray, "rows 7"] | None,
+    train: config.TrainConfig,
+) -> Callable[..., Int64[np.ndarray, "steps batch"]]:
+    """Returns the function from `epoch`, counted from 0, to the rows of each of its batches, as the settings want them."""
+    same = {"batch_size": train.batch_size, "seed": train.seed}
+    if train.sampler == "genera" and labels is not None:
+        together = {"species": train.species_per_genus, "individuals": train.rows_per_species}
+        return partial(genus_order, rows, labels, **same, **together)
+    probability = None
+    if train.balance != "none" and labels is not None:
+        probability = balanced_probabilities(labels, train.balance)
+    return partial(epoch_order, rows, tokens, **same, probability=probability)
+
+
 def balanced_probabilities(labels: Int32[np.ndarray, "rows 7"], rank: str) -> Float64[np.ndarray, " rows"]:
     """Returns sampling probabilities of the rows such that each taxon of a rank is drawn equally often.
 
@@ -207,15 +224,8 @@ class TrainingBatches:
         self._tokens = np.minimum(examples.tokens[self.rows], max_tokens)
         longest = min(max_tokens, -(-int(self._tokens.max()) // WIDTH_STEP) * WIDTH_STEP)
         self.widths = choose_widths(self._tokens, longest, train.max_shapes)
-        same = {"batch_size": train.batch_size, "seed": train.seed}
-        if train.sampler == "genera" and examples.labels is not None:
-            together = {"species": train.species_per_genus, "individuals": train.rows_per_species}
-            order = partial(genus_order, self.rows, examples.labels[self.rows], **same, **together)
-        else:
-            probability = None
-            if train.balance != "none" and examples.labels is not None:
-                probability = balanced_probabilities(examples.labels[self.rows], train.balance)
-            order = partial(epoch_order, self.rows, self._tokens, **same, probability=probability)
+        labels = None if examples.labels is None else examples.labels[self.rows]
+        order = sampler(self.rows, self._tokens, labels, train)
         # Where an epoch ends, batches of two epochs are prepared at the same time.
         self._order_of = lru_cache(maxsize=2)(lambda epoch: order(epoch=epoch))
         self.steps_per_epoch = len(self._order_of(0))

@@ -22,13 +22,13 @@ from benchmarks.figures import Cell, Figures, at_least, rounded
 from benchmarks.identifying import simulated_files
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean, reverse_complement, row_blocks, string_bytes
+from bioscan_jax.barcodes.labels import name_codes
 from bioscan_jax.barcodes.lineage import RANKS, read_lineages
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.load import load
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.neighbours import Neighbours, exact_in_blocks, unit
 from bioscan_jax.matching.queries import open_queries
-from bioscan_jax.matching.reference import name_codes
 
 SPLITS = ("test_seen", "test_unseen_species", "test_unseen_genus")
 """Species that the reference has; species that it lacks, of genera that it has; genera that it lacks."""

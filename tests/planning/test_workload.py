@@ -48,12 +48,14 @@ def test_embedding_as_predicted(barcodes, tmp_path):
     assert {(shape.rows, shape.tokens) for shape in predicted.batches} == set(map(tuple, done.shapes))
 
 
-def test_training_as_predicted(barcodes, tmp_path):
+@pytest.mark.parametrize("sampling", [{}, {"sampler": "genera", "rows_per_species": 4}, {"balance": "genus"}])
+def test_training_as_predicted(barcodes, tmp_path, sampling):
     wanted = config.ExamplesConfig(path=str(barcodes), max_tokens=64, validation=0.0)
-    train = config.TrainConfig(epochs=1, batch_size=16, max_shapes=3, reverse_complement=0.0, subsequence=0.0)
+    still = {"reverse_complement": 0.0, "subsequence": 0.0}
+    train = config.TrainConfig(epochs=1, batch_size=16, max_shapes=3, **still, **sampling)
     predicted = training_workload(wanted, train, TINY)
     source, vocabulary = open_source(DataConfig(path=str(barcodes)), scratch=None), Vocabulary.published("v2")
-    examples = prepare_examples(source, wanted, vocabulary, tmp_path, labelled=False)
+    examples = prepare_examples(source, wanted, vocabulary, tmp_path, labelled=bool(sampling))
     batches = TrainingBatches(examples, train, vocabulary, 64)
     assert (predicted.rows, predicted.vectors) == (120, 118)
     assert predicted.batches == Counter(BatchShape(*batches[step].ids.shape) for step in range(len(batches)))
