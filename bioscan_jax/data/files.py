@@ -8,9 +8,9 @@ import os
 import posixpath
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -89,6 +89,8 @@ class Files:
     """Absolute local paths, or paths within `filesystem`; sorted."""
     filesystem: AbstractFileSystem | None = None
     """Where the files are; None for the local disk."""
+    directory: str = ""
+    """The directory that was named, or that of the file or glob that was."""
 
     @cached_property
     def _parent(self) -> str:
@@ -127,7 +129,7 @@ class Files:
 
     def folders(self, path: str) -> dict[str, str | None]:
         """Returns names and values of a file's `key=value` folders; see `key_value_folders`."""
-        return key_value_folders(path, self._parent)
+        return key_value_folders(path, self.directory)
 
     def arrow_source(self, path: str, size: int) -> str | pa.PythonFile:
         """Returns what Arrow reads a file of `size` bytes from: the path if local, else a Python file."""
@@ -199,7 +201,7 @@ def find_files(path: str) -> Files:
         shown = root if local else path
         if not sizes:
             raise InputError(f"nothing found at {shown}; expected {_ACCEPTED}, a directory or a glob of such files")
-        found = Files("parquet", tuple(sorted(sizes)), None if local else filesystem)
+        found = Files("parquet", tuple(sorted(sizes)), None if local else filesystem, _directory(root, sizes))
         kinds, left = _kinds(found, walked, named=list(sizes) == [root])
         if not kinds:
             raise InputError(
@@ -208,7 +210,7 @@ def find_files(path: str) -> Files:
             )
         if left:
             logger.warning(printable(f"{shown}: left out {_named(left)}; expected {_ACCEPTED}"))
-        found = Files("parquet", tuple(kinds), found.filesystem)
+        found = replace(found, paths=tuple(kinds))
     except InputError:
         raise
     except OSError as error:
@@ -224,7 +226,15 @@ def find_files(path: str) -> Files:
             f"{shown} mixes Parquet ({found.url(first['parquet'])}) and FASTA ({found.url(first['fasta'])}); "
             "pass a glob that matches one kind"
         )
-    return Files(kinds[found.paths[0]], found.paths, found.filesystem)
+    return replace(found, kind=kinds[found.paths[0]])
+
+
+def _directory(root: str, paths: Collection[str]) -> str:
+    """Returns the directory that `root` names; that of a file; or the one before the first wildcard of a glob."""
+    if all(path.startswith(f"{root.rstrip('/')}/") for path in paths):
+        return root.rstrip("/")
+    wildcard = None if root in paths else re.search(r"[*?\[]", root)
+    return posixpath.dirname(root if wildcard is None else root[: wildcard.start()])
 
 
 def _kinds(found: Files, walked: set[str], *, named: bool) -> tuple[dict[str, _Kind], list[str]]:

@@ -208,6 +208,10 @@ def test_hive_folders_are_columns(tmp_path):
     hive(tmp_path / "deep", "marker_gene=COI/raw", ["a"])
     hive(tmp_path / "deep", "marker_gene=16S/raw", ["b"])
     assert {row["marker_gene"] for row in rows(tmp_path / "deep")} == {"COI", "16S"}
+    hive(tmp_path / "one", "marker_gene=COI/raw", ["a"])
+    for named in ("one", "one/*/*/*.parquet", "one/marker_gene=COI"):
+        assert rows(tmp_path / named)[0]["marker_gene"] == "COI", named
+    assert "marker_gene" not in rows(tmp_path / "one/marker_gene=COI/raw")[0]  # it is above what is named
     assert [row["year"] for row in source.select(["year"], 2)[1].table.to_pylist()] == [2021, 2022]
 
 
