@@ -16,7 +16,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -572,13 +572,20 @@ def _clear(place: Bucket | Remote, path: str) -> None:
             place.remove(name)
 
 
-def check_output(output: str, flag: str = "output") -> None:
+def check_output(output: str, flag: str = "output", *, inputs: Sequence[str] = ()) -> None:
     """Checks that the file that a flag names can be made.
 
+    Args:
+        output: The file.
+        flag: The flag, for messages.
+        inputs: Paths and URLs of the files that the command reads, which it must not replace.
+
     Raises:
-        InputError: It is a directory, its directory does not exist, or its URL has no driver.
+        InputError: It is a directory, its directory does not exist, its URL has no driver, or it is one of `inputs`.
     """
     local = local_directory(output, flag=flag)
+    if any(output == one or (local and os.path.realpath(local) == os.path.realpath(one)) for one in inputs):
+        raise InputError(f"--{flag} {output} is a file that the command reads; pass another name")
     if local is None:
         _parent(output, flag)
     elif not local.parent.is_dir():

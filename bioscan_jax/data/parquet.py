@@ -186,6 +186,11 @@ class ParquetBlocks:
         return self._columns.id_column
 
     @property
+    def urls(self) -> list[str]:
+        """Each input file as the user would write it: a path, or a URL."""
+        return [origin.url for origin in self._origins]
+
+    @property
     def fingerprint(self) -> list[dict[str, str | int]]:
         """Name, bytes, rows and footer_sha256 of each input file: its content, not its location or age.
 

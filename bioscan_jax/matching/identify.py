@@ -18,7 +18,7 @@ from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.data.fasta import SIZE_COLUMN
 from bioscan_jax.devices.memory import memory_errors
 from bioscan_jax.errors import InputError, logger
-from bioscan_jax.location import output_file
+from bioscan_jax.location import check_output, output_file
 from bioscan_jax.matching.alignment import worker_pool
 from bioscan_jax.matching.answers import ANSWERS, DETAILS, output_format, write
 from bioscan_jax.matching.calibration import (
@@ -212,6 +212,9 @@ def identify(
     with ExitStack() as held:
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bioscan_jax-")))
         source = open_queries(query, scratch)
+        check_output(output, inputs=source.urls)
+        if groups is not None:
+            check_output(groups, "groups", inputs=[*source.urls, output])
         try:
             check_query_ids(source)
         except InputError as error:

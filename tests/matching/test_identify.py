@@ -495,6 +495,7 @@ def test_search_finds_a_row_by_its_dna(world: World):
             "pass FILE.parquet, FILE.tsv, FILE.sintax or FILE.dwca.zip",
         ),
         ("identify", ["--output={tmp}/no/a.tsv", "--query.path={fasta}"], "there is no directory"),
+        ("identify", ["--output={fasta}", "--format=tsv", "--query.path={fasta}"], "is a file that the command reads"),
         ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--k=0"], "--k 0 is too small"),
         ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--search=index"], "has no vector index"),
         ("identify", ["--output={tmp}/a.tsv", "--query.path={fasta}", "--reference.table=x"], "has no table 'x'"),
