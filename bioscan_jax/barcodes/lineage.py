@@ -96,31 +96,36 @@ def lineage_columns(names: Sequence[str]) -> list[str]:
     """Returns the columns that `read_lineages` reads, of a table with these columns; none if it has no lineages.
 
     The first of these that there is: all seven `RANKS`; `taxonomy`; three or more rank columns under the names of
-    `bioscan_jax.barcodes.aliases`, one of them genus or species; a lineage column of these aliases.
+    `bioscan_jax.barcodes.aliases`, one of them genus or species; a lineage column of these aliases; one or two such rank
+    columns.
     """
-    if all(rank in names for rank in RANKS):
-        return list(RANKS)
-    if LINEAGE_COLUMN in names:
-        return [LINEAGE_COLUMN]
-    ranks = _rank_columns(names)
-    if ranks:
+    if ranks := rank_columns(names):
         return list(ranks.values())
-    lineage = find_column("lineage", names)
+    lineage = LINEAGE_COLUMN if LINEAGE_COLUMN in names else find_column("lineage", names)
     return [] if lineage is None else [lineage]
 
 
-def _rank_columns(names: Sequence[str]) -> dict[str, str]:
+def rank_columns(names: Sequence[str]) -> dict[str, str]:
+    """Returns the column of each rank that `read_lineages` reads; none if it reads a lineage column, or nothing.
+
+    Example:
+        >>> rank_columns(["processid", "genus", "species_name"]), rank_columns(["species", "taxonomy"])
+        ({'genus': 'genus', 'species': 'species_name'}, {})
+    """
+    if all(rank in names for rank in RANKS):
+        return {rank: rank for rank in RANKS}
     found = {rank: find_column(rank, names) for rank in RANKS}
     there = {rank: column for rank, column in found.items() if column is not None}
-    return there if len(there) >= 3 and {"genus", "species"} & there.keys() else {}
+    lineage = LINEAGE_COLUMN in names or (len(there) < 3 and find_column("lineage", names) is not None)
+    return {} if lineage or not {"genus", "species"} & there.keys() else there
 
 
 def missing_lineages(names: Sequence[str]) -> InputError:
     """Returns the error for a table that has no lineages among these columns."""
     shown = ", ".join(printable(name) for name in names[:30]) or "none"
     return InputError(
-        f"no labels: there is neither a column {LINEAGE_COLUMN!r} (K;P;C;O;F;G;S) nor all of {', '.join(RANKS)}; "
-        f"the columns are: {shown}{', ...' if len(names) > 30 else ''}"
+        f"no labels: there is neither a column {LINEAGE_COLUMN!r} (K;P;C;O;F;G;S) nor columns such as "
+        f"{', '.join(RANKS)}, of which genus or species is needed; the columns are: {shown}{', ...' if len(names) > 30 else ''}"
     )
 
 
@@ -212,10 +217,8 @@ def _given_names(
     wanted = lineage_columns(present)
     if not wanted:
         raise missing_lineages(present)
-    if wanted == list(RANKS):
-        return _without_marks([_as_strings(table, rank) for rank in RANKS]), None
-    if len(wanted) > 1:
-        there = {rank: _as_strings(table, column) for rank, column in _rank_columns(present).items()}
+    if ranks := rank_columns(present):
+        there = {rank: _as_strings(table, column) for rank, column in ranks.items()}
         nothing = pa.nulls(table.num_rows, pa.string())
         columns = _without_marks([there.get(rank, nothing) for rank in RANKS])
         return [*(columns if "kingdom" in there else [_kingdoms(columns[1]), *columns[1:]])], None

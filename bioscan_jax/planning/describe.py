@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from bioscan_jax.barcodes.aliases import find_roles
 from bioscan_jax.barcodes.cleaning import REASONS, CleaningCounts, clean, foreign_characters
 from bioscan_jax.barcodes.dialects import NEEDS_DIALECT, read_dialect
-from bioscan_jax.barcodes.lineage import RANKS, LineageSurvey, lineage_columns
+from bioscan_jax.barcodes.lineage import RANKS, LineageSurvey, lineage_columns, rank_columns
 from bioscan_jax.barcodes.schemas import case_clash
 from bioscan_jax.barcodes.strands import StrandSurvey, survey_strands
 from bioscan_jax.config import DataConfig
@@ -176,7 +176,7 @@ def _describe(source: ParquetBlocks) -> Description:
         rows=source.rows,
         columns={field.name: str(field.type) for field in source.schema},
         roles=roles,
-        lineage=_lineage_line(survey, lineage_columns(names), headers),
+        lineage=_lineage_line(survey, names, headers),
         ranks={} if survey is None else dict(zip(RANKS, survey.known, strict=True)),
         warnings=warnings + ([] if survey is None else survey.warnings()),
         lengths=tuple(int(length) for length in quartiles),
@@ -224,12 +224,12 @@ def _repeats(source: ParquetBlocks, hashes: np.ndarray) -> tuple[int, str | None
     return len(again), str(source[block].table[_ID][offset].as_py())
 
 
-def _lineage_line(survey: LineageSurvey | None, columns: list[str], headers: Counter[str]) -> str:
+def _lineage_line(survey: LineageSurvey | None, names: list[str], headers: Counter[str]) -> str:
     if survey is None:
         inside = ", ".join(headers)
         return f"none in columns{f'; the headers hold some ({inside}), which are not read' if inside else ''}"
-    if len(columns) > 1:
-        return f"rank columns {', '.join(columns)}" + ("" if len(columns) == len(RANKS) else "; others unknown")
-    return f"column {columns[0]}, in the dialect " + ", ".join(
+    if ranks := rank_columns(names):
+        return f"rank columns {', '.join(ranks.values())}" + ("" if len(ranks) == len(RANKS) else "; others unknown")
+    return f"column {lineage_columns(names)[0]}, in the dialect " + ", ".join(
         name for name, count in survey.dialects.most_common() if count
     )

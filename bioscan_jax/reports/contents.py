@@ -149,7 +149,7 @@ def _one_of(ids: Collection[str]) -> str:
 def _count_taxa(dataset: "lance.LanceDataset", notes: dict[str, str]) -> tuple[Taxa, ...]:
     columns = lineage_columns(dataset.schema.names)
     if not columns:
-        notes["taxa"] = f"the table has neither a column {LINEAGE_COLUMN} nor all seven ranks"
+        notes["taxa"] = f"the table has neither a column {LINEAGE_COLUMN} nor one of genus or species"
         return tuple(Taxa((), ()) for _ in RANKS)
     counters: list[Counter[str]] = [Counter() for _ in RANKS]
     with storage_errors(dataset.uri):

@@ -100,7 +100,7 @@ def read_truth(given: str | SideTableConfig, ids: Sequence[str]) -> tuple[tuple[
         raise InputError(f"--truth {path} has no column 'sequence_id'; the columns are {', '.join(table.column_names)}")
     columns = lineage_columns(table.column_names)
     if not columns:
-        raise InputError(f"--truth {path} has neither a column {LINEAGE_COLUMN!r} nor all seven ranks; add one of them")
+        raise InputError(f"--truth {path} has neither a column {LINEAGE_COLUMN!r} nor one of genus or species; add one")
     lineages = list(zip(*(names.to_pylist() for names in read_lineages(table.select(columns))), strict=True))
     true: dict[str, tuple[str | None, ...]] = {}
     for row, (key, lineage) in enumerate(

@@ -17,7 +17,14 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.aliases import find_column
 from bioscan_jax.barcodes.cleaning import clean, string_bytes
 from bioscan_jax.barcodes.labels import LabelSpace
-from bioscan_jax.barcodes.lineage import RANKS, LineageSurvey, lineage_columns, missing_lineages, read_lineages
+from bioscan_jax.barcodes.lineage import (
+    RANKS,
+    LineageSurvey,
+    lineage_columns,
+    missing_lineages,
+    rank_columns,
+    read_lineages,
+)
 from bioscan_jax.barcodes.metadata import check_metadata, find_metadata
 from bioscan_jax.barcodes.tokenizer import Vocabulary, encode
 from bioscan_jax.data.parquet import ParquetBlocks
@@ -94,7 +101,7 @@ def prepare_examples(
     lineages = lineage_columns(present) if labelled or held_out else []
     if (labelled or held_out) and not lineages:
         raise missing_lineages(present)
-    if len(lineages) > 1 and (unknown := [rank for rank in RANKS if find_column(rank, present) is None]):
+    if lineages and (ranks := rank_columns(present)) and (unknown := [rank for rank in RANKS if rank not in ranks]):
         filled = "; the kingdom is that of the phylum where that is known" if "kingdom" in unknown else ""
         logger.info(
             f"the ranks are read from {', '.join(lineages)}; there is no column for {', '.join(unknown)}{filled}"

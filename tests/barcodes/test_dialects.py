@@ -311,7 +311,9 @@ def test_a_kingdom_column_is_never_filled():
         (["gtdb_taxonomy", "accession"], ["gtdb_taxonomy"]),
         (["phylum_name", "genus_name", "species_name"], ["phylum_name", "genus_name", "species_name"]),
         (["Kingdom", "Phylum", "Genus"], ["Kingdom", "Phylum", "Genus"]),
-        (["genus", "Phylum"], []),
+        (["genus", "Phylum"], ["Phylum", "genus"]),
+        (["species", "Taxon"], ["Taxon"]),
+        (["order", "Phylum", "class"], []),
         (["depth"], []),
     ],
 )

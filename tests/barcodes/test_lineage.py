@@ -1,10 +1,11 @@
 import re
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioscan_jax.barcodes.lineage import RANKS, format_lineage, parse_lineage
+from bioscan_jax.barcodes.lineage import RANKS, format_lineage, parse_lineage, read_lineages
 from bioscan_jax.errors import InputError
 
 # Other work on the machine must not fail a test.
@@ -63,3 +64,14 @@ def test_other_than_seven_names_are_refused(names):
 def test_a_name_with_a_semicolon_is_refused():
     with pytest.raises(InputError, match="'Aedes;Culex' has a semicolon"):
         format_lineage([None, None, None, None, None, "Aedes;Culex", None])
+
+
+def test_one_or_two_rank_columns_are_labels_unless_a_lineage_says_more():
+    names = [
+        column.to_pylist() for column in read_lineages(pa.table({"species_name": ["Gadus morhua", "Gadus sp. 1"]}))
+    ]
+    assert names == [[None] * 2] * 6 + [["Gadus morhua", None]]
+    both = pa.table({"species": ["Gadus morhua"], "Taxon": ["k__Animalia; g__Gadus; s__morhua"]})
+    assert [column[0].as_py() for column in read_lineages(both)][::6] == ["Animalia", "Gadus morhua"]
+    with pytest.raises(InputError, match="of which genus or species is needed"):
+        read_lineages(pa.table({"family": ["Gadidae"], "order": ["Gadiformes"]}))

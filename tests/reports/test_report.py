@@ -280,7 +280,10 @@ def test_missing_parts_are_left_out_with_a_reason(tmp_path):
     make_table(tmp_path, 120)
     summary = report(str(tmp_path), str(tmp_path / "r.html"), projection="pca")
     page = (tmp_path / "r.html").read_text()
-    assert "neither a column taxonomy nor all seven ranks" in page
+    bare = write(tmp_path, sequences(5).drop_columns(list(RANKS)), "bare")
+    assert read_contents(bare, "bare", 10, 0).notes["taxa"] == (
+        "the table has neither a column taxonomy nor one of genus or species"
+    )
     assert "Left out: the table has no column latitude" in page
     assert "Left out: no identifications were given" in page
     assert "is not recorded" not in page
@@ -531,7 +534,7 @@ def test_wrong_files_of_identifications_and_truth(tmp_path):
     twice = pa.concat_tables([table, changed(table, "genus", ["X"] * 4)])
     cases = [
         (table.drop_columns("sequence_id"), "has no column 'sequence_id'"),
-        (table.drop_columns(["genus", "species"]), "neither a column 'taxonomy' nor all seven ranks"),
+        (table.drop_columns(["genus", "species"]), "neither a column 'taxonomy' nor one of genus or species"),
         (twice, "has 'id0' twice"),
         (changed(table, "sequence_id", list("wxyz")), "none of the sequence_ids"),
     ]
