@@ -2,10 +2,14 @@
 
 The names are greengenes_16s (pip fetches it) and ncbi_18s (apt-get fetches it, on Debian and Ubuntu; the lineages need
 pip install 'bioscan_jax[data]').
+
+`bioscan data parquet FILE --output FILE.parquet`: your own reference as Parquet: CSV or TSV with a column of DNA, as from
+BOLD or GBIF, or FASTA whose headers hold lineages, as those of UNITE, SILVA, PR2, MIDORI2 and SINTAX.
 """
 
 from collections.abc import Sequence
 
+from bioscan_jax import config
 from bioscan_jax.cli._command import UsageError, from_flags, positional
 
 
@@ -22,6 +26,19 @@ def get(name: str, output: str, downloads: str = "~/.cache/bioscan_jax/downloads
     print(get_published(name, output, downloads))
 
 
+def parquet(table: config.SideTableConfig, output: str, sequence_column: str | None = None) -> None:
+    """Write a CSV or TSV file, or FASTA whose headers hold lineages, as Parquet; the file may stand first.
+
+    Args:
+        table: Which file, and how its text is written; --table.path may stand first, without its flag.
+        output: FILE.parquet.
+        sequence_column: Column with the DNA of a CSV or TSV file; BOLD's and others' names of it are known.
+    """
+    from bioscan_jax.table.as_parquet import write_parquet
+
+    print("\n".join(write_parquet(table, output, sequence_column)))
+
+
 def command(words: Sequence[str]) -> None:
     """Runs `bioscan data`."""
     mode, *flags = words or [""]
@@ -29,5 +46,7 @@ def command(words: Sequence[str]) -> None:
         print((__doc__ or "").strip())
     elif mode == "get":
         from_flags(get, "data get")(positional(flags, "name"))
+    elif mode == "parquet":
+        from_flags(parquet, "data parquet")(positional(flags, "table.path"))
     else:
-        raise UsageError(f"no mode {mode!r}; pass get first")
+        raise UsageError(f"no mode {mode!r}; pass get or parquet first")

@@ -363,6 +363,11 @@ def _kind_of_name(path: str) -> _Kind | None:
     return "fasta" if _unpacked_name(name).endswith(_FASTA_SUFFIXES) else None
 
 
+def is_text_table(path: str) -> bool:
+    """Returns whether a file is named like a table of text: .csv, .tsv or .tab, plain or compressed."""
+    return _unpacked_name(path.lower()).endswith((".csv", ".tsv", ".tab"))
+
+
 def _unpacked_name(name: str) -> str:
     for suffix in _PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
@@ -398,6 +403,8 @@ def _kind_of_content(found: Files, path: str) -> _Kind:
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b">", b"@")):
         return "fasta"
     what = _foreign(head, packing)
+    if what is None and is_text_table(path):
+        what = "a table of text", f"bioscan data parquet {found.url(path)} --output FILE.parquet makes Parquet of it"
     raise InputError(
         f"{found.url(path)} is neither Parquet nor FASTA by its name or its first bytes"
         f"{'' if what is None else f' but {what[0]}: {what[1]}'}; pass {_ACCEPTED}"

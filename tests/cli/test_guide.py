@@ -54,6 +54,7 @@ ELSEWHERE = {
     "xprof DIR": "opens a server",
     "apt-get install vsearch": "CI installs it",
     "bash scripts/benchmarks/device_lane.sh DIR": "minutes on an accelerator; tests/device checks its parts",
+    "bioscan data parquet FILE.tsv --output FILE.parquet": "tests/table/test_as_parquet.py",
     "bioscan data get greengenes_16s --output data": "downloads 0.1 GB; tests/data/test_published.py has a small copy",
     "bioscan default-model --config default_model": "needs 15,868 barcodes; tests/training/test_default_model.py",
     "bioscan benchmark identify --reference FILE --queries FILE": "tests/benchmarks, -m vsearch",

@@ -160,6 +160,8 @@ IN_THE_CODE = {
     "jax.distributed": "tests/devices/test_hosts.py makes it happen, in several processes",
     "training on": "tests/devices/test_memory.py, by gigabytes",
     "loading the weights": "needs a model that is larger than a device",
+    "a table of text": "tests/table/test_as_parquet.py",
+    "no labels": "tests/training/test_finetune.py",
     "after step": "tests/training/test_finetune.py",
     "last seen": "tests/table/test_lease.py",
     "another configuration": "tests/training/test_finetune.py",
