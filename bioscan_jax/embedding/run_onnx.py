@@ -17,6 +17,7 @@ graph pools each, averages them by their tokens, projects, and scales to length 
 may stand in one row, one behind the other, which gives the same mean over tokens.
 """
 
+import gzip
 import json
 import os
 import re
@@ -231,10 +232,30 @@ def _batches(views: list[list[list[int]]], batch_tokens: int) -> Iterator[list[i
 
 
 def read_fasta(path: str) -> list[str]:
-    """Returns the sequences of a FASTA file, in order."""
-    records = Path(path).read_text().split(">")[1:]
+    """Returns the sequences of a FASTA file, plain or gzip, in order.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no FASTA.
+    """
+    data = Path(path).read_bytes()
+    text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig", errors="replace")
+    before, *records = re.split(r"(?<![^\r\n])>", text)
+    if before.strip() or not records:
+        raise ValueError(f"{path} is no FASTA: it must begin with >")
     return ["".join(record.splitlines()[1:]) for record in records]
 
 
+def _main(words: Sequence[str]) -> None:
+    try:
+        if len(words) != 2:
+            raise ValueError("pass a FASTA file and the .npy file to write: python run_onnx.py barcodes.fasta vectors.npy")
+        sequences = read_fasta(words[0])
+        np.save(words[1], OnnxEncoder().encode(sequences))
+    except (OSError, EOFError, ValueError, ImportError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
 if __name__ == "__main__":
-    np.save(sys.argv[2], OnnxEncoder().encode(read_fasta(sys.argv[1])))
+    _main(sys.argv[1:])

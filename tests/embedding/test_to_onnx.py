@@ -1,10 +1,13 @@
 """ONNX graphs against the encoder, and the runner's tokens against the library's."""
 
 import dataclasses
+import gzip
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -71,6 +74,26 @@ def test_the_runner_refuses_what_the_library_refuses(foreign):
     assert clean(pa.array([foreign], pa.large_string())).reasons[0].as_py() is not None
     with pytest.raises(ValueError, match="letter of DNA|no A, C, G"):
         run_onnx.clean(foreign)
+
+
+def test_the_runner_reads_fasta_with_any_header(tmp_path):
+    text = ">a c.35A>G\nACG\nT\n>b\r\nTTT\r\n"
+    for name, data in {"plain": text.encode(), "gz": gzip.compress(text.encode())}.items():
+        (tmp_path / name).write_bytes(data)
+        assert run_onnx.read_fasta(str(tmp_path / name)) == ["ACGT", "TTT"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [([], "pass a FASTA file"), (["none", "out"], "No such file"), (["raw", "out"], "is no FASTA")]
+)
+def test_the_runner_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_onnx, "OnnxEncoder", lambda: None)
+    Path("raw").write_text("ACGT\n")
+    with pytest.raises(SystemExit, match="2"):
+        run_onnx._main(words)
+    assert re.fullmatch(f"error: .*{said}.*\n", capsys.readouterr().err)
+    assert not Path("out.npy").exists()
 
 
 def test_without_jax2onnx_one_line_says_what_to_install(tmp_path, monkeypatch):
