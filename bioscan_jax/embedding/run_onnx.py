@@ -249,7 +249,9 @@ def read_fasta(path: str) -> list[str]:
 def _main(words: Sequence[str]) -> None:
     try:
         if len(words) != 2:
-            raise ValueError("pass a FASTA file and the .npy file to write: python run_onnx.py barcodes.fasta vectors.npy")
+            raise ValueError(
+                "pass a FASTA file and the .npy file to write: python run_onnx.py barcodes.fasta vectors.npy"
+            )
         sequences = read_fasta(words[0])
         np.save(words[1], OnnxEncoder().encode(sequences))
     except (OSError, EOFError, ValueError, ImportError) as error:
