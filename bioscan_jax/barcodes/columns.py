@@ -6,8 +6,11 @@ columns' scores, by Fourier transform (Brutlag et al. 1990 do so with words). Wh
 chance, as behind a gap, blocks of columns are shifted, by dynamic programming.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +33,11 @@ _ROUNDS = 5
 _MARGIN = 64
 _LEAST_KNOWN = 0.05
 """Share of the barcodes that must have a base in a column."""
-_CHUNK_BYTES = 1 << 25
+_CHUNK_BYTES = 1 << 23
+_SIZES = np.unique(np.outer([1, 3, 5, 9, 15, 25, 27, 45, 75], 1 << np.arange(24)))
+"""Lengths at which Fourier transforms are fast."""
+_FEW = 8192
+"""Rows whose transforms take no longer than the import of a faster library."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +88,19 @@ class Columns:
         text, offsets = string_bytes(sequences)
         codes, lengths = _codes(text), np.diff(offsets)
         placed = np.full((len(lengths), len(self.scores)), _UNKNOWN, np.uint8)
+        fft = _fourier(len(lengths))
         for rows in _chunks(lengths, len(self.scores)):
             width = int(lengths[rows].max())
             within = np.arange(width)
             inside = within < lengths[rows][:, None]
             padded = np.where(inside, codes[np.where(inside, offsets[rows][:, None] + within, 0)], np.uint8(_UNKNOWN))
-            placed[rows] = self._placed(padded, lengths[rows])
+            placed[rows] = self._placed(padded, lengths[rows], fft)
         return placed
 
     def _placed(
-        self, codes: UInt8[np.ndarray, "rows width"], lengths: Int64[np.ndarray, " rows"]
+        self, codes: UInt8[np.ndarray, "rows width"], lengths: Int64[np.ndarray, " rows"], fft: ModuleType
     ) -> UInt8[np.ndarray, "rows columns"]:
-        first, reverse, score = self._best_place(codes, lengths)
+        first, reverse, score = self._best_place(codes, lengths, fft)
         turned = np.flatnonzero(reverse)
         back = lengths[turned][:, None] - 1 - np.arange(codes.shape[1])
         bases = np.take_along_axis(codes[turned], np.maximum(back, 0), 1)
@@ -111,19 +119,17 @@ class Columns:
         return placed
 
     def _best_place(
-        self, codes: UInt8[np.ndarray, "rows width"], lengths: Int64[np.ndarray, " rows"]
+        self, codes: UInt8[np.ndarray, "rows width"], lengths: Int64[np.ndarray, " rows"], fft: ModuleType
     ) -> tuple[Int64[np.ndarray, " rows"], Bool[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
         """Returns the column of the first base of the strand that fits better, which strand that is, and its score."""
-        from scipy import fft  # takes a fifth of a second to import, which most models need not
-
         columns = len(self.scores)
-        size = int(fft.next_fast_len(codes.shape[1] + columns, real=True) or 0)
+        size = int(_SIZES[np.searchsorted(_SIZES, codes.shape[1] + columns)])
         letters = (codes[:, None] == np.arange(4, dtype=np.uint8)[:, None]).astype(np.float32)
         spectrum = np.asarray(fft.rfft(letters, size, axis=2))
         both = []
         for scores in (self.scores, self.scores[::-1, [2, 3, 0, 1]]):
             kernel = np.conj(np.asarray(fft.rfft(scores.T.astype(np.float32), size, axis=1)))
-            sums = np.rint(np.asarray(fft.irfft(np.einsum("rbf,bf->rf", spectrum, kernel), size, axis=1)))
+            sums = np.rint(np.asarray(fft.irfft((spectrum * kernel).sum(axis=1), size, axis=1)))
             at = sums.argmax(axis=1)
             both.append((np.where(at >= size - columns, at - size, at), np.take_along_axis(sums, at[:, None], 1)[:, 0]))
         (forward, score), (backward, other) = both
@@ -134,18 +140,16 @@ class Columns:
     def _by_block(self, placed: UInt8[np.ndarray, "rows columns"]) -> Int32[np.ndarray, "rows blocks"]:
         """Sums the scores of the bases in each block of columns."""
         table = np.append(self.scores, np.zeros((len(self.scores), 1), np.int32), axis=1)
-        return _in_blocks(table[np.arange(len(table)), placed]).sum(axis=2, dtype=np.int32)
+        return _in_blocks(take_by_column(table, placed)).sum(axis=2, dtype=np.int32)
 
     def _shifted(
         self, wide: UInt8[np.ndarray, "rows more"], start: Int64[np.ndarray, " rows"]
     ) -> UInt8[np.ndarray, "rows columns"]:
         """Returns the bases with the shift of each block that makes the sum of scores, less costs, greatest."""
-        columns = np.arange(len(self.scores))
-
-        def bases(shift: Int64[np.ndarray, "rows _"]) -> UInt8[np.ndarray, "rows columns"]:
-            return np.take_along_axis(wide, np.clip(start[:, None] + columns + shift, 0, wide.shape[1] - 1), 1)
-
-        sums = np.stack([self._by_block(bases(np.full((len(wide), 1), shift))) for shift in _SHIFTS], axis=1)
+        columns, most = np.arange(len(self.scores)), int(_SHIFTS.max())
+        around = np.clip(start[:, None] + np.arange(-most, len(columns) + most), 0, wide.shape[1] - 1)
+        near = np.take_along_axis(wide, around, 1)
+        sums = np.stack([self._by_block(near[:, most + i : most + i + len(columns)]) for i in _SHIFTS.tolist()], axis=1)
         away = np.abs(_SHIFTS[:, None] - _SHIFTS)
         cost = _GAP * (away > 0) + _GAP_BASE * away
         best, before = sums[:, :, 0], []
@@ -157,7 +161,20 @@ class Columns:
         for step in reversed(before):
             chosen.append(step[np.arange(len(step)), chosen[-1]])
         shifts = _SHIFTS[np.stack(chosen[::-1], axis=1)]
-        return bases(np.repeat(shifts, _BLOCK, axis=1)[:, np.minimum(columns, shifts.shape[1] * _BLOCK - 1)])
+        shift = np.repeat(shifts, _BLOCK, axis=1)[:, np.minimum(columns, shifts.shape[1] * _BLOCK - 1)]
+        return np.take_along_axis(near, most + columns + shift, 1)
+
+
+def take_by_column(
+    table: Int32[np.ndarray, "columns 5"], placed: UInt8[np.ndarray, "rows columns"]
+) -> Int32[np.ndarray, "rows columns"]:
+    """Looks up each base of an alignment among the numbers of its column."""
+    return table.reshape(-1).take(placed + np.arange(0, table.size, table.shape[1]))
+
+
+def _fourier(rows: int) -> ModuleType:
+    """Returns the module with the Fourier transforms: scipy's takes half the time, but a fifth of a second to import."""
+    return import_module("scipy.fft" if rows > _FEW or "scipy.fft" in sys.modules else "numpy.fft")
 
 
 def _in_blocks(values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from jaxtyping import Int32, Int64, UInt8
 
 from bioscan_jax.barcodes.cleaning import row_blocks, string_bytes, unclean_character
-from bioscan_jax.barcodes.columns import Columns
+from bioscan_jax.barcodes.columns import Columns, take_by_column
 from bioscan_jax.barcodes.schemas import TokenRows
 from bioscan_jax.errors import InputError
 
@@ -185,12 +185,15 @@ def encode_columns(sequences: pa.LargeStringArray, vocabulary: Vocabulary) -> To
     placed = vocabulary.columns.place(sequences)
     known = placed < 4
     lengths = np.diff(string_bytes(sequences)[1])
-    tokens = 1 + np.maximum(lengths, known.sum(axis=1))
+    found = known.sum(axis=1)
+    tokens = 1 + np.maximum(lengths, found)
     offsets = np.concatenate([[0], np.cumsum(tokens)])
     ids = np.full(offsets[-1], vocabulary.letter_ids[ord("N")], np.int32)
     ids[offsets[:-1]] = vocabulary.cls_id
-    row, column = np.nonzero(known)
-    ids[(offsets[:-1, None] + known.cumsum(axis=1))[row, column]] = vocabulary.column_ids[column, placed[row, column]]
+    parts = np.stack([np.ones_like(tokens), found, tokens - found - 1], axis=1)
+    ids[np.repeat(np.tile([False, True, False], len(tokens)), parts.reshape(-1))] = take_by_column(
+        vocabulary.column_ids, placed
+    )[known]
     return TokenRows(ids, offsets)
 
 

@@ -88,9 +88,11 @@ def _cut(
 ) -> TokenRows:
     """Selects rows and splits each into `pieces`, each with CLS in front and at most max_tokens long."""
     lengths = tokens.lengths[rows]
-    all_rows = len(rows) == len(tokens) and (rows == np.arange(len(rows))).all()
-    if all_rows and (pieces == 1).all() and lengths.max(initial=0) <= max_tokens:
-        return tokens
+    if (pieces == 1).all() and lengths.max(initial=0) <= max_tokens:
+        if len(rows) == len(tokens) and (rows == np.arange(len(rows))).all():
+            return tokens
+        taken = pa.LargeListArray.from_arrays(tokens.offsets, tokens.ids).take(pa.array(rows))
+        return TokenRows(taken.flatten().to_numpy(), taken.offsets.to_numpy())
     source = np.repeat(rows, pieces)
     number = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     count, content = np.repeat(pieces, pieces), np.repeat(lengths - 1, pieces)

@@ -30,6 +30,8 @@ _QUERIES = 64
 _WORD, _WORDS = 12, 32
 """Length of the words by which two sequences are put in register, and how many are looked up: 12 bases occur by chance
 once in 25,000 barcodes."""
+_REGISTERS = 8
+"""Words by which two sequences are laid side by side without gaps, at most."""
 _LIKELY = 0.2
 """Edits per base that candidates rarely exceed: this bound, tried first, saves about a fifth of the time."""
 _STEP = re.compile(r"(\d+)([=XID])")
@@ -98,7 +100,7 @@ def align_cigar(query: str, reference: str) -> tuple[int, str]:
         >>> align_cigar("TTACGTACGTAC", "GGGGACGTCCGTACGG")
         (4, '2S4=1X5=')
     """
-    short, long = sorted((query, reference), key=len)
+    short, long = _by_length(query, reference)
     found = align_within(short, long)
     skipped, facing = 0, _overhang(short, long, _half_distance(found))
     if facing is not None:
@@ -129,7 +131,7 @@ def overlapping_parts(one: str, other: str, share: float) -> tuple[str, str] | N
     per base, so it spans at least half of the shorter one, less these edits. None if there is no such half, or nothing
     overhangs.
     """
-    short, long = sorted((one, other), key=len)
+    short, long = _by_length(one, other)
     facing = _overhang(short, long, share)
     return None if facing is None else _facing_parts(short, long, facing)
 
@@ -142,11 +144,15 @@ def _overhang(short: str, long: str, share: float) -> int | None:
     for first, half in ((0, short[:middle]), (middle, short[middle:])):
         if not half:
             continue
-        bound = int(share * len(half)) + half.count("N")
-        found = edlib.align(half, _other_n(long), mode="HW", task="locations", k=bound)
-        if found["editDistance"] < 0:
-            continue
-        facing = (found["locations"][0][0] or 0) - first
+        unknown = half.count("N")
+        at = -1 if unknown else long.find(half)
+        if at < 0:
+            bound = int(share * len(half)) + unknown
+            found = edlib.align(half, _other_n(long), mode="HW", task="locations", k=bound)
+            if found["editDistance"] < 0:
+                continue
+            at = found["locations"][0][0] or 0
+        facing = at - first
         if len(_facing_parts(short, long, facing)[0]) < len(short):
             return facing
     return None
@@ -170,11 +176,12 @@ def _place(one: str, other: str, bound: int = -1) -> tuple[int, int, int, int]:
     Edits and known bases, those of the shorter sequence that face no N, include its ends; columns with N are no edits.
     With more than `bound` edits, N included, there are no known bases; -1 is no bound.
     """
-    short, long = sorted((one, other), key=len)
+    short, long = _by_length(one, other)
+    blurred, here = "N" in one or "N" in other, 0
+    if short in long and not blurred:
+        return len(short), len(short), 0, len(short)
     steps, there = _steps(short, long, bound)
-    here = 0
     faced = [place for place, (_, kind) in enumerate(steps) if kind in "=X"] or [len(steps)]
-    blurred = "N" in one or "N" in other
     matches = columns = edits = known = 0
     for place, (length, kind) in enumerate(steps):
         mine, theirs = length * (kind != "D"), length * (kind != "I")
@@ -196,6 +203,11 @@ def _steps(short: str, long: str, bound: int = -1) -> tuple[list[tuple[int, str]
     found = edlib.align(short, _other_n(long), mode="HW", task="path", k=bound)
     steps = [(int(length), kind) for length, kind in _STEP.findall(found["cigar"] or "")]
     return steps, (found["locations"] or [(0, 0)])[0][0] or 0
+
+
+def _by_length(one: str, other: str) -> tuple[str, str]:
+    """Returns the shorter of two sequences, then the longer one."""
+    return (one, other) if len(one) <= len(other) else (other, one)
 
 
 def _half_distance(counts: tuple[int, int]) -> float:
@@ -249,7 +261,7 @@ def _edits(one: str, other: str, at_most: float = float("inf")) -> tuple[int, in
     """Counts edits to place the shorter sequence inside the longer one, and its known bases; None if over the bound."""
     import edlib
 
-    short, long = sorted((one, other), key=len)
+    short, long = _by_length(one, other)
     of_short, of_long = short.count("N"), long.count("N")
     if of_short and of_long:  # columns with N cannot be counted without the alignment
         bound = -1 if at_most == float("inf") else int(at_most * len(short)) + of_short + of_long
@@ -258,7 +270,7 @@ def _edits(one: str, other: str, at_most: float = float("inf")) -> tuple[int, in
             return None
     else:
         unknown, task = of_short + min(of_long, len(short)), "locations" if of_long else "distance"
-        for most in sorted({min(at_most, _LIKELY), at_most}):
+        for most in (at_most,) if at_most <= _LIKELY else (_LIKELY, at_most):
             bound = -1 if most == float("inf") else int(most * len(short)) + unknown
             found = edlib.align(short, long, mode="HW", task=task, k=bound)
             if found["editDistance"] >= 0:
@@ -273,16 +285,37 @@ def _edits(one: str, other: str, at_most: float = float("inf")) -> tuple[int, in
     return None if edits > at_most * max(known, 1) else (edits, max(known, 1))
 
 
+def is_near(one: str, other: str, at_most: float) -> bool:
+    """Tells whether two sequences differ, by `edit_counts`, by at most so many edits per known base.
+
+    Most pairs that do agree in so many bases without a gap, which is seen sooner, where a word of both shows how they lie.
+    """
+    short, long = _by_length(one, other)
+    of_short, size = short.count("N"), len(short)
+    most = of_short + at_most * (size - of_short - long.count("N"))
+    letters, others = (np.frombuffer(text.encode(), np.uint8) for text in (short, _other_n(long)))
+    for start in range(0, size - _WORD + 1, size // _REGISTERS or 1):
+        at = long.find(short[start : start + _WORD]) - start
+        if at < -start:
+            continue
+        first, last = max(-at, 0), min(size, len(long) - at)
+        outside = size - (last - first)  # one edit each, at most
+        if outside + np.count_nonzero(letters[first:last] != others[first + at : last + at]) <= most:
+            return True
+    return edit_counts(one, [other], at_most)[0] is not None
+
+
 def _may_extend(one: str, other: str, least: int) -> bool:
     """Tells whether `least` bases of the shorter sequence may extend past an end of the longer one.
 
     Not so if a word of both shows how they lie, within what a gap may shift it by.
     """
-    short, long = sorted((one, other), key=len)
-    reach = len(long) - len(short) + least + _WORD - 1
-    for start in range(0, len(short) - _WORD + 1, max(len(short) // _WORDS, 1)):
+    short, long = _by_length(one, other)
+    first, reach = 1 - least, len(long) - len(short) + least + _WORD - 1
+    for start in range(0, len(short) - _WORD + 1, len(short) // _WORDS or 1):
         word = short[start : start + _WORD]
-        if long.find(word, max(start - least + 1, 0), start + reach) >= 0 and "N" not in word:
+        begin = start + first
+        if long.find(word, begin if begin > 0 else 0, start + reach) >= 0 and "N" not in word:
             return False
     return True
 

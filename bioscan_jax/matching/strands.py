@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Int64, Shaped
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean, reverse_complement
 from bioscan_jax.barcodes.strands import StrandProfile, reverse_words
 from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.embedding.step import can_count_tokens
-from bioscan_jax.matching.alignment import Pool, distance, edit_counts
+from bioscan_jax.matching.alignment import Pool, distance, edit_counts, is_near
 from bioscan_jax.matching.neighbours import Neighbours, nearest
 from bioscan_jax.matching.reference import Reference
 
@@ -77,7 +76,7 @@ def orient(
         return Oriented(texts, vectors, found, None)
     here, poor = found.rows[:, 0], np.arange(len(texts))
     if aligned:
-        poor = np.flatnonzero(np.isinf(_edits(reference, texts, here, pool, POOR)))
+        poor = np.flatnonzero(~_compared(_near, reference, texts, here, pool, absent=False))
     if not len(poor):
         return given
     others = _reverse_complements([texts[i] for i in poor])
@@ -87,10 +86,11 @@ def orient(
         there = nearest(other_vectors, reference, settings, copies=copies)
     better = there.similarity[:, 0] > found.similarity[poor, 0]
     if aligned:
-        better = np.isfinite(_edits(reference, others, there.rows[:, 0], pool, POOR))
+        better = _compared(_near, reference, others, there.rows[:, 0], pool, absent=False)
         both = np.flatnonzero(~better).tolist()
-        one = _edits(reference, [texts[i] for i in poor[both]], here[poor[both]], pool)
-        better[both] = _edits(reference, [others[i] for i in both], there.rows[both, 0], pool) < one
+        one = _compared(_distances, reference, [texts[i] for i in poor[both]], here[poor[both]], pool, absent=np.inf)
+        other = _compared(_distances, reference, [others[i] for i in both], there.rows[both, 0], pool, absent=np.inf)
+        better[both] = other < one
     turned = poor[better]
     texts, vectors, reverse = texts.copy(), vectors.copy(), reverse.copy()
     rows, similarity = found.rows.copy(), found.similarity.copy()
@@ -137,20 +137,34 @@ def _reverse_complements(texts: Sequence[str]) -> list[str]:
     return reverse_complement(pa.array(texts, pa.large_string())).to_pylist()
 
 
-def _edits(
-    reference: Reference, texts: Sequence[str], rows: Int64[np.ndarray, " queries"], pool: Pool, at_most: float = np.inf
-) -> Float64[np.ndarray, " queries"]:
-    """Returns `alignment.distance` of each query to one row; inf where that has more edits than the bound, or is -1."""
-    found, there = np.full(len(texts), np.inf), np.flatnonzero(rows >= 0)
+_Pairs = list[tuple[str, str]]
+
+
+def _compared(
+    work: Callable[[_Pairs], list],
+    reference: Reference,
+    texts: Sequence[str],
+    rows: Int64[np.ndarray, " queries"],
+    pool: Pool,
+    *,
+    absent: bool | float,
+) -> Shaped[np.ndarray, " queries"]:
+    """Compares each query with one row; returns `absent` where that is -1."""
+    found, there = np.full(len(texts), absent), np.flatnonzero(rows >= 0)
     references = clean(pa.array(reference.sequences(rows[there]), pa.large_string())).sequences.to_pylist()
     pairs = list(zip((texts[i] for i in there.tolist()), references, strict=True))
     jobs = [pairs[first : first + _PAIRS] for first in range(0, len(pairs), _PAIRS)]
-    count = partial(_pair_distances, at_most=at_most)
-    done = map(count, jobs) if pool is None else pool.map(count, jobs)
+    done = map(work, jobs) if pool is None else pool.map(work, jobs)
     found[there] = [one for some in done for one in some]
     return found
 
 
-def _pair_distances(pairs: list[tuple[str, str]], at_most: float) -> list[float]:
-    counts = [edit_counts(query, [reference], at_most)[0] for query, reference in pairs]
+def _near(pairs: _Pairs) -> list[bool]:
+    """Tells which pairs differ by at most `POOR` edits per base."""
+    return [is_near(*pair, POOR) for pair in pairs]
+
+
+def _distances(pairs: _Pairs) -> list[float]:
+    """Returns `alignment.distance` of each pair, by `edit_counts`."""
+    counts = [edit_counts(query, [reference])[0] for query, reference in pairs]
     return [np.inf if one is None else distance(one[1] - one[0], one[1]) for one in counts]

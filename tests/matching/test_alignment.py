@@ -20,6 +20,7 @@ from bioscan_jax.matching.alignment import (
     distance,
     edit_counts,
     edit_distances,
+    is_near,
     none_nearer,
     overlapping_parts,
     worker_pool,
@@ -165,6 +166,14 @@ def test_a_bound_leaves_out_only_what_is_farther(query: str, candidates: list[st
         elif one[0] / one[1] <= bound:  # only an overlap, which does not halve the bound, is near enough
             edits, known = _edits(query, candidate) or (0, 1)
             assert edits > bound * known or not _place(query, candidate)[3]  # or nothing is compared
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ACGTN", min_size=1, max_size=40), DNA, st.integers(0, 39), st.floats(0.0, 1.0))
+def test_what_agrees_without_gaps_is_near(one: str, part: str, cut: int, bound: float) -> None:
+    for other in (one[cut:] + part, part + one[:cut] + "N", one[:cut] + part + one[cut:]):
+        if other:
+            assert is_near(one, other, bound) == (edit_counts(one, [other], bound) != [None])
 
 
 def drawn(distinct: int, queries: int) -> tuple[list[str], list[str], np.ndarray]:
