@@ -54,26 +54,6 @@ _EPITHET = r"^[a-z][^ A-Z]*$"
 _SLAB_ROWS = 1 << 20
 
 
-def parse_lineage(lineage: str) -> tuple[str | None, ...]:
-    """Splits "K;P;C;O;F;G;S" into one name for each of `RANKS`.
-
-    A blank field is an unknown rank and becomes None; white space around a name is removed.
-
-    Raises:
-        InputError: There are not exactly seven fields.
-
-    Example:
-        >>> parse_lineage("Animalia;Arthropoda;Insecta;Diptera;;Aedes;")
-        ('Animalia', 'Arthropoda', 'Insecta', 'Diptera', None, 'Aedes', None)
-    """
-    fields = lineage.split(";")
-    if len(fields) != len(RANKS):
-        raise InputError(
-            f"the lineage {lineage!r} has {len(fields)} fields; write seven, {';'.join(RANKS)}, blank where unknown"
-        )
-    return tuple(field.strip() or None for field in fields)
-
-
 def format_lineage(names: Sequence[str | None]) -> str:
     """Joins one name for each of `RANKS` to "K;P;C;O;F;G;S"; None becomes a blank field.
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from bioscan_jax import config
 from bioscan_jax.errors import InputError, logger, one_line
-from bioscan_jax.fleet.orders import Facts, Greeting, Order, Refusal, Settings, WorkerRecord, Written
+from bioscan_jax.fleet.orders import Facts, Order, Refusal, Settings, WorkerRecord, Written
 from bioscan_jax.fleet.worker import Worker
 from bioscan_jax.table.plan import Plan, differences
 
@@ -141,7 +141,6 @@ class Member:
 
     record: WorkerRecord
     actor: Any
-    greeting: Greeting | None = None
     state: str = "asked"
     """asked, loading, ready or refused."""
     began: float = 0.0
@@ -261,7 +260,6 @@ class Cluster:
     def _introduce(self, member: Member, call: str, value: Any) -> None:
         """Takes the next step with a worker that greeted or has loaded."""
         if call == "greet":
-            member.greeting = value
             member.record.name = f"{member.name} on {value.host}"
             mine = Worker(self._settings).greet().versions
             if other := differences(value.versions, mine):

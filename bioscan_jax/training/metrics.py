@@ -66,21 +66,6 @@ def embedding_moments(vectors: Float[Array, "b d"], used: Bool[Array, " b"]) -> 
     )
 
 
-def merge_moments(first: EmbeddingMoments, second: EmbeddingMoments) -> EmbeddingMoments:
-    """Returns the moments of both batches together, on the host (Chan, Golub and LeVeque 1983)."""
-    a, b = (EmbeddingMoments(*(np.float64(value) for value in moments)) for moments in (first, second))
-    rows, elements = a.rows + b.rows, a.elements + b.elements
-    share = b.elements / max(elements, 1.0)
-    difference = b.mean - a.mean
-    return EmbeddingMoments(
-        rows,
-        elements,
-        a.norm + (b.norm - a.norm) * share,
-        a.mean + difference * share,
-        a.squares + b.squares + difference**2 * a.elements * share,
-    )
-
-
 def dashboard_metrics(counts: RankCounts | None = None, moments: EmbeddingMoments | None = None) -> dict[str, float]:
     """Returns the metrics by dashboard name, without those that were not measured.
 
