@@ -33,6 +33,7 @@ from bioscan_jax.notebook import Shown, facts_html, picture_html, progress_bar
 from bioscan_jax.table.lock import writer_lock
 from bioscan_jax.table.storage import storage_errors
 from bioscan_jax.training.batches import TrainingBatches, evaluation_batches
+from bioscan_jax.training.curves import draw_curves
 from bioscan_jax.training.examples import BASES, Examples, prepare_examples
 from bioscan_jax.training.loop import Evaluate, Log, TrainingSetup, TrainState, run
 from bioscan_jax.training.record import check_or_write_record, run_settings
@@ -40,7 +41,7 @@ from bioscan_jax.training.run_directory import CURVES, RUN_FILE, locate_run, ope
 from bioscan_jax.training.splits import SPLITS
 from bioscan_jax.training.state import Progress, open_checkpoints
 from bioscan_jax.training.step import Evaluation, TrainableModel, init_optimizer, split_trainable
-from bioscan_jax.training.tracking import draw_curves, open_tracking
+from bioscan_jax.training.tracking import open_tracking
 
 _FLAG = "train.output_dir"
 _SHOWN_CONFLICTS = 5

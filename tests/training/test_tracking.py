@@ -16,7 +16,8 @@ from support.dashboards import hide_credentials, history, stored
 from bioscan_jax.barcodes.lineage import RANKS
 from bioscan_jax.config import TrackingConfig
 from bioscan_jax.errors import InputError
-from bioscan_jax.training.tracking import draw_curves, open_tracking
+from bioscan_jax.training.curves import draw_curves
+from bioscan_jax.training.tracking import open_tracking
 
 DISABLED = TrackingConfig(mode="disabled")
 
