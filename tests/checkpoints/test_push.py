@@ -171,6 +171,9 @@ def test_refusals(hub, model, tmp_path, monkeypatch):
     (model / "README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\n")
     commit = push_to_hub(str(model), "me/model")
     assert "exists and is public; leave --private out" in refusal(model, private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    assert "the hub refused the token for me/model (401)" in refusal(model)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     files = hub.repositories["me/model"].commits[commit]
     del files["bioscan_jax_export.json"]
     files["train.py"] = b""
