@@ -61,6 +61,6 @@ class SequencesInMemory:
         ids = pa.array(range(first, first + len(column)), pa.int64()).cast(pa.string())
         return Block(index, first, pa.table({"sequence_id": ids, self.name: column}))
 
-    def locate(self, row: int) -> str:
-        """Names a sequence by its number."""
-        return f"sequence {row}"
+    def locate(self, row: int, first: int = 0) -> str:
+        """Names a sequence, counted from `first`, by its number."""
+        return f"sequence {first + row}"

@@ -235,8 +235,9 @@ class ParquetBlocks:
         projected = _project(self._columns, columns, self._origins[0].url)
         return ParquetBlocks(self._found, self._parts, self._origins, projected, block_rows)
 
-    def locate(self, row: int) -> str:
-        """Returns the input file and the row in it, counted from 0, of a row of the whole input."""
+    def locate(self, row: int, first: int = 0) -> str:
+        """Returns the input file and the row in it, counted from 0, of a row of the input counted from row `first`."""
+        row += first
         for origin in self._origins:
             if row < origin.rows:
                 return f"{origin.url} row {row}"

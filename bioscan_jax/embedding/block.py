@@ -8,7 +8,7 @@ import base64
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +97,7 @@ def tokenise(
     Raises:
         InputError: A value cannot be stored.
     """
-    check_values(block.table, lambda row: source.locate(block.first_row + row))
+    check_values(block.table, partial(source.locate, first=block.first_row))
     encoded = encode_block(block, encoding)
     return encoded, digests(encoded.views, encoded.counts.distinct) if named else []
 

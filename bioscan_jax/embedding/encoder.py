@@ -5,7 +5,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -372,7 +372,7 @@ class Encoder:
         with blocks.memory_errors(), Dispatcher(blocks.steps) as dispatcher:
             for index in range(len(source)):
                 block = source[index]
-                check_values(block.table, lambda row, first=block.first_row: source.locate(first + row))
+                check_values(block.table, partial(source.locate, first=block.first_row))
                 prepared = window.prepare(encode_block(block, encoding))
                 check(prepared.encoded)
                 results = blocks.buffer(prepared.views, prepared.fresh)

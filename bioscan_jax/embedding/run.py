@@ -171,7 +171,7 @@ def input_notes(source: ParquetBlocks) -> list[str]:
         try:
             for index in range(len(lineages)):
                 block = lineages[index]
-                locate = partial(_locate, source, block.first_row)
+                locate = partial(source.locate, first=block.first_row)
                 check_values(block.table, locate)
                 survey.add(block.table, locate)
             notes += survey.warnings()
@@ -180,10 +180,6 @@ def input_notes(source: ParquetBlocks) -> list[str]:
     for note in notes:
         logger.warning(note)
     return notes
-
-
-def _locate(source: ParquetBlocks, first: int, row: int) -> str:
-    return source.locate(first + row)
 
 
 @contextmanager

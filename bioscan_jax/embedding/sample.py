@@ -45,8 +45,8 @@ class Blocks(Protocol):
         """Reads a block."""
         ...
 
-    def locate(self, row: int) -> str:
-        """Names a row in messages."""
+    def locate(self, row: int, first: int = 0) -> str:
+        """Names a row, counted from row `first`, in messages."""
         ...
 
 

@@ -231,5 +231,5 @@ class _TurnedBlocks:
         column = block.table.column_names.index(name)
         return Block(block.index, block.first_row, block.table.set_column(column, name, turned))
 
-    def locate(self, row: int) -> str:
-        return self.source.locate(row)
+    def locate(self, row: int, first: int = 0) -> str:
+        return self.source.locate(row, first)

@@ -137,7 +137,7 @@ def _describe(source: ParquetBlocks) -> Description:
     lengths, sequences, ids, sample = [], [], [], []
     for index in range(len(source)):
         block = source[index]
-        locate = partial(_locate, source, block.first_row)
+        locate = partial(source.locate, first=block.first_row)
         check_values(block.table, locate)
         given = block.table[source.sequence_column]
         cleaned = clean(given)
@@ -207,10 +207,6 @@ def _strand_line(found: StrandSurvey) -> str:
         f"{found.reversed:,} of {total:,} sequences compared look like the reverse complement of most others; "
         f"{found.unknown:,} share too few words of 8 bases to tell"
     )
-
-
-def _locate(source: ParquetBlocks, first: int, row: int) -> str:
-    return source.locate(first + row)
 
 
 def _repeats(source: ParquetBlocks, hashes: np.ndarray) -> tuple[int, str | None]:

@@ -116,7 +116,7 @@ def prepare_examples(
     sequences, lengths, tokens, taxa, from_column, metadata = [], [], [], [], [], []
     with path.open("wb") as file:
         for first, table in _tables(source, [source.sequence_column, *extra]):
-            locate = partial(_locate, source, first)
+            locate = partial(source.locate, first=first)
             cleaned = clean(table[source.sequence_column])
             text, offsets = string_bytes(cleaned.sequences)
             file.write(text.data)
@@ -160,13 +160,8 @@ def _tables(source: ParquetBlocks, columns: Sequence[str]) -> Generator[tuple[in
     blocks = source.select(list(dict.fromkeys(columns)), _BLOCK_ROWS)
     for index in range(len(blocks)):
         block = blocks[index]
-        check_values(block.table, partial(_locate, source, block.first_row))
+        check_values(block.table, partial(source.locate, first=block.first_row))
         yield block.first_row, block.table
-
-
-def _locate(source: ParquetBlocks, first: int, row: int) -> str:
-    """Returns the file and row number of a row in the block that starts at row `first`."""
-    return source.locate(first + row)
 
 
 def _labels(
@@ -183,11 +178,11 @@ def _labels(
         space = LabelSpace.build(training())
     except InputError:
         for first, table in _tables(source, columns):  # the same error with file and row, if it is about one
-            read_lineages(table, locate=partial(_locate, source, first))
+            read_lineages(table, locate=partial(source.locate, first=first))
         raise
     labels, survey = np.empty((source.rows, len(RANKS)), np.int32), LineageSurvey()
     for first, table in _tables(source, columns):
-        locate = partial(_locate, source, first)
+        locate = partial(source.locate, first=first)
         labels[first : first + table.num_rows] = space.encode(read_lineages(table, locate=locate))
         survey.add(table, locate)
     for line in survey.warnings():
