@@ -40,7 +40,9 @@ def main() -> None:
     listing = "\n".join(f"  {name:{width}}  {does}" for name, does in COMMANDS.items())
     usage = f"usage: bioscan COMMAND [flags]\n\n{listing}\n\nbioscan COMMAND --help explains the flags of a command."
     if words and words[0] in ("-h", "--help"):
-        print(usage)
+        from bioscan_jax.cli._command import exit_code_of
+
+        sys.exit(exit_code_of(lambda _: print(usage), words))
     elif words and words[0] == "--version":
         from importlib.metadata import version
 

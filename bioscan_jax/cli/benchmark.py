@@ -25,6 +25,10 @@ def command(words: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--picture", metavar="FILE")
     wanted, flags = parser.parse_known_args(words)
+    if not wanted.name and {"-h", "--help"} & {*flags}:
+        lines = [f"  {name:10} {(one.__doc__ or '').splitlines()[0]}" for name, one in BENCHMARKS.items()]
+        print("\n".join([(__doc__ or "").strip(), *lines, "bioscan benchmark NAME --help explains its flags."]))
+        return
     if wanted.name not in BENCHMARKS:
         raise UsageError(f"no benchmark {wanted.name!r}; pass one of {', '.join(BENCHMARKS)} first")
     benchmark = BENCHMARKS[wanted.name]

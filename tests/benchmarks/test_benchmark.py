@@ -23,6 +23,12 @@ from bioscan_jax.errors import InputError
 from bioscan_jax.model.config import PRESETS
 
 
+def test_help_lists_the_benchmarks():
+    done = call("benchmark", "--help")
+    assert done.returncode == 0
+    assert all(f"\n  {name} " in done.stdout for name in BENCHMARKS)
+
+
 def numbers(output: str) -> dict[str, float]:
     """Returns name and number of each line with a number."""
     found = re.findall(r"^ *(\w+)  ([\d,.]+)$", output, re.MULTILINE)
