@@ -379,41 +379,10 @@ class _Folder:
         found = _Folder({}, {}, beside)
         identities = folder.versions() if isinstance(folder, Bucket) else {}
         with progress_bar(unit="B", unit_scale=True, desc="compare", disable=not progress) as bar:
-            known: Known = {}
-            # A table before its rejects: `embed` commits a block's rejects first, and copes with too many of them
-            for path in tables:
-                dataset = open_dataset(f"{folder.name}/{path}")
-                if dataset is None:
-                    continue
-                there, base = copy.items.get(path), state.base.get(path)
-                columns = there.columns if isinstance(there, TableItem) else {}
-                found.datasets[path] = dataset
-                found.items[path], keys = describe_table(dataset, columns, part_bytes, state.known, bar.update)
-                known |= keys
-                if base is not None and base.digest != found.items[path].digest:  # the copy may be in other parts since
-                    as_then, keys = describe_table(dataset, base.columns, part_bytes, state.known, bar.update)
-                    known |= keys
-                    found.unchanged |= {path} if as_then.digest == base.digest else set()
-            state.known = known
-            seen: dict[str, list[str]] = {}
-            with folder.scratch() as scratch:
-                for path, size in files.items():
-                    if size is None:
-                        continue
-                    try:
-                        if isinstance(folder, Directory):
-                            identities[path] = f"{size} {(folder.root / path).stat().st_mtime_ns}"
-                        if state.files.get(path, [""])[0] == identities[path]:
-                            seen[path] = state.files[path]
-                        else:
-                            seen[path] = [identities[path], sha256_of(folder.fetch(path, scratch))]
-                            bar.update(size)
-                    except FileNotFoundError:
-                        continue  # deleted since it was listed, as finetune does with older checkpoints
-                    found.items[path] = FileItem(Object("", size, seen[path][1]))
-            state.files = seen
-            for path, file in beside.items():
-                found.items[path] = FileItem(Object("", file.stat().st_size, sha256_of(file)))
+            found._read_tables(folder, tables, copy, part_bytes, state, bar.update)
+            found._read_files(folder, files, identities, state, bar.update)
+        for path, file in beside.items():
+            found.items[path] = FileItem(Object("", file.stat().st_size, sha256_of(file)))
         state.save()
         found.unchanged |= {
             p for p, item in found.items.items() if p in state.base and state.base[p].digest == item.digest
@@ -422,6 +391,62 @@ class _Folder:
             check_path(path, folder.name)
         check_distinct(found.items, folder.name)
         return found
+
+    def _read_tables(
+        self,
+        folder: Directory | Bucket,
+        tables: Sequence[str],
+        copy: SyncedCopy,
+        part_bytes: int,
+        state: _State,
+        on_bytes: Callable[[int], object],
+    ) -> None:
+        """Describes tables in the parts that the copy has; a table before its rejects.
+
+        `embed` commits a block's rejects first, and copes with too many of them.
+        """
+        known: Known = {}
+        for path in tables:
+            dataset = open_dataset(f"{folder.name}/{path}")
+            if dataset is None:
+                continue
+            there, base = copy.items.get(path), state.base.get(path)
+            columns = there.columns if isinstance(there, TableItem) else {}
+            self.datasets[path] = dataset
+            self.items[path], keys = describe_table(dataset, columns, part_bytes, state.known, on_bytes)
+            known |= keys
+            if base is not None and base.digest != self.items[path].digest:  # the copy may be in other parts since
+                as_then, keys = describe_table(dataset, base.columns, part_bytes, state.known, on_bytes)
+                known |= keys
+                self.unchanged |= {path} if as_then.digest == base.digest else set()
+        state.known = known
+
+    def _read_files(
+        self,
+        folder: Directory | Bucket,
+        files: Mapping[str, int | None],
+        identities: dict[str, str],
+        state: _State,
+        on_bytes: Callable[[int], object],
+    ) -> None:
+        """Hashes files; not again those that look as they did at the last sync."""
+        seen: dict[str, list[str]] = {}
+        with folder.scratch() as scratch:
+            for path, size in files.items():
+                if size is None:
+                    continue
+                try:
+                    if isinstance(folder, Directory):
+                        identities[path] = f"{size} {(folder.root / path).stat().st_mtime_ns}"
+                    if state.files.get(path, [""])[0] == identities[path]:
+                        seen[path] = state.files[path]
+                    else:
+                        seen[path] = [identities[path], sha256_of(folder.fetch(path, scratch))]
+                        on_bytes(size)
+                except FileNotFoundError:
+                    continue  # deleted since it was listed, as finetune does with older checkpoints
+                self.items[path] = FileItem(Object("", size, seen[path][1]))
+        state.files = seen
 
 
 @dataclass(frozen=True)
