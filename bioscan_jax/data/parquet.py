@@ -648,18 +648,7 @@ def _find_columns(schema: pa.Schema, data: DataConfig, url: str, made: Mapping[s
     Raises:
         InputError: There is no such sequence column, a type is wrong, or two columns would become sequence_id.
     """
-    sequence, column = data.sequence_column, data.id_column
-    if sequence == column:
-        raise InputError(f"--data.sequence_column and --data.id_column are both {column!r}; pass two columns")
-    if sequence == DataConfig.sequence_column and sequence not in schema.names:
-        sequence = find_column("sequence", [name for name in _text_columns(schema) if name != column]) or sequence
-    if sequence not in schema.names:
-        raise InputError(f"{url} has no column {sequence!r}; {_suggestion(schema, data)}")
-    if not _is_text(schema.field(sequence).type):
-        raise InputError(
-            f"{url}: column {sequence!r} is {schema.field(sequence).type}, not text; "
-            "write it as a string column, or name another with --data.sequence_column"
-        )
+    sequence, column = _find_sequence(schema, data, url), data.id_column
     alias = None
     if data.id == "column" and column == _ID and _ID not in schema.names:
         usable = [name for name in schema.names if name != sequence and _is_id(schema.field(name).type)]
@@ -704,6 +693,23 @@ def _find_columns(schema: pa.Schema, data: DataConfig, url: str, made: Mapping[s
         fields.append(pa.field(name, pa.int64()))
         columns.append(made[name])
     return _Columns(pa.schema(fields), tuple(columns), sequence, taken)
+
+
+def _find_sequence(schema: pa.Schema, data: DataConfig, url: str) -> str:
+    """Returns the name of the sequence column; see `_find_columns`."""
+    sequence, column = data.sequence_column, data.id_column
+    if sequence == column:
+        raise InputError(f"--data.sequence_column and --data.id_column are both {column!r}; pass two columns")
+    if sequence == DataConfig.sequence_column and sequence not in schema.names:
+        sequence = find_column("sequence", [name for name in _text_columns(schema) if name != column]) or sequence
+    if sequence not in schema.names:
+        raise InputError(f"{url} has no column {sequence!r}; {_suggestion(schema, data)}")
+    if not _is_text(schema.field(sequence).type):
+        raise InputError(
+            f"{url}: column {sequence!r} is {schema.field(sequence).type}, not text; "
+            "write it as a string column, or name another with --data.sequence_column"
+        )
+    return sequence
 
 
 def _text_columns(schema: pa.Schema) -> list[str]:
