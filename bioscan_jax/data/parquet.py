@@ -186,6 +186,11 @@ class ParquetBlocks:
         return self._columns.id_column
 
     @property
+    def numbers_rows(self) -> bool:
+        """Whether sequence_id is made of file and row."""
+        return self._columns.file_columns[0] is _Made.FILE_ROW
+
+    @property
     def urls(self) -> list[str]:
         """Each input file as the user would write it: a path, or a URL."""
         return [origin.url for origin in self._origins]

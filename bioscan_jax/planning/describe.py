@@ -17,13 +17,12 @@ from bioscan_jax.barcodes.aliases import find_roles
 from bioscan_jax.barcodes.cleaning import REASONS, CleaningCounts, clean, foreign_characters
 from bioscan_jax.barcodes.dialects import NEEDS_DIALECT, read_dialect
 from bioscan_jax.barcodes.lineage import RANKS, LineageSurvey, lineage_columns, rank_columns
-from bioscan_jax.barcodes.schemas import case_clash
 from bioscan_jax.barcodes.strands import StrandSurvey, survey_strands
 from bioscan_jax.config import DataConfig
 from bioscan_jax.data.parquet import ParquetBlocks, hash_text, open_source
 from bioscan_jax.errors import InputError, printable
 from bioscan_jax.notebook import Shown, facts_html
-from bioscan_jax.table.columns import check_values
+from bioscan_jax.table.columns import check_values, vector_schema
 
 _HEADERS = 100
 _STRAND_ROWS = 4096
@@ -76,7 +75,9 @@ class Description(Shown):
         return facts_html({name: printable(text) for name, text in self._lines().items()})
 
     def _lines(self) -> dict[str, str]:
-        roles = ", ".join(f"{role} = {column}" for role, column in self.roles.items()) or "none"
+        roles = ", ".join(f"{role} = {column}" for role, column in self.roles.items())
+        if "id" not in self.roles:
+            roles += "; no column of ids: they are made of file and row"
         other = [f"{name} ({kind})" for name, kind in self.columns.items() if name not in (*self.roles.values(), _ID)]
         changes = self.changes
         least, low, median, high, most = self.lengths
@@ -130,8 +131,10 @@ def _describe(source: ParquetBlocks) -> Description:
     names = source.schema.names
     survey: LineageSurvey | None = LineageSurvey() if lineage_columns(names) else None
     warnings: list[str] = []
-    if clash := case_clash(names):
-        warnings.append(f"the columns {clash[0]!r} and {clash[1]!r} differ only in case: embed refuses them")
+    try:
+        vector_schema(source.schema, 1, "float32")
+    except InputError as error:
+        warnings.append(f"embed refuses this: {error}")
     changes, characters, rejects, headers = CleaningCounts(), Counter(), Counter(), Counter()
     first_rejects: dict[str, str] = {}
     lengths, sequences, ids, sample = [], [], [], []
@@ -171,6 +174,8 @@ def _describe(source: ParquetBlocks) -> Description:
     distinct = len(np.unique(np.concatenate(sequences)))
     roles = find_roles(names)
     roles |= {"sequence": source.sequence_column, "id": source.id_column if source.id_column in names else _ID}
+    if source.numbers_rows:
+        del roles["id"]
     return Description(
         files=len(source.fingerprint),
         rows=source.rows,

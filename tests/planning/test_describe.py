@@ -38,7 +38,7 @@ def test_what_a_table_holds(tmp_path):
     assert (found.repeated_ids, found.repeated_id, found.repeated_sequences) == (1, "P2", 1)
     assert (found.changes.lower_case, found.changes.stops_removed) == (8, 1)
     assert found.lengths == (3, 5, 8, 8, 8)
-    assert any("'genus' and 'Genus' differ only in case" in line for line in found.warnings)
+    assert any("embed refuses this: the columns 'genus' and 'Genus' differ" in line for line in found.warnings)
 
     printed = call("describe", path).stdout
     for words in ("sequence = nuc", "1 '?', 1 'X'", "Genus (string)", "embed refuses them"):
@@ -51,6 +51,7 @@ def test_lineages_in_a_dialect_and_those_that_cannot_be_read(tmp_path):
     pq.write_table(pa.table({"dna_sequence": ["ACGT", "AACC", "GGTT"], "taxonomy": lineages}), path)
     found = describe(DataConfig(path=str(path)))
     assert "strands  not determined: 3 of 3" in str(found)
+    assert "lineage = taxonomy; no column of ids: they are made of file and row" in str(found).replace(", sequence = dna_sequence", "")
     assert "column taxonomy, in the dialect marked ranks" in found.lineage
     assert found.ranks["species"] == 1
     assert f"{path} row 1 (counted from 0): the lineage 'a;b'" in found.warnings[0]
