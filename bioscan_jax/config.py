@@ -1,10 +1,14 @@
 """The settings of a run: frozen dataclasses, one per subject, checked when they are created."""
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+import numbers
+import os
+import types
+from dataclasses import field
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
-from bioscan_jax.errors import InputError
+from bioscan_jax.errors import InputError, shown
 
 DEFAULT_METADATA_WEIGHT = 0.3
 """Share of the total loss that goes to the metadata prediction."""
@@ -22,7 +26,63 @@ def _at_least(flag: str, value: int | None, least: int) -> None:
         raise InputError(f"--{flag} {value} is too small; pass at least {least}")
 
 
-@dataclass(frozen=True, kw_only=True)
+_Settings = TypeVar("_Settings")
+_KINDS: dict[Any, tuple[type, str]] = {
+    str: (str, "text"),
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    type(None): (type(None), "None"),
+}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _settings(cls: type[_Settings]) -> type[_Settings]:
+    """Makes a frozen dataclass that refuses values of another type, or outside a Literal; paths become text."""
+    check: Any = getattr(cls, "__post_init__", lambda self: None)
+
+    def __post_init__(self: Any) -> None:
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, one.name, value := os.fspath(value))
+            check_value(f"{cls.__name__}({one.name}=...)", value, one.type)
+        check(self)
+
+    cls.__post_init__ = __post_init__  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def check_value(name: str, value: object, kind: Any) -> None:
+    """Checks that a value is of a type made of Literal, str, int, float, bool and None; other types pass.
+
+    Raises:
+        InputError: It is not; the message tells what is allowed.
+
+    Example:
+        >>> check_value("on_error", "rais", Literal["raise", "nan"])
+        Traceback (most recent call last):
+        bioscan_jax.errors.InputError: on_error got 'rais'; pass 'raise' or 'nan'
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    allowed: list[str] = []
+    for one in kinds:
+        if get_origin(one) is Literal:
+            if value in get_args(one):
+                return
+            allowed += map(repr, get_args(one))
+        elif one in _KINDS:
+            if isinstance(value, _KINDS[one][0]):
+                return
+            allowed.append(_KINDS[one][1])
+        else:
+            return
+    raise InputError(
+        f"{name} got {shown(value)}; pass {', '.join(allowed[:-1])}{' or ' * (len(allowed) > 1)}{allowed[-1]}"
+    )
+
+
+@_settings
 class ModelConfig:
     """The model's weights and the precision to run them in.
 
@@ -53,7 +113,7 @@ class ModelConfig:
     """
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class DataConfig:
     """The barcodes to embed, and how they become tokens.
 
@@ -85,7 +145,7 @@ class DataConfig:
         _at_least("data.block_rows", self.block_rows, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class MeshConfig:
     """The devices to use and how arrays are split over them.
 
@@ -120,7 +180,7 @@ class MeshConfig:
             _at_least("mesh.data", self.data, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class FleetConfig:
     """Workers on the machines of a Ray cluster, which embed the blocks of one table.
 
@@ -152,7 +212,7 @@ class FleetConfig:
             raise InputError(f"--fleet.start_seconds {self.start_seconds} must be above 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class EmbedConfig:
     """How a sequence's tokens become one vector, and how many are processed at once.
 
@@ -195,7 +255,7 @@ class EmbedConfig:
         return self.phases * (2 if self.strand == "both" else 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class SinkConfig:
     """The Lance table that the vectors are written to.
 
@@ -221,7 +281,7 @@ class SinkConfig:
             raise InputError(f"--sink.table {self.table!r} must be letters, digits, '-' and '_'")
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class SideTableConfig:
     """A table that comes beside the barcodes, such as metadata, and how its text is written.
 
@@ -242,7 +302,7 @@ class SideTableConfig:
     """Column with the ids of the barcodes, such as processid or gbifID."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class SimulateConfig:
     """Simulated barcodes: sequences evolved along a random seven-rank tree.
 
@@ -268,7 +328,7 @@ class SimulateConfig:
         _at_least("simulate.length", self.length, 50)
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class LoRAConfig:
     """Low-rank adapters that are trained while the model stays frozen.
 
@@ -294,7 +354,7 @@ class LoRAConfig:
             raise InputError(f"--lora.alpha {self.alpha} must be more than 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class ExamplesConfig:
     """The labelled barcodes to train on, and which of them are held out.
 
@@ -331,7 +391,7 @@ class ExamplesConfig:
         _at_least("data.max_tokens", self.max_tokens, 2)
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class LossConfig:
     """The loss that training minimises.
 
@@ -388,7 +448,7 @@ class LossConfig:
         return DEFAULT_METADATA_WEIGHT if self.metadata_weight is None else self.metadata_weight
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class TrainConfig:
     """How the model is trained.
 
@@ -477,7 +537,7 @@ class TrainConfig:
                 raise InputError(f"--train.{name} {getattr(self, name)} is outside 0 to 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class CheckpointConfig:
     """How often training saves its state; it also saves on SIGTERM and at the end.
 
@@ -497,7 +557,7 @@ class CheckpointConfig:
             raise InputError(f"--checkpoint.interval_minutes {self.interval_minutes} must be at least 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class TrackingConfig:
     """Weights & Biases logging, of training and of embedding; bioscan embed has it disabled unless a mode is given.
 
@@ -519,7 +579,7 @@ QueryStrand = Literal["both", "plus"]
 AnswerFormat = Literal["parquet", "tsv", "sintax", "dwca"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class ReferenceConfig:
     """The table of vectors that barcodes are compared with.
 
@@ -534,7 +594,7 @@ class ReferenceConfig:
     """Name of the vector table."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class QueryConfig:
     """The barcodes to identify.
 
@@ -553,7 +613,7 @@ class QueryConfig:
     """column: id_column, or the first word of a FASTA header. header: the whole FASTA header. file_row: FILE:ROW."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class IdentifyConfig:
     """How barcodes are named; a calibration is valid only for the settings it was made with.
 
@@ -617,7 +677,7 @@ class IdentifyConfig:
         _at_least("batch_tokens", self.batch_tokens, 2)
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class ArchiveConfig:
     """What a Darwin Core archive says beside the identifications.
 
@@ -640,7 +700,7 @@ class ArchiveConfig:
     """License of the data set, one of those that GBIF accepts."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class CalibrateConfig:
     """The precision required of answers.
 
@@ -667,7 +727,7 @@ class CalibrateConfig:
                 raise InputError(f"--{name} {getattr(self, name)} is outside 0 to 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@_settings
 class MetricConfig:
     """How a projection is fitted to a vector table; what is absent is chosen by held-out species.
 

@@ -112,7 +112,9 @@ def _directory_of(checkpoint: str, revision: str | None) -> Path | None:
     if checkpoint.startswith((".", "~", os.sep)) or checkpoint.count(os.sep) > 1:
         raise InputError(f"--model.checkpoint {checkpoint!r}: there is no such directory; check the path")
     if not is_hub_id(checkpoint):
-        raise InputError(f"--model.checkpoint {checkpoint!r} is neither a directory nor a hub id such as OWNER/NAME")
+        raise InputError(
+            f"--model.checkpoint {checkpoint!r} is neither a directory nor a hub id such as OWNER/NAME, nor 'default'"
+        )
     commits = _commits(checkpoint)
     if revision is None:
         raise InputError(

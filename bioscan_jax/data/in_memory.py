@@ -1,6 +1,6 @@
 """Sequences that a caller holds in memory, as blocks of rows like those of a file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,13 @@ def as_column(sequences: Sequences) -> pa.Array | pa.ChunkedArray:
     """Converts what a user holds to an Arrow column of strings.
 
     Raises:
-        InputError: It is not one-dimensional, or an element is neither a string nor missing.
+        InputError: It is not one-dimensional or has no order, or an element is neither a string nor missing.
     """
     if isinstance(sequences, pa.Array | pa.ChunkedArray):
-        return sequences
+        column: Any = sequences
+        return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+    if isinstance(sequences, Mapping | Set) or getattr(sequences, "ndim", 1) != 1:
+        raise InputError(f"sequences are a {type(sequences).__name__}; pass a list, or one column of strings")
     values = [None if _is_missing(value) else value for value in sequences]
     for i, value in enumerate(values):
         if not isinstance(value, str | None):

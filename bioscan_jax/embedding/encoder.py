@@ -21,7 +21,7 @@ from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.load import LoadedModel
 from bioscan_jax.checkpoints.push import push_to_hub
 from bioscan_jax.checkpoints.save import save_model
-from bioscan_jax.config import DataConfig, EmbedConfig, ModelConfig
+from bioscan_jax.config import DataConfig, EmbedConfig, ModelConfig, check_value
 from bioscan_jax.data.encode import EncodedBlock, Encoding, check_finite, encode_block, reject_not_finite
 from bioscan_jax.data.in_memory import COLUMN, Sequences, SequencesInMemory, as_column
 from bioscan_jax.devices.sharding import Layout
@@ -211,6 +211,7 @@ class Encoder:
             batch_tokens=batch_tokens,
             deduplicate=deduplicate,
         )
+        check_value("on_error", on_error, Literal["raise", "nan"])
         column = as_column([sequences] if isinstance(sequences, str) else sequences)
         encoding = self.encoding(embed, COLUMN, max_tokens=max_tokens, overlong=overlong)
         width = self.dimension if project else self.config.hidden_size
@@ -293,6 +294,7 @@ class Encoder:
             batch_tokens=batch_tokens,
             deduplicate=deduplicate,
         )
+        check_value("on_error", on_error, Literal["reject", "raise"])
         data = DataConfig(path=path, sequence_column=sequence_column, id_column=id_column, block_rows=block_rows)
         rejected: Counter[str] = Counter()
         with tempfile.TemporaryDirectory(prefix="bioscan_jax-") as scratch:
@@ -391,6 +393,7 @@ class Encoder:
         Raises:
             InputError: `max_tokens` or the layer is more than the model has.
         """
+        check_value("overlong", overlong, Overlong | None)
         limit, wanted = self.config.max_tokens, max_tokens or self.max_tokens
         if wanted is not None and wanted > limit:
             raise InputError(
@@ -527,6 +530,9 @@ class Encoder:
     ) -> Float32[np.ndarray, "rows columns"]:
         """Returns the cosine similarity of every vector of `a` with every vector of `b`.
 
+        Raises:
+            InputError: They are not vectors of one length, such as `encode` returns.
+
         Example:
             >>> import bioscan_jax as bj
             >>> model = bj.load("random:tiny-v2")
@@ -534,8 +540,13 @@ class Encoder:
             >>> model.similarity(vector, vector).round(4)
             array([[1.]], dtype=float32)
         """
-        left, right = (unit(np.atleast_2d(np.asarray(x, np.float32))) for x in (a, b))
-        return left @ right.T
+        try:
+            left, right = (unit(np.atleast_2d(np.asarray(x, np.float32))) for x in (a, b))
+            return left @ right.T
+        except ValueError as error:
+            raise InputError(
+                f"similarity compares vectors of one length; pass what encode returns ({error})"
+            ) from error
 
     def hidden_states(
         self, sequences: Sequences, *, layer: int | None = None, max_tokens: int | None = None

@@ -128,7 +128,7 @@ def test_path_that_is_not_there(path: str):
 )
 def test_neither_directory_nor_hub_id(name: str):
     assert refusal(name, COMMIT) == (
-        f"--model.checkpoint {name!r} is neither a directory nor a hub id such as OWNER/NAME"
+        f"--model.checkpoint {name!r} is neither a directory nor a hub id such as OWNER/NAME, nor 'default'"
     )
 
 

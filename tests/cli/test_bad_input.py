@@ -613,3 +613,23 @@ def test_help_names_the_flags():
     assert shown.returncode == 0
     assert shown.stderr == ""
     assert_says(shown.stdout, *(f"\n  {flag} " for flag in flags.split()))
+
+
+def test_settings_in_python_are_checked_as_flags_are():
+    """In a process of its own, as the types of the tests' process are checked by beartype."""
+    code = """
+from pathlib import Path
+from bioscan_jax.config import DataConfig, EmbedConfig, IdentifyConfig
+assert DataConfig(path=Path("x")).path == "x"
+for kind, given in ((EmbedConfig, {"pooling": "men"}), (IdentifyConfig, {"rerank": "align"}), (IdentifyConfig, {"k": "5"})):
+    try:
+        kind(**given)
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "EmbedConfig(pooling=...) got 'men'; pass 'mean', 'mean_no_cls', 'cls' or 'max'",
+        "IdentifyConfig(rerank=...) got 'align'; pass 'none' or 'alignment'",
+        "IdentifyConfig(k=...) got '5'; pass a whole number",
+    ]

@@ -127,6 +127,7 @@ def test_all_kinds_of_columns_give_the_same_vectors(model):
         pa.array(sequences),
         pa.chunked_array([sequences[:1], sequences[1:]]),
         pa.array(sequences).dictionary_encode(),
+        pa.array(sequences, pa.string_view()),
         pd.Series(sequences, index=[7, 8, 9]),
         pd.Series(sequences, dtype="string"),
     ]
@@ -148,6 +149,9 @@ def test_all_kinds_of_columns_give_the_same_vectors(model):
         ("protein", r"sequence 0 \('protein'\)"),
         ([DNA, 7], "sequence 1 is of type int"),
         ([DNA, b"ACGT"], "sequence 1 is of type bytes"),
+        ({"A": DNA}, "sequences are a dict"),
+        ({DNA}, "sequences are a set"),
+        (pd.DataFrame({"A": [DNA]}), "sequences are a DataFrame"),
     ],
 )
 def test_what_has_no_vector_is_an_error_that_names_its_place(model, sequences, words):

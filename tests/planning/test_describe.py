@@ -51,7 +51,9 @@ def test_lineages_in_a_dialect_and_those_that_cannot_be_read(tmp_path):
     pq.write_table(pa.table({"dna_sequence": ["ACGT", "AACC", "GGTT"], "taxonomy": lineages}), path)
     found = describe(DataConfig(path=str(path)))
     assert "strands  not determined: 3 of 3" in str(found)
-    assert "lineage = taxonomy; no column of ids: they are made of file and row" in str(found).replace(", sequence = dna_sequence", "")
+    assert "lineage = taxonomy; no column of ids: they are made of file and row" in str(found).replace(
+        ", sequence = dna_sequence", ""
+    )
     assert "column taxonomy, in the dialect marked ranks" in found.lineage
     assert found.ranks["species"] == 1
     assert f"{path} row 1 (counted from 0): the lineage 'a;b'" in found.warnings[0]
