@@ -66,7 +66,7 @@ def connected(fleet: config.FleetConfig) -> Iterator[Any]:
         with warnings.catch_warnings(), _silent_stderr():
             warnings.simplefilter("ignore")  # what matters of them is in the error
             ray.init(address=fleet.address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises this class itself where a node does not start in time
         raise _connection_error(fleet.address, error) from error
     finally:
         if main and handler is not None:
@@ -123,6 +123,11 @@ def _connection_error(address: str, error: BaseException) -> InputError:
         return InputError(
             f"--fleet.address {address}: that cluster has another version of Ray or Python than this machine ({text}); "
             "install the same on all machines"
+        )
+    if address == "local":
+        return InputError(
+            f"--fleet.address local: Ray cannot start on this machine ({text}); it may be too busy, or short of memory or "
+            "space in /tmp: run the same command again, or leave --fleet.address out"
         )
     if address == "auto":
         return InputError(

@@ -21,7 +21,7 @@ from support.places import TESTS
 import bioscan_jax as bj
 from bioscan_jax import DataConfig, EmbedConfig, FleetConfig, InputError, MeshConfig, ModelConfig, SinkConfig
 from bioscan_jax.barcodes.tokenizer import Vocabulary
-from bioscan_jax.fleet.cluster import mismatch
+from bioscan_jax.fleet.cluster import connected, mismatch
 from bioscan_jax.fleet.driver import absolute
 from bioscan_jax.fleet.orders import Facts, Refusal, Settings
 from bioscan_jax.fleet.worker import Worker
@@ -49,6 +49,16 @@ def facts_of(settings: Settings) -> Facts:
     found = Worker(settings).load()
     assert isinstance(found, Facts), found
     return found
+
+
+@pytest.mark.fleet
+def test_ray_that_does_not_start_is_one_line(monkeypatch):
+    def init(**given):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(InputError, match="Ray cannot start on this machine .*timed out.*run the same command again"):
+        connected(FleetConfig(address="local")).__enter__()
 
 
 @pytest.mark.fleet
