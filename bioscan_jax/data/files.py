@@ -174,7 +174,11 @@ class _Ranges(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         end = self._size if size < 0 else min(self._position + size, self._size)
-        data = b"" if end <= self._position else cast(bytes, self._filesystem.cat_file(self._path, self._position, end))
+        data = (
+            b""
+            if end <= self._position
+            else cast(bytes, self._filesystem.cat_file(self._path, start=self._position, end=end))
+        )
         self._position += len(data)
         return data
 

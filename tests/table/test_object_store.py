@@ -1,14 +1,21 @@
 """The table on an S3 server whose requests fail."""
 
+import gzip
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 
+import fsspec
 import lance
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.object_store import BUCKET, ObjectStore, served_store
 from test_sink import BLOCK_ROWS, SCHEMA, blocks, open_table
 
+from bioscan_jax.config import DataConfig
+from bioscan_jax.data.parquet import open_source
 from bioscan_jax.errors import InputError
 from bioscan_jax.table import commit as committing
 
@@ -43,6 +50,17 @@ def assert_holds_each_row_once(uri: str, rows: int = ROWS) -> None:
         found = lance.dataset(path).to_table(columns=["source_row"])["source_row"].to_pylist()
         wanted = [getattr(block, name)["source_row"].to_pylist() for block in blocks(rows)]
         assert found == list(chain.from_iterable(wanted)), name
+
+
+@pytest.mark.parametrize("name", ["a b.parquet", "a b.fasta.gz"])
+def test_an_input_in_the_bucket_is_read_as_one_on_disk(store: ObjectStore, tmp_path: Path, name: str) -> None:
+    rows = {"sequence_id": ["a", "b"], "dna_sequence": ["ACGT", "TTGA"]}
+    pq.write_table(pa.table(rows), tmp_path / "a b.parquet")
+    (tmp_path / "a b.fasta.gz").write_bytes(gzip.compress(b">a\nACGT\n>b\nTTGA\n"))
+    url = f"{BUCKET}/input/{name}"
+    fsspec.filesystem("s3").put(str(tmp_path / name), url)
+    found = open_source(DataConfig(path=url), scratch=tmp_path / "scratch")[0].table
+    assert found.select(list(rows)).to_pydict() == rows
 
 
 @pytest.mark.parametrize(("kind", "how", "number"), [("PUT", "lost", 9), ("PUT", "refused", 7), ("LIST", "refused", 9)])
