@@ -272,7 +272,9 @@ def _fastq(first: str, lines: _Lines) -> Iterator[tuple[str, str]]:
             raise _FormatError("Premature end of file encountered", lines.number + 1)
         if not plus.startswith("+"):
             raise _FormatError(
-                f"Expected '+' at beginning of the third line of a record, but got {plus[:60]!r}", lines.number - 1
+                f"Expected '+' at beginning of the third line of a record, but got {plus[:60]!r} (records of more than "
+                "four lines must be unwrapped, as `seqtk seq -l0` does)",
+                lines.number - 1,
             )
         if len(plus) > 1 and lines.header(plus[1:]) != name:
             raise _FormatError(f"the names of a record differ ({name[:60]!r} and {plus[1:61]!r})", lines.number - 1)

@@ -58,6 +58,8 @@ _HEAD = 10
 """Answers that a notebook shows,"""
 _SHOWN = ["sequence_id", *RANKS[2:], "species_confidence", "nearest_id", "similarity", "identity", "novelty"]
 """and their columns."""
+_DISTANT = 0.9
+"""Identity with the nearest reference below which COI barcodes, and those of most other markers, are of other species."""
 _BY_ALIGNMENT = "of the best alignments with the whole reference are among the candidates"
 _BY_INDEX = "of the exact nearest neighbours are found by the index"
 
@@ -100,6 +102,8 @@ class IdentifySummary(Shown):
     seconds: float
     archive: tuple[str, ...] = ()
     """Lines on what a Darwin Core archive lacks."""
+    distant: int | None = None
+    """Without a calibration: queries that are named, although their nearest reference has an identity below 0.9."""
     head: pa.Table | None = dataclasses.field(default=None, repr=False, compare=False)
     """The first answers."""
 
@@ -117,6 +121,11 @@ class IdentifySummary(Shown):
         if self.unnamed:
             lacking = ", ".join(f"{count:,} {what}" for what, count in sorted(self.unnamed.items()))
             lines.append(f"     unnamed  {lacking} below the floor")
+        if self.distant:
+            lines.append(
+                f"     distant  {self.distant:,} named queries have an identity under {_DISTANT} with their nearest "
+                "reference, so that their species is hardly right; bioscan calibrate fits how far names hold"
+            )
         if self.novel is not None:
             lines.append(f"       novel  {self.novel:,} queries are likely of species not in the reference")
         if self.groups is not None:
@@ -298,8 +307,15 @@ def identify(
         recall=_recall([block.recall for block in kept.blocks], settings.k),
         seconds=time.perf_counter() - start,
         archive=lacks,
+        distant=None if found is not None else _count_distant(rows),
         head=rows.slice(0, _HEAD),
     )
+
+
+def _count_distant(rows: pa.Table) -> int:
+    """Counts the rows with a species whose nearest reference has a low identity."""
+    identity = rows["identity"].to_numpy(zero_copy_only=False)
+    return int((rows["species"].is_valid().to_numpy() & (identity < _DISTANT)).sum())
 
 
 def _search(matcher: Matcher) -> str:

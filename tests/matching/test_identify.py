@@ -44,8 +44,10 @@ def ask(world: World, path: str, output: Path | str, **more) -> IdentifySummary:
 
 
 def test_names_known_species_and_keeps_the_published_columns(world: World, tmp_path: Path):
-    ask(world, world.queries, tmp_path / "a.parquet")
+    summary = ask(world, world.queries, tmp_path / "a.parquet")
     found, given = pq.read_table(tmp_path / "a.parquet"), pq.read_table(world.queries)
+    assert summary.distant == sum(row["species"] is not None and row["identity"] < 0.9 for row in found.to_pylist())
+    assert ("distant  " in str(summary)) == (summary.distant > 0)
     assert found.schema.names == ANSWERS.names
     assert found["sequence_id"].to_pylist() == given["sequence_id"].to_pylist()
     pairs = list(zip(found["species"].to_pylist(), given["species"].to_pylist(), strict=True))
