@@ -60,10 +60,10 @@ def run_script(name: str, words: list[str] | None = None) -> None:
         name: One of `COMMANDS`.
         words: Its flags; those of the process if absent.
     """
-    from bioscan_jax.cli._command import own_process
+    from bioscan_jax.cli._command import leave, own_process
 
     own_process()
-    sys.exit(invoke(name, sys.argv[1:] if words is None else words))
+    leave(invoke(name, sys.argv[1:] if words is None else words))
 
 
 def invoke(name: str, words: list[str]) -> int:

@@ -1,6 +1,7 @@
 """What every command shares: flags from dataclasses, layered --config files, one line for a mistake."""
 
 import argparse
+import atexit
 import dataclasses
 import functools
 import gc
@@ -11,11 +12,12 @@ import os
 import re
 import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 Command = Callable[[Sequence[str]], int | None]
 """Runs with the words that follow its name on the command line; may return an exit code."""
@@ -42,6 +44,17 @@ def own_process() -> None:
     logging.getLogger("bioscan_jax").setLevel(_log_level())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_at_once)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process whose command is done, without the third of a second that freeing its modules one by one takes."""
+    if all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        atexit._run_exitfuncs()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class _WithoutPandas:

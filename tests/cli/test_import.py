@@ -63,3 +63,14 @@ def test_no_public_name_is_a_folder_s_or_a_module_s():
     """An import of the module would put it in the place of the name."""
     package = Path(bioscan_jax.__file__).parent
     assert not {path.stem for path in package.iterdir()} & set(bioscan_jax.__all__)
+
+
+@pytest.mark.parametrize("late", ["print('late')", "threading.Timer(0.2, print, ['late']).start()"])
+def test_a_command_ends_with_its_code_after_threads_and_exit_handlers(late: str) -> None:
+    program = (
+        f"import atexit, threading; from bioscan_jax.cli import run_script; atexit.register(print, 'handled'); {late}"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{program}; run_script('compact', ['--nothing'])"], capture_output=True
+    )
+    assert (ended.returncode, sorted(ended.stdout.split())) == (2, [b"handled", b"late"])
