@@ -91,8 +91,13 @@ def _cut(
     if (pieces == 1).all() and lengths.max(initial=0) <= max_tokens:
         if len(rows) == len(tokens) and (rows == np.arange(len(rows))).all():
             return tokens
-        taken = pa.LargeListArray.from_arrays(tokens.offsets, tokens.ids).take(pa.array(rows))
-        return TokenRows(taken.flatten().to_numpy(), taken.offsets.to_numpy())
+        offsets = pa.py_buffer(tokens.offsets * tokens.ids.itemsize)
+        texts = pa.LargeBinaryArray.from_buffers(
+            pa.large_binary(), len(tokens), [None, offsets, pa.py_buffer(tokens.ids)]
+        )
+        _, taken, data = texts.take(pa.array(rows)).buffers()  # Arrow copies a row at once
+        offsets = np.frombuffer(taken, np.int64, len(rows) + 1) // tokens.ids.itemsize
+        return TokenRows(np.frombuffer(data, tokens.ids.dtype, offsets[-1]), offsets)
     source = np.repeat(rows, pieces)
     number = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     count, content = np.repeat(pieces, pieces), np.repeat(lengths - 1, pieces)

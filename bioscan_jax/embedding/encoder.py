@@ -30,7 +30,7 @@ from bioscan_jax.embedding.dispatch import Dispatcher
 from bioscan_jax.embedding.hidden_states import HiddenStates
 from bioscan_jax.embedding.predict import HeadPredictor
 from bioscan_jax.embedding.repeats import VectorCache, Window, window_blocks
-from bioscan_jax.embedding.sample import SAMPLED_ROWS, Blocks, Sample, sample_blocks
+from bioscan_jax.embedding.sample import Blocks, Sample, sample_blocks
 from bioscan_jax.embedding.step import CompiledSteps, CountingSteps, Projector, can_count_tokens
 from bioscan_jax.embedding.to_onnx import write_onnx
 from bioscan_jax.errors import InputError, logger
@@ -470,8 +470,11 @@ class Encoder:
 
     def sample(self, source: Blocks, encoding: Encoding, embed: EmbedConfig, *, project: bool = True) -> Sample:
         """Reads as much of an input as `block_encoder` needs."""
-        rows = 1 if self._counts_tokens(embed, project) else SAMPLED_ROWS  # token counts have one shape
-        return sample_blocks(source, encoding, embed, rows)
+        if not self._counts_tokens(embed, project):
+            return sample_blocks(source, encoding, embed)
+        # Token counts have one shape: of the sequences, only that there are some matters.
+        quick = dataclasses.replace(encoding, vocabulary=self.vocabulary.without_columns, phases=1)
+        return sample_blocks(source, quick, dataclasses.replace(embed, deduplicate=False), rows=1)
 
     def _counts_tokens(self, embed: EmbedConfig, project: bool) -> bool:
         """Whether vectors are computed from token counts, which changes the bits: with a projection, or with columns.

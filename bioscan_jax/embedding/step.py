@@ -118,6 +118,8 @@ class CompiledSteps:
         return self._step.lower(self._state, abstract).compile()
 
 
+_COUNTED_ROWS = 32
+"""Sequences whose tokens are counted at a time, in the processor's cache."""
 MORE_ROWS, FEW_ROWS = 256, 16
 """Rows per device in one call of a projection; the smaller number where a block has no more."""
 
@@ -183,9 +185,13 @@ def count_batches(views: Views, sequences: int, vocabulary: int, layout: Layout)
     for first in range(0, sequences, size):
         bounds = starts[first : first + size + 1]
         rows = np.arange(first, first + len(bounds) - 1)
-        place = np.repeat(np.arange(0, len(rows) * vocabulary, vocabulary), np.diff(bounds))
-        counts = np.bincount(place + views.tokens.ids[bounds[0] : bounds[-1]], minlength=size * vocabulary)
-        batches.append(TokenBatch(counts.astype(np.int32).reshape(size, vocabulary), rows))
+        counts = np.zeros((size, vocabulary), np.int32)
+        for at in range(0, len(rows), _COUNTED_ROWS):
+            some = bounds[at : at + _COUNTED_ROWS + 1]
+            places = np.repeat(np.arange(0, (len(some) - 1) * vocabulary, vocabulary), np.diff(some))
+            found = np.bincount(places + views.tokens.ids[some[0] : some[-1]], minlength=(len(some) - 1) * vocabulary)
+            counts[at : at + len(some) - 1] = found.reshape(-1, vocabulary)
+        batches.append(TokenBatch(counts, rows))
     return batches
 
 
