@@ -8,6 +8,7 @@ chance, as behind a gap, blocks of columns are shifted, by dynamic programming.
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -34,9 +35,10 @@ _MARGIN = 64
 _LEAST_KNOWN = 0.05
 """Share of the barcodes that must have a base in a column."""
 _CHUNK_BYTES = 1 << 23
+_THREADS = 2
 _SIZES = np.unique(np.outer([1, 3, 5, 9, 15, 25, 27, 45, 75], 1 << np.arange(24)))
 """Lengths at which Fourier transforms are fast."""
-_FEW = 8192
+_FEW = 4096
 """Rows whose transforms take no longer than the import of a faster library."""
 
 
@@ -89,12 +91,16 @@ class Columns:
         codes, lengths = _codes(text), np.diff(offsets)
         placed = np.full((len(lengths), len(self.scores)), _UNKNOWN, np.uint8)
         fft = _fourier(len(lengths))
-        for rows in _chunks(lengths, len(self.scores)):
-            width = int(lengths[rows].max())
-            within = np.arange(width)
+
+        def place_some(rows: Int64[np.ndarray, " some"]) -> None:
+            within = np.arange(int(lengths[rows].max()))
             inside = within < lengths[rows][:, None]
             padded = np.where(inside, codes[np.where(inside, offsets[rows][:, None] + within, 0)], np.uint8(_UNKNOWN))
             placed[rows] = self._placed(padded, lengths[rows], fft)
+
+        with ThreadPoolExecutor(_THREADS, "columns") as threads:
+            for _ in threads.map(place_some, _chunks(lengths, len(self.scores))):
+                pass
         return placed
 
     def _placed(

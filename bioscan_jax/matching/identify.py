@@ -4,6 +4,8 @@ import dataclasses
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -190,7 +192,7 @@ def identify(
     Raises:
         InputError: The table, the model, the settings or the barcodes are invalid; no file is written then.
 
-    The answers of each block of 4,096 queries are kept in .NAME.blocks beside the output, also in a bucket, until it is
+    The answers of each block of 2,048 queries are kept in .NAME.blocks beside the output, also in a bucket, until it is
     whole: after a kill or an error, the same call continues there.
 
     Example:
@@ -252,7 +254,7 @@ def identify(
         }
         kept = held.enter_context(partial_answers(output, facts, blocks=len(source)))
         bar.update(kept.rows)
-        for block in find_candidates(matcher, source, pool, bar.update, first_block=len(kept.blocks)):
+        for block in _ahead(find_candidates(matcher, source, pool, bar.update, first_block=len(kept.blocks))):
             ranked = rank_candidates(block, voting, settings.aligned)
             result = count_votes(matcher, ranked, voting, block.heads)
             evidence = nearest_evidence(matcher, block.texts, ranked, pool)
@@ -316,6 +318,15 @@ def _count_distant(rows: pa.Table) -> int:
     """Counts the rows with a species whose nearest reference has a low identity."""
     identity = rows["identity"].to_numpy(zero_copy_only=False)
     return int((rows["species"].is_valid().to_numpy() & (identity < _DISTANT)).sum())
+
+
+def _ahead(blocks: Iterator[Candidates]) -> Iterator[Candidates]:
+    """Yields blocks of which a thread prepares the next one meanwhile."""
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming = thread.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = thread.submit(next, blocks, None)
+            yield block
 
 
 def _search(matcher: Matcher) -> str:

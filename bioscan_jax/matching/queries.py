@@ -29,7 +29,7 @@ from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError, logger
 from bioscan_jax.matching.reference import Reference
 
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS = 2048
 
 
 def encoder_of_table(

@@ -18,6 +18,7 @@ from bioscan_jax import config
 from bioscan_jax.barcodes.cleaning import clean
 from bioscan_jax.barcodes.labels import name_codes
 from bioscan_jax.barcodes.lineage import RANKS, coded_lineages, lineage_columns, missing_lineages
+from bioscan_jax.embedding.encoder import unit
 from bioscan_jax.errors import InputError
 from bioscan_jax.table.reading import check_condition, open_existing, schema_metadata, take_rows
 from bioscan_jax.table.storage import lance_text, storage_errors
@@ -108,9 +109,12 @@ class Reference:
     def blocks(
         self, *, copies: bool = True
     ) -> Iterator[tuple[Int64[np.ndarray, " some"], Float32[np.ndarray, "some hidden"]]]:
-        """Yields positions and vectors of the chosen rows, in batches; of rows with the same DNA only the first if asked.
+        """Yields positions and unit vectors of the chosen rows, in batches; of rows with the same DNA the first alone.
 
         Vectors that fit into `_KEPT_BYTES` are read once.
+
+        Args:
+            copies: Yield all rows with the same DNA, too.
         """
         if copies in self._kept:
             yield from self._kept[copies]
@@ -124,7 +128,7 @@ class Reference:
                 vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
                 rows, vectors = self.chosen[first : first + len(batch)], vectors.reshape(len(batch), -1)
                 keep = slice(None) if copies else self.copies.first[rows] == rows
-                kept.append((rows[keep], vectors[keep]))
+                kept.append((rows[keep], unit(vectors[keep])))
                 yield kept[-1]
                 first += len(batch)
                 if first * vectors.itemsize * vectors.shape[1] > _KEPT_BYTES:
