@@ -628,11 +628,15 @@ class IdentifyConfig:
     """alignment scores each of the k neighbours by cosine + identity_weight * identity, the share of its aligned bases
     that agree; none by the cosine alone."""
     identity_weight: float | None = None
-    """Weight of the identity in that score; 0 is the cosine alone. Fitted by calibrate if absent; 4 without a
+    """Weight of the identity in that score; 0 is the cosine alone. Fitted by calibrate if absent; 6 without a
     calibration."""
+    saturation: float | None = None
+    """A barcode whose neighbours all differ from it by more than this share of its bases is compared without transitions
+    (A-G, C-T), many of which have been overwritten by then in COI; 1 always counts them, as slower markers need. Fitted by
+    calibrate if absent; 0.05 without a calibration. With rerank alignment only."""
     temperature: float | None = None
     """A neighbour whose score is lower by this has 1/e of the best one's weight in the vote. Fitted by calibrate if
-    absent; 0.01 without a calibration. With rerank alignment only."""
+    absent; 0.02 without a calibration. With rerank alignment only."""
     aligned: int = 32
     """Aligned neighbours that vote: the best of the k by their score."""
     min_overlap: int | None = None
@@ -662,10 +666,15 @@ class IdentifyConfig:
     def __post_init__(self) -> None:
         _at_least("k", self.k, 1)
         _at_least("aligned", self.aligned, 1)
-        if self.rerank == "none" and (self.identity_weight, self.temperature) != (None, None):
-            raise InputError("--identity_weight and --temperature belong to --rerank alignment; pass it with them")
+        of_alignment = (self.identity_weight, self.saturation, self.temperature)
+        if self.rerank == "none" and of_alignment != (None, None, None):
+            raise InputError(
+                "--identity_weight, --saturation and --temperature belong to --rerank alignment; pass it with them"
+            )
         if not 0 <= (self.identity_weight or 0) < math.inf:
             raise InputError(f"--identity_weight {self.identity_weight} is no weight; pass 0 or more")
+        if not 0 <= (self.saturation or 0) <= 1:
+            raise InputError(f"--saturation {self.saturation} is no share of the bases; pass 0 to 1")
         if not 0 < (1 if self.temperature is None else self.temperature) < math.inf:
             raise InputError(f"--temperature {self.temperature} is no temperature; pass a number above 0")
         _at_least("min_overlap", self.min_overlap, 1)

@@ -34,6 +34,8 @@ _REGISTERS = 8
 """Words by which two sequences are laid side by side without gaps, at most."""
 _LIKELY = 0.2
 """Edits per base that candidates rarely exceed: this bound, tried first, saves about a fifth of the time."""
+_AS_PURINES = str.maketrans("GT", "AC")
+"""A for purines, C for pyrimidines: a transition (A-G, C-T) leaves the letter as it is, a transversion does not."""
 _STEP = re.compile(r"(\d+)([=XID])")
 _EQUAL, _ENDS = re.compile(r"(\d+)="), re.compile(r"^\d+(?=I)|\d+(?=I$)")
 """Lengths of the steps with equal bases, and of the bases before and after what the longer sequence faces."""
@@ -257,16 +259,33 @@ def edit_counts(query: str, candidates: Sequence[str], at_most: float = float("i
     """
     found: dict[str, tuple[int, int] | None] = {}
     for candidate in dict.fromkeys(candidates):
-        counts = _edits(query, candidate, at_most)
-        # Each base outside the overlap is one edit at most: to halve the edits, half as many must lie outside.
-        if counts is None or (counts[0] and _may_extend(query, candidate, (counts[0] + 1) // 2)):
-            enough = min(at_most if counts is None else counts[0] / counts[1], 1.0) / 2
-            parts = overlapping_parts(query, candidate, enough)
-            over = None if parts is None else _edits(*parts, enough)
-            if over is not None and (counts is None or 2 * _distance(over) <= _distance(counts)):
-                counts = over
-        found[candidate] = counts
+        placed = _placed(query, candidate, at_most)
+        found[candidate] = None if placed is None else placed[0]
     return [found[candidate] for candidate in candidates]
+
+
+_Counts = tuple[int, int]
+"""Edits and known bases."""
+
+
+def _placed(query: str, candidate: str, at_most: float = float("inf")) -> tuple[_Counts, tuple[str, str]] | None:
+    """Counts as `edit_counts` does; also returns the two sequences, or their overlapping parts, that were compared."""
+    counts, compared = _edits(query, candidate, at_most), (query, candidate)
+    # Each base outside the overlap is one edit at most: to halve the edits, half as many must lie outside.
+    if counts is None or (counts[0] and _may_extend(query, candidate, (counts[0] + 1) // 2)):
+        enough = min(at_most if counts is None else counts[0] / counts[1], 1.0) / 2
+        parts = overlapping_parts(query, candidate, enough)
+        over = None if parts is None else _edits(*parts, enough)
+        if parts is not None and over is not None and (counts is None or 2 * _distance(over) <= _distance(counts)):
+            counts, compared = over, parts
+    return None if counts is None else (counts, compared)
+
+
+def _transversions(counts: _Counts, compared: tuple[str, str]) -> int:
+    """Counts the edits that are left where A counts as G and C as T: transversions and gaps, at most all edits."""
+    edits, known = counts
+    found = _edits(*(text.translate(_AS_PURINES) for text in compared), edits / known) if edits else None
+    return edits if found is None else min(found[0], edits)
 
 
 def _edits(one: str, other: str, at_most: float = float("inf")) -> tuple[int, int] | None:
@@ -389,8 +408,11 @@ def edit_distances(
     pool: Pool,
     floors: Floors,
     on_rows: Callable[[int], Any] = lambda rows: None,
-) -> Float64[np.ndarray, "queries k"]:
-    """Returns the `distance` of each query to each of its candidates by `edit_counts`; inf where there is no evidence.
+) -> tuple[Float64[np.ndarray, "queries k"], Float64[np.ndarray, "queries k"]]:
+    """Returns the `distance` of each query to each of its candidates by `edit_counts`, and that by transversions alone.
+
+    Both are inf where there is no evidence. Transitions, which are most of the differences between near species and come
+    and go fastest (Brown et al. 1982, doi:10.1007/BF01734101), do not count in the second; gaps do.
 
     Args:
         queries: Cleaned DNA.
@@ -401,14 +423,14 @@ def edit_distances(
         floors: What counts as evidence.
         on_rows: Called with the number of queries just finished.
     """
-    found, lengths = np.full(rows.shape, np.inf), np.array([len(text) for text in sequences], np.int64)
+    found, lengths = np.full((2, *rows.shape), np.inf), np.array([len(text) for text in sequences], np.int64)
     for query, counts in enumerate(_in_parts(_count_some, queries, rows, distinct, sequences, pool, on_rows)):
-        edits, known = np.array(counts, np.int64).reshape(-1, 2).T
+        edits, known, transversions = np.array(counts, np.int64).reshape(-1, 3).T
         there = rows[query] >= 0
         shorter = np.minimum(lengths[np.searchsorted(distinct, rows[query, there])], len(queries[query]))
-        near = np.minimum(distance(known - edits, known), 1.0)
-        found[query, there] = np.where(floors.holds(edits, known, shorter), near, np.inf)
-    return found
+        near = np.minimum(distance(known - np.stack([edits, transversions]), known), 1.0)
+        found[:, query, there] = np.where(floors.holds(edits, known, shorter), near, np.inf)
+    return found[0], found[1]
 
 
 def compared(
@@ -433,14 +455,14 @@ _Job = tuple[list[str], list[np.ndarray], list[str]]
 
 
 def _in_parts(
-    work: Callable[[_Job], list[list[tuple[int, int]]]],
+    work: Callable[[_Job], list[list[tuple[int, ...]]]],
     queries: Sequence[str],
     rows: np.ndarray,
     distinct: np.ndarray,
     sequences: Sequence[str],
     pool: Pool,
     on_rows: Callable[[int], Any] = lambda rows: None,
-) -> Iterator[list[tuple[int, int]]]:
+) -> Iterator[list[tuple[int, ...]]]:
     """Yields the results of each query, in order; the processes of the pool work on some queries at a time."""
     jobs = []
     for start in range(0, len(queries), _QUERIES):
@@ -453,13 +475,13 @@ def _in_parts(
         on_rows(len(finished))
 
 
-def _count_some(job: _Job) -> list[list[tuple[int, int]]]:
+def _count_some(job: _Job) -> list[list[tuple[int, ...]]]:
     queries, candidates, texts = job
-    found = [edit_counts(query, [texts[i] for i in some]) for query, some in zip(queries, candidates, strict=True)]
-    return [[counts for counts in one if counts is not None] for one in found]
+    found = [[_placed(query, texts[i]) for i in some] for query, some in zip(queries, candidates, strict=True)]
+    return [[(*one[0], _transversions(*one)) for one in row if one is not None] for row in found]
 
 
-def _align_some(job: _Job) -> list[list[tuple[int, int]]]:
+def _align_some(job: _Job) -> list[list[tuple[int, ...]]]:
     queries, candidates, texts = job
     return [[align_pair(query, texts[i]) for i in some] for query, some in zip(queries, candidates, strict=True)]
 

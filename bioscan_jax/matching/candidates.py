@@ -68,6 +68,8 @@ class Candidates:
     similarity: Float32[np.ndarray, "queries candidates"]
     edit_distances: Float64[np.ndarray, "queries candidates"] | None
     """1 - identity by `alignment.edit_distances`, inf without evidence; None with `rerank` none."""
+    transversions: Float64[np.ndarray, "queries candidates"] | None
+    """The same without transitions."""
     heads: HeadVotes | None
     truth: Int32[np.ndarray, "queries 7"] | None
     """Codes of the labels that the queries came with, if any; see `Taxa.truth`."""
@@ -131,10 +133,11 @@ def find_candidates(
         again = None if invariant else queries.encode
         oriented = orient(matcher.reference, matcher.settings, texts, vectors, reverse, again, pool, copies=False)
         texts, vectors, found = oriented.texts, oriented.vectors, oriented.found
-        edits = None
+        edits = transversions = None
         if matcher.settings.rerank == "alignment":
             floors = floors_of(matcher.settings)
-            edits = edit_distances(texts, found.rows, *_sequences(matcher, found.rows), pool, floors, on_rows)
+            sequences = _sequences(matcher, found.rows)
+            edits, transversions = edit_distances(texts, found.rows, *sequences, pool, floors, on_rows)
         else:
             on_rows(len(texts))
         on_rows(table.num_rows - len(texts))
@@ -149,6 +152,7 @@ def find_candidates(
             rows=found.rows,
             similarity=found.similarity,
             edit_distances=edits,
+            transversions=transversions,
             heads=None if matcher.heads is None else head_votes(matcher.heads, vectors, matcher.taxa),
             truth=_truth(matcher, encoded, source, noted),
             reverse=oriented.reverse,
@@ -168,20 +172,23 @@ class Ranked:
 
 
 def rank_candidates(candidates: Candidates, voting: Voting, most: int) -> Ranked:
-    """Orders candidates by their score: cosine + identity_weight * identity.
+    """Orders candidates by their score: cosine + identity_weight * identity, beyond `saturation` without transitions.
 
     Its complement is the distance, (1 - cosine) + identity_weight * (1 - identity), which is above 0. Of equal scores
     the first in the table comes first. Without alignment all candidates vote, at distance 1 - cosine.
 
     Args:
         candidates: Queries with their candidates, nearest by vector first.
-        voting: The weight of the identity.
+        voting: The weight of the identity, and where transitions cease to count.
         most: Most candidates to keep where they are aligned.
     """
-    if candidates.edit_distances is None or voting.identity_weight is None:
+    edits, transversions = candidates.edit_distances, candidates.transversions
+    if edits is None or transversions is None or voting.identity_weight is None:
         return Ranked(candidates.rows, candidates.similarity, _cosine_distances(candidates.similarity))
-    with np.errstate(invalid="ignore"):  # 0 * inf, where there is no candidate
-        distances = candidates.edit_distances * voting.identity_weight
+    far = edits.min(axis=1, keepdims=True, initial=np.inf) > voting.saturation
+    with np.errstate(invalid="ignore"):  # 0 * inf
+        differences = np.where(far, transversions, edits) * voting.identity_weight
+    distances = np.where(np.isfinite(edits), differences, np.inf)
     parts = [slice(start, start + _RANKED) for start in range(0, max(len(distances), 1), _RANKED)]
     ranked = [_best(candidates.rows[part], candidates.similarity[part], distances[part], most) for part in parts]
     return Ranked(

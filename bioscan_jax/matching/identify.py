@@ -54,8 +54,6 @@ from bioscan_jax.matching.vote import Votes, Voting, default_voting, without_nam
 from bioscan_jax.notebook import Shown, progress_bar, rows_html, text_html
 from bioscan_jax.reports.darwin_core import Method, read_taxon_ids, write_archive
 
-_HEAD_WEIGHT = 0.5
-"""Weight of a head in the vote without a calibration."""
 _HEAD = 10
 """Answers that a notebook shows,"""
 _SHOWN = ["sequence_id", *RANKS[2:], "species_confidence", "nearest_id", "similarity", "identity", "novelty"]
@@ -363,7 +361,7 @@ def _is_novel(rows: pa.Table) -> np.ndarray:
 def _voting(found: Calibration | None, matcher: Matcher) -> Voting:
     if found is not None:
         return found.voting
-    return default_voting(matcher.settings, 0.0 if matcher.heads is None else _HEAD_WEIGHT)
+    return default_voting(matcher.settings, heads=matcher.heads is not None)
 
 
 def answers(
@@ -375,7 +373,6 @@ def answers(
     found: Calibration | None,
 ) -> tuple[pa.Table, np.ndarray]:
     """Makes the rows of a block, and which ranks of its kept queries are answered (all, without a calibration)."""
-    entropy = None if block.heads is None else block.heads.entropy
     confidence, sure = result.share, np.ones(result.share.shape, bool)
     abstained, novel = pa.nulls(len(confidence), pa.string()), pa.nulls(len(confidence), pa.bool_())
     similarity, identity = ranked.similarity[:, 0], evidence.identity
@@ -386,7 +383,7 @@ def answers(
         names = [None if row.all() else RANKS[int(np.argmin(row))] for row in reached]
         abstained = pa.array(names, pa.string())
         if found.novelty is not None:
-            novelty = found.novelty(novelty_features(result, entropy))
+            novelty = found.novelty(novelty_features(result, block))
             if found.novelty_threshold is not None:
                 novel = pa.array(novelty > found.novelty_threshold, mask=evidence.missing)
     columns: list[pa.Array] = []

@@ -16,6 +16,8 @@ from bioscan_jax.embedding.encoder import Encoder
 from bioscan_jax.errors import InputError
 from bioscan_jax.matching.reference import Taxa, name_codes
 
+_HEAD_WEIGHT = 0.5
+"""Weight of a head in the vote without a calibration."""
 _MOST_TAXA = 8
 """Number of most probable taxa per rank for which a head votes."""
 
@@ -31,6 +33,10 @@ class Voting:
 
     identity_weight: float | None = None
     """Weight of the identity beside the cosine in a candidate's score; None where nothing is aligned."""
+    saturation: float = 1.0
+    """A query whose candidates all differ from it by more than this share of the bases is compared without transitions
+    (A-G, C-T): so far away many have been overwritten by others, and more genera of COI barcodes are right without them.
+    1: transitions always count."""
     power: float | None = None
     """A candidate at distance d has weight (d_nearest / d) ** power: equal distances have equal weights, and the unit of
     the distance does not matter, as cosines of different models differ in theirs."""
@@ -44,7 +50,8 @@ class Voting:
         if self.identity_weight is None:
             text = f"power {self.power:g}"
         else:
-            text = f"cosine + {self.identity_weight:g} x identity, temperature {self.temperature:g}"
+            text = f"cosine + {self.identity_weight:g} x identity (without transitions beyond {self.saturation:g}), "
+            text += f"temperature {self.temperature:g}"
         return f"{text}, weight of the heads {self.head_weight:g}"
 
     def weights(
@@ -62,16 +69,17 @@ class Voting:
 
 BY_SIMILARITY = Voting(power=32.0)
 """Without alignment and calibration: a candidate a tenth farther away has a twentieth of the weight."""
-BY_SCORE = Voting(identity_weight=4.0, temperature=0.01)
+BY_SCORE = Voting(identity_weight=6.0, saturation=0.05, temperature=0.02)
 """With alignment, without a calibration: chosen by the genus of species held out of 15,868 COI barcodes."""
 
 
-def default_voting(settings: config.IdentifyConfig, head_weight: float) -> Voting:
-    """Returns how candidates vote without a calibration, with what the settings fix."""
+def default_voting(settings: config.IdentifyConfig, *, heads: bool) -> Voting:
+    """Returns how candidates, and heads if there are any, vote without a calibration, with what the settings fix."""
+    head_weight = _HEAD_WEIGHT if heads else 0.0
     if settings.rerank == "none":
         return dataclasses.replace(BY_SIMILARITY, head_weight=head_weight)
-    given = {"identity_weight": settings.identity_weight, "temperature": settings.temperature}
-    given = {name: value for name, value in given.items() if value is not None}
+    names = ("identity_weight", "saturation", "temperature")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     return dataclasses.replace(BY_SCORE, head_weight=head_weight, **given)
 
 

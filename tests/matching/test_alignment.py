@@ -189,7 +189,7 @@ def test_processes_give_the_same_in_the_order_of_the_queries(processes: int) -> 
     rows[3, 5:] = -1
     done = []
     with worker_pool(processes) as pool:
-        found = edit_distances(queries, rows, np.arange(30), texts, pool, ALL, done.append)
+        found, transversions = edit_distances(queries, rows, np.arange(30), texts, pool, ALL, done.append)
         counts = compared(queries, rows, np.arange(30), texts, pool)
         nearest = none_nearer(queries, found.min(axis=1).tolist(), texts, pool, ALL)
     assert sum(done) == 150
@@ -201,6 +201,7 @@ def test_processes_give_the_same_in_the_order_of_the_queries(processes: int) -> 
                 continue
             [(edits, known)] = edit_counts(query, [texts[one]])  # pyright: ignore[reportGeneralTypeIssues]
             assert found[row, place] == min((edits + 0.5) / (known + 1), 1.0)
+            assert 0 < transversions[row, place] <= found[row, place]
             assert tuple(counts[row, place]) == align_pair(query, texts[one])
         assert nearest[row] == (row % 30 in rows[row][rows[row] >= 0])
 
@@ -209,8 +210,23 @@ def test_unknown_bases_make_no_reference_nearer() -> None:
     query = "ACGTTGCAGGCTTAACCGTA"
     relative, blurred = "ACGTTGCAGGCTTAACCGTT", "ACGTTGCNNNNNNAACGCTA"
     texts = [blurred, relative, "N" * 20]
-    near = edit_distances([query], np.array([[0, 1, 2]]), np.arange(3), texts, None, ALL)[0]
+    near = edit_distances([query], np.array([[0, 1, 2]]), np.arange(3), texts, None, ALL)[0][0]
     assert near.argsort().tolist() == [1, 0, 2]
+
+
+def test_transitions_do_not_count_as_transversions_and_gaps_do() -> None:
+    random = np.random.default_rng(0)
+    gene = "".join(random.choice(list("ACGT"), 300))
+    transition, transversion = str.maketrans("ACGT", "GTAC"), str.maketrans("ACGT", "CATG")
+
+    def changed(text: str, table: dict[int, int]) -> str:
+        return "".join(base.translate(table) if place % 40 == 20 else base for place, base in enumerate(text))
+
+    texts = [changed(gene, transition), changed(gene, transversion), gene[:150] + gene[151:], gene]
+    query = gene[:5] + "N" + gene[6:]
+    edits, transversions = edit_distances([query], np.arange(4)[None], np.arange(4), texts, None, ALL)
+    np.testing.assert_allclose(edits[0] * 300 - 0.5, [7, 7, 1, 0], atol=0.1)
+    np.testing.assert_allclose(transversions[0] * 300 - 0.5, [0, 7, 1, 0], atol=0.1)
 
 
 def test_unknown_bases_count_only_where_they_face_the_other_sequence() -> None:
@@ -226,7 +242,7 @@ def test_short_or_unlike_alignments_are_no_evidence() -> None:
     texts = [gene, gappy]
 
     def distances(query: str, floors: Floors) -> list[float]:
-        return edit_distances([query], np.array([[0, 1]]), np.arange(2), texts, None, floors)[0].tolist()
+        return edit_distances([query], np.array([[0, 1]]), np.arange(2), texts, None, floors)[0][0].tolist()
 
     for query in (other[200:320], gene[:5], gene[300:320] + "N" * 300):  # random, short, and blurred
         assert distances(query, Floors()) == [np.inf, np.inf]

@@ -171,13 +171,13 @@ def test_a_file_is_read_as_it_was_written() -> None:
     [
         lambda text: text[:-20],
         lambda text: text.replace("0.95", "0.10"),
-        lambda text: text.replace("calibration 3", "calibration 1"),
+        lambda text: text.replace("calibration 4", "calibration 1"),
         lambda text: "[1, 2]",
         lambda text: "{}",
         lambda text: "\x00",
         lambda text: "[" * 200_000,
         lambda text: '{"sha256":' * 200_000,
-        lambda text: json.dumps({"sha256": "0", "format": "bioscan_jax calibration 3", "calibrations": [{}]}),
+        lambda text: json.dumps({"sha256": "0", "format": "bioscan_jax calibration 4", "calibrations": [{}]}),
     ],
 )
 def test_a_damaged_file_is_one_line(damage) -> None:

@@ -39,6 +39,7 @@ def candidates_of(queries: list[list[tuple[float, float]]], *, aligned: bool = T
         rows=rows,
         similarity=cosines,
         edit_distances=edits if aligned else None,
+        transversions=edits / 2 if aligned else None,
         heads=None,
         truth=None,
     )
@@ -48,15 +49,20 @@ def candidates_of(queries: list[list[tuple[float, float]]], *, aligned: bool = T
 @given(
     st.lists(st.lists(ONE, min_size=1, max_size=6), min_size=1, max_size=3),
     st.sampled_from([0.0, 1.0, 4.0, 16.0]),
+    st.sampled_from([0.0, 0.1, 1.0]),
     st.integers(1, 8),
 )
-def test_candidates_are_ordered_by_cosine_and_identity(queries: list, weight: float, most: int) -> None:
+def test_candidates_are_ordered_by_cosine_and_identity(
+    queries: list, weight: float, saturation: float, most: int
+) -> None:
     found = candidates_of(queries)
-    ranked = rank_candidates(found, Voting(identity_weight=weight, temperature=0.1), most)
+    voting = Voting(identity_weight=weight, saturation=saturation, temperature=0.1)
+    ranked = rank_candidates(found, voting, most)
     for query, row in enumerate(ranked.rows):
         assert found.edit_distances is not None
+        share = 0.5 if found.edit_distances[query].min() > saturation else 1.0
         pairs = [
-            (round(max(1 - float(cosine), 1e-6) + weight * edits, 6), place)
+            (round(max(1 - float(cosine), 1e-6) + weight * share * edits, 6), place)
             for place, (cosine, edits) in enumerate(
                 zip(found.similarity[query], found.edit_distances[query], strict=True)
             )
@@ -109,7 +115,7 @@ def test_the_identity_joins_the_similarity_in_the_answers(world: World, tmp_path
     cosine = answer(world, tmp_path / "0.parquet", rerank="alignment", processes=1, identity_weight=0.0)
     for name in ("nearest_id", "similarity", "identity", "novelty"):
         assert cosine[name].equals(plain[name])
-    heavy = answer(world, tmp_path / "9.parquet", rerank="alignment", processes=1, identity_weight=1e6)
+    heavy = answer(world, tmp_path / "9.parquet", rerank="alignment", processes=1, identity_weight=1e6, saturation=1.0)
     gained = heavy["identity"].to_numpy() - plain["identity"].to_numpy()
     assert gained.mean() > 0.001
     assert (gained >= -0.01).all()  # an identity is screened by edits, which count a gap at an end too
@@ -181,6 +187,7 @@ def test_copies_unknown_bases_and_blank_ranks_in_the_reference(tmp_path: Path) -
         ({"min_identity": 97.0}, "--min_identity 97.0 is outside 0 to 1"),
         ({"temperature": 0.1}, "belong to --rerank alignment"),
         ({"rerank": "alignment", "identity_weight": -1.0}, "--identity_weight -1.0"),
+        ({"rerank": "alignment", "saturation": 1.5}, "--saturation 1.5"),
         ({"rerank": "alignment", "temperature": 0.0}, "--temperature 0.0"),
         ({"rerank": "alignment", "temperature": float("nan")}, "--temperature nan"),
     ],

@@ -193,20 +193,23 @@ def test_the_vote_is_fitted_on_the_fitting_part_only(judged: tuple[World, Calibr
     assert part.texts == [texts[row] for row in calibration.split_labelled(texts, wanted)[1]]
     voting = fitted.calibration.voting
     assert voting.identity_weight in calibration._IDENTITY_WEIGHTS
+    assert voting.saturation in calibration._SATURATIONS
     assert voting.temperature in calibration._TEMPERATURES
 
 
 def test_a_given_weight_is_kept_by_the_calibration(world: World, tmp_path: Path):
-    settings = config.IdentifyConfig(k=10, rerank="alignment", processes=1, identity_weight=3.0, temperature=0.07)
+    fixed = {"identity_weight": 3.0, "saturation": 0.1, "temperature": 0.07}
+    settings = config.IdentifyConfig(k=10, rerank="alignment", processes=1, **fixed)
     reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
     path = Path(world.uri, "sequences.calibration.json")
     path.write_text("of an earlier version")
     wanted = config.CalibrateConfig(precision=0.8, risk=0.2, held_out=0.4)
     try:
         fitted = calibrate(reference, query, settings, wanted, progress=False)
-        assert fitted.calibration.voting == Voting(identity_weight=3.0, temperature=0.07)
+        assert fitted.calibration.voting == Voting(**fixed)
         summary = identify(reference, query, str(tmp_path / "a.tsv"), settings, progress=False)
-        assert summary.vote == "cosine + 3 x identity, temperature 0.07, weight of the heads 0"
+        text = "cosine + 3 x identity (without transitions beyond 0.1), temperature 0.07, weight of the heads 0"
+        assert summary.vote == text
         assert "precision 0.8" in summary.calibration
     finally:
         path.unlink()
