@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
@@ -408,6 +409,8 @@ def edit_distances(
     pool: Pool,
     floors: Floors,
     on_rows: Callable[[int], Any] = lambda rows: None,
+    *,
+    saturation: float = 0.0,
 ) -> tuple[Float64[np.ndarray, "queries k"], Float64[np.ndarray, "queries k"]]:
     """Returns the `distance` of each query to each of its candidates by `edit_counts`, and that by transversions alone.
 
@@ -422,14 +425,11 @@ def edit_distances(
         pool: From `worker_pool`.
         floors: What counts as evidence.
         on_rows: Called with the number of queries just finished.
+        saturation: Of a query with a candidate within this distance, both are the first, which saves time.
     """
-    found, lengths = np.full((2, *rows.shape), np.inf), np.array([len(text) for text in sequences], np.int64)
-    for query, counts in enumerate(_in_parts(_count_some, queries, rows, distinct, sequences, pool, on_rows)):
-        edits, known, transversions = np.array(counts, np.int64).reshape(-1, 3).T
-        there = rows[query] >= 0
-        shorter = np.minimum(lengths[np.searchsorted(distinct, rows[query, there])], len(queries[query]))
-        near = np.minimum(distance(known - np.stack([edits, transversions]), known), 1.0)
-        found[:, query, there] = np.where(floors.holds(edits, known, shorter), near, np.inf)
+    found, work = np.full((2, *rows.shape), np.inf), partial(_distances_some, floors=floors, saturation=saturation)
+    for query, one in enumerate(_in_parts(work, queries, rows, distinct, sequences, pool, on_rows)):
+        found[:, query, rows[query] >= 0] = one
     return found[0], found[1]
 
 
@@ -455,14 +455,14 @@ _Job = tuple[list[str], list[np.ndarray], list[str]]
 
 
 def _in_parts(
-    work: Callable[[_Job], list[list[tuple[int, ...]]]],
+    work: Callable[[_Job], list[Any]],
     queries: Sequence[str],
     rows: np.ndarray,
     distinct: np.ndarray,
     sequences: Sequence[str],
     pool: Pool,
     on_rows: Callable[[int], Any] = lambda rows: None,
-) -> Iterator[list[tuple[int, ...]]]:
+) -> Iterator[Any]:
     """Yields the results of each query, in order; the processes of the pool work on some queries at a time."""
     jobs = []
     for start in range(0, len(queries), _QUERIES):
@@ -475,13 +475,31 @@ def _in_parts(
         on_rows(len(finished))
 
 
-def _count_some(job: _Job) -> list[list[tuple[int, ...]]]:
-    queries, candidates, texts = job
-    found = [[_placed(query, texts[i]) for i in some] for query, some in zip(queries, candidates, strict=True)]
-    return [[(*one[0], _transversions(*one)) for one in row if one is not None] for row in found]
+def _distances_some(job: _Job, floors: Floors, saturation: float) -> list[Float64[np.ndarray, "2 candidates"]]:
+    return [
+        _both_distances(query, [job[2][i] for i in some], floors, saturation)
+        for query, some in zip(*job[:2], strict=True)
+    ]
 
 
-def _align_some(job: _Job) -> list[list[tuple[int, ...]]]:
+def _both_distances(
+    query: str, candidates: Sequence[str], floors: Floors, saturation: float
+) -> Float64[np.ndarray, "2 candidates"]:
+    """Returns what `edit_distances` does, of one query."""
+    placed = [one for one in (_placed(query, candidate) for candidate in candidates) if one is not None]
+    edits, known = np.array([counts for counts, _ in placed], np.int64).reshape(-1, 2).T
+    shorter = np.array([min(len(query), len(candidate)) for candidate in candidates], np.int64)
+    evidence = floors.holds(edits, known, shorter)
+    near = np.where(evidence, np.minimum(distance(known - edits, known), 1.0), np.inf)
+    if near.min(initial=np.inf) <= saturation:
+        return np.stack([near, near])
+    left = np.array(
+        [_transversions(*one) if there else 0 for one, there in zip(placed, evidence, strict=True)], np.int64
+    )
+    return np.stack([near, np.where(evidence, np.minimum(distance(known - left, known), 1.0), np.inf)])
+
+
+def _align_some(job: _Job) -> list[list[tuple[int, int]]]:
     queries, candidates, texts = job
     return [[align_pair(query, texts[i]) for i in some] for query, some in zip(queries, candidates, strict=True)]
 

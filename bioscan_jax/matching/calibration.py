@@ -30,14 +30,15 @@ from bioscan_jax.matching.candidates import (
     rank_candidates,
 )
 from bioscan_jax.matching.queries import open_queries
-from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, default_voting
+from bioscan_jax.matching.vote import BY_SCORE, HeadVotes, Votes, Voting, default_voting
 from bioscan_jax.notebook import Shown, progress_bar
 from bioscan_jax.table.storage import sidecar_path, storage_errors
 
 FORMAT = "bioscan_jax calibration 4"
 _POWERS = (4.0, 8.0, 16.0, 32.0, 64.0)
 _IDENTITY_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-_SATURATIONS = (0.05, 1.0)
+_SATURATIONS = (BY_SCORE.saturation, 1.0)
+"""None below that of the default: see `Candidates.transversions`."""
 _TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 _HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 _CLEARLY = 2.0

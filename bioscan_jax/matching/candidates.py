@@ -28,7 +28,17 @@ from bioscan_jax.matching.neighbours import by_index, exact, search_kind
 from bioscan_jax.matching.queries import QueryEncoder, encoder_of_table
 from bioscan_jax.matching.reference import Reference, Taxa, open_reference
 from bioscan_jax.matching.strands import has_dna, is_strand_invariant, orient, reference_profile
-from bioscan_jax.matching.vote import HeadVotes, Votes, Voting, head_votes, open_heads, same_taxon, vote, without_names
+from bioscan_jax.matching.vote import (
+    HeadVotes,
+    Votes,
+    Voting,
+    default_voting,
+    head_votes,
+    open_heads,
+    same_taxon,
+    vote,
+    without_names,
+)
 
 _NEAREST_COSINE_DISTANCE = 1e-6
 """Smallest cosine distance that float32 resolves."""
@@ -69,7 +79,7 @@ class Candidates:
     edit_distances: Float64[np.ndarray, "queries candidates"] | None
     """1 - identity by `alignment.edit_distances`, inf without evidence; None with `rerank` none."""
     transversions: Float64[np.ndarray, "queries candidates"] | None
-    """The same without transitions."""
+    """The same without transitions, where all of a query's are above the least `Voting.saturation` there may be."""
     heads: HeadVotes | None
     truth: Int32[np.ndarray, "queries 7"] | None
     """Codes of the labels that the queries came with, if any; see `Taxa.truth`."""
@@ -137,7 +147,10 @@ def find_candidates(
         if matcher.settings.rerank == "alignment":
             floors = floors_of(matcher.settings)
             sequences = _sequences(matcher, found.rows)
-            edits, transversions = edit_distances(texts, found.rows, *sequences, pool, floors, on_rows)
+            least = default_voting(matcher.settings, heads=False).saturation
+            edits, transversions = edit_distances(
+                texts, found.rows, *sequences, pool, floors, on_rows, saturation=least
+            )
         else:
             on_rows(len(texts))
         on_rows(table.num_rows - len(texts))
