@@ -198,15 +198,17 @@ def test_the_vote_is_fitted_on_the_fitting_part_only(judged: tuple[World, Calibr
 
 
 def test_a_given_weight_is_kept_by_the_calibration(world: World, tmp_path: Path):
-    fixed = {"identity_weight": 3.0, "saturation": 0.1, "temperature": 0.07}
-    settings = config.IdentifyConfig(k=10, rerank="alignment", processes=1, **fixed)
+    voting = Voting(identity_weight=3.0, saturation=0.1, temperature=0.07)
+    settings = config.IdentifyConfig(
+        k=10, rerank="alignment", processes=1, identity_weight=3.0, saturation=0.1, temperature=0.07
+    )
     reference, query = config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.queries)
     path = Path(world.uri, "sequences.calibration.json")
     path.write_text("of an earlier version")
     wanted = config.CalibrateConfig(precision=0.8, risk=0.2, held_out=0.4)
     try:
         fitted = calibrate(reference, query, settings, wanted, progress=False)
-        assert fitted.calibration.voting == Voting(**fixed)
+        assert fitted.calibration.voting == voting
         summary = identify(reference, query, str(tmp_path / "a.tsv"), settings, progress=False)
         text = "cosine + 3 x identity (without transitions beyond 0.1), temperature 0.07, weight of the heads 0"
         assert summary.vote == text
