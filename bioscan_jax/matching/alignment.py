@@ -285,7 +285,8 @@ def _placed(query: str, candidate: str, at_most: float = float("inf")) -> tuple[
 def _transversions(counts: _Counts, compared: tuple[str, str]) -> int:
     """Counts the edits that are left where A counts as G and C as T: transversions and gaps, at most all edits."""
     edits, known = counts
-    found = _edits(*(text.translate(_AS_PURINES) for text in compared), edits / known) if edits else None
+    one, other = (text.translate(_AS_PURINES) for text in compared)
+    found = _edits(one, other, edits / known) if edits else None
     return edits if found is None else min(found[0], edits)
 
 
