@@ -65,6 +65,15 @@ class Examples:
             chosen &= (self.labels >= 0).any(axis=1)
         return np.flatnonzero(chosen)
 
+    def left_out(self) -> dict[str, int]:
+        """Counts the rows that are in no split or not usable there, by reason."""
+        empty, unused = np.diff(self.offsets) == 0, self.splits == splits.LEFT_OUT
+        reasons = {"without usable DNA": empty, "in no split": unused & ~empty}
+        if self.labels is not None:
+            unknown = (self.labels < 0).all(axis=1)
+            reasons["without a name that a training row has"] = unknown & ~empty & ~unused
+        return {reason: int(rows.sum()) for reason, rows in reasons.items() if rows.any()}
+
     def sequences(self, rows: Int[np.ndarray, " rows"]) -> list[bytes]:
         """Returns the bases of some rows."""
         starts, ends = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
@@ -152,6 +161,9 @@ def prepare_examples(
     )
     if not len(examples.rows("train")):
         raise InputError(f"{wanted.path} has no row to train on: {source.rows} rows, none usable and in 'train'")
+    if left := examples.left_out():
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left.items())
+        logger.warning(f"{sum(left.values()):,} of {source.rows:,} rows are left out: {reasons}")
     return examples
 
 

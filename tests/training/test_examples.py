@@ -42,7 +42,7 @@ def prepare(path, scratch, *, labelled=True, with_metadata=False, **wanted):
     return prepare_examples(source, examples, V2, scratch, labelled=labelled, with_metadata=with_metadata)
 
 
-def test_rows_come_back_with_their_labels(tmp_path):
+def test_rows_come_back_with_their_labels(tmp_path, caplog):
     sequences = barcodes(40)
     sequences[5] = "NNNN"
     sequences[6] = sequences[6].lower().replace("t", "u") + "--"
@@ -60,6 +60,7 @@ def test_rows_come_back_with_their_labels(tmp_path):
     assert names[5][found.labels[1, 5]] == "Aedes"
     assert found.tokens.tolist()[0] == 11
     assert found.metadata is None
+    assert "11 of 40 rows are left out: 1 without usable DNA, 10 without a name that a training row has" in caplog.text
 
 
 def test_the_label_space_is_of_the_training_rows(tmp_path):
