@@ -30,7 +30,7 @@ from bioscan_jax.embedding.dispatch import Dispatcher
 from bioscan_jax.embedding.hidden_states import HiddenStates
 from bioscan_jax.embedding.predict import HeadPredictor
 from bioscan_jax.embedding.repeats import VectorCache, Window, window_blocks
-from bioscan_jax.embedding.sample import Blocks, Sample, sample_blocks
+from bioscan_jax.embedding.sample import SAMPLED_ROWS, Blocks, Sample, sample_blocks
 from bioscan_jax.embedding.step import CompiledSteps, CountingSteps, Projector, can_count_tokens
 from bioscan_jax.embedding.to_onnx import write_onnx
 from bioscan_jax.errors import InputError, logger
@@ -471,7 +471,7 @@ class Encoder:
     def sample(self, source: Blocks, encoding: Encoding, embed: EmbedConfig, *, project: bool = True) -> Sample:
         """Reads as much of an input as `block_encoder` needs."""
         if not self._counts_tokens(embed, project):
-            return sample_blocks(source, encoding, embed)
+            return sample_blocks(source, encoding, embed, SAMPLED_ROWS)
         # Token counts have one shape: of the sequences, only that there are some matters.
         quick = dataclasses.replace(encoding, vocabulary=self.vocabulary.without_columns, phases=1)
         return sample_blocks(source, quick, dataclasses.replace(embed, deduplicate=False), rows=1)

@@ -242,7 +242,7 @@ def identify(
         bar = held.enter_context(progress_bar(total=source.rows, unit="row", desc="identify", disable=not progress))
         sampled, voting = _sample(source.rows, check_recall, seed), _voting(found, matcher)
         facts = {
-            "queries": [dataclasses.asdict(query), source.fingerprint],
+            "queries": [dataclasses.asdict(query), source.fingerprint, source.block_rows],
             "reference": [dataclasses.asdict(reference), matcher.reference.dataset.version, matcher.reference.facts],
             "settings": dataclasses.asdict(settings),
             "calibration": None if found is None else dataclasses.asdict(found),
