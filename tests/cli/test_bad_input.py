@@ -26,7 +26,7 @@ from support.places import GOLDEN, SCRIPTS
 from bioscan_jax import DataConfig, EmbedConfig, InputError, MeshConfig, ModelConfig, SinkConfig, embed
 from bioscan_jax.cli import finetune, fit_metric
 from bioscan_jax.cli._command import parse, shipped_configs
-from bioscan_jax.embedding import encoder
+from bioscan_jax.embedding import block_encoder, encoder
 from bioscan_jax.table.lock import writer_lock
 
 EMBED = import_module("bioscan_jax.embedding.run")  # the package's name `embed` is the function
@@ -76,14 +76,14 @@ def refused(tmp_path: Path, data: dict | None = None, **settings) -> str:
 @contextmanager
 def spoilt_after(monkeypatch, blocks: int) -> Iterator[list]:
     """Has the model give NaN once so many blocks have been averaged; yields the calls that averaged."""
-    average, calls = encoder.sequence_vectors, []
+    average, calls = block_encoder.sequence_vectors, []
 
     def spoilt(*arguments):
         calls.append(arguments)
         return average(*arguments) * (1.0 if len(calls) <= blocks else np.nan)
 
     with monkeypatch.context() as changed:
-        changed.setattr(encoder, "sequence_vectors", spoilt)
+        changed.setattr(block_encoder, "sequence_vectors", spoilt)
         yield calls
 
 
