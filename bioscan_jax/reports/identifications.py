@@ -139,7 +139,7 @@ def _one_line(path: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"--identified {path} cannot be read as Parquet ({one_line(error)}); pass a Parquet file"
+            f"--identified {path} cannot be read as Parquet ({one_line(error)}); pass what identify --output FILE.parquet wrote"
         ) from error
 
 
