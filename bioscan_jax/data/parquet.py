@@ -615,8 +615,8 @@ def _common_schema(parts: Sequence[_Part]) -> pa.Schema:
     types: dict[str, pa.DataType] = dict.fromkeys(first.schema.names, pa.null())
     typed_by: dict[str, str] = {}
     for part in parts:
-        names, url = part.schema.names, part.origin.url
-        for name, count in Counter(names).items():
+        names, url = Counter(part.schema.names), part.origin.url
+        for name, count in names.items():
             if count > 1:
                 raise InputError(f"{url} has {count} columns named {name!r}; rename them")
         for name in (*types, *names):

@@ -1,5 +1,6 @@
 """The columns of a vector table: our own, and those of the input in types that Lance can store."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
@@ -67,11 +68,11 @@ def vector_schema(source_schema: pa.Schema, hidden_size: int, vector_dtype: Lite
         pa.field("source_row", pa.uint64(), nullable=False),
         pa.field("vector", pa.list_(item, hidden_size), nullable=False),
     ]
-    names = source_schema.names
+    times = Counter(source_schema.names)
     for field in source_schema:
         name, stored = field.name, _storable(field.type)
-        if names.count(name) > 1:
-            raise InputError(f"the input has {names.count(name)} columns named {name!r}; rename all but one")
+        if times[name] > 1:
+            raise InputError(f"the input has {times[name]} columns named {name!r}; rename all but one")
         if name in _OWN_COLUMNS:
             raise InputError(f"input column {name!r} has a name that the vector table needs; rename it")
         if name in _LANCE_COLUMNS or not name or "." in name or "`" in name:
