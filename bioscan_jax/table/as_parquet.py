@@ -71,6 +71,10 @@ def _of_text(given: SideTableConfig, sequence_column: str | None) -> tuple[pa.Ta
     table, names = side.table, side.table.column_names
     if not side.is_text:
         raise InputError(f"--table {given.path} is Parquet already; bioscan describe tells how it is read")
+    if again := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise InputError(
+            f"--table {given.path} has {names.count(again)} columns named {shown(again)}; rename all but one"
+        )
     found = find_column("sequence", names) if sequence_column is None else sequence_column
     if found is None or found not in names:
         lacks = "of DNA under a known name" if sequence_column is None else shown(sequence_column)

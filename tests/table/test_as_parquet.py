@@ -51,6 +51,7 @@ def test_lineages_of_headers_become_a_column(tmp_path, header, lineage):
     ("name", "text", "words"),
     [
         ("x.csv", "\tACGTACGT\tACGTTT\ns1\t1\t2\n", "turn a table around whose columns are named by sequences"),
+        ("x.tsv", "processid\tnuc\tnuc\nA\tACGT\tAC\n", "has 2 columns named 'nuc'"),
         ("x.fasta", ">A-1|Aedes aegypti|COI-5P\nACGT\n", "most headers hold no lineage"),
         ("x.nex", "#NEXUS\nbegin data;\n", "its header has 1 column"),
     ],
