@@ -187,7 +187,7 @@ def test_clusters_of_distinct_groups_agree_with_their_names() -> None:
 def test_neighbours_in_blocks_are_those_of_one_product() -> None:
     rng = np.random.default_rng(0)
     asked, rows = (rng.normal(size=(n, 6)).astype(np.float32) for n in (5, 40))
-    blocks = [(np.arange(a, min(a + 15, 40)), rows[a : a + 15]) for a in range(0, 40, 15)]
+    blocks = [(np.arange(a, min(a + 15, 40)), unit(rows[a : a + 15])) for a in range(0, 40, 15)]
     found = exact_in_blocks(asked, blocks, 3)
     similarity = unit(asked) @ unit(rows).T
     np.testing.assert_array_equal(found.rows, np.argsort(-similarity, axis=1)[:, :3])
