@@ -364,7 +364,7 @@ class ExamplesConfig:
     """
 
     path: str
-    """Parquet with `taxonomy` or the seven rank columns: a file, a directory, a glob or an fsspec URL such as gs://..."""
+    """Parquet with names, in a column of lineages or in rank columns: a file, a directory, a glob or an fsspec URL such as gs://..."""
     sequence_column: str = "dna_sequence"
     """Parquet column that holds the DNA; BOLD's, BIOSCAN-5M's and others' names of it are known."""
     id_column: str = "sequence_id"

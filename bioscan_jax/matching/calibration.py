@@ -167,7 +167,10 @@ def calibrate(
         blocks, shared, labelled = [], 0, 0
         for block in find_candidates(matcher, source, pool, bar.update):
             if block.truth is None:
-                raise InputError(f"{query.path} has no labels; pass barcodes with taxonomy or the seven rank columns")
+                raise InputError(
+                    f"{query.path} has no labels; pass barcodes with a column of lineages, or rank columns such as genus "
+                    "and species"
+                )
             known = in_reference(matcher, block)
             shared, labelled = shared + int(known.sum()), labelled + len(known)
             block = dataclasses.replace(block, vectors=block.vectors[:, :0], reverse=None, size=None)
@@ -184,6 +187,13 @@ def calibrate(
         raise InputError(f"{error}; {overlap}" if shared else str(error)) from error
     voting = _best_voting(matcher, parts[1])
     held_out, fitting, testing = (_Labelled(_votes(matcher, part, voting), part) for part in parts)
+    named = np.concatenate([part.votes.taxa for part in (fitting, testing)]) >= 0
+    labelled_at = np.concatenate([part.truth for part in (fitting, testing)]) != -1
+    if without := [rank for at, rank in enumerate(RANKS) if named[:, at].any() and not labelled_at[:, at].any()]:
+        raise InputError(
+            f"{query.path} labels no barcode with a name of {', '.join(without)}, which the references have: no confidence "
+            "can be fitted there; add these ranks to the labels"
+        )
     ranks = fit_ranks((fitting.votes, fitting.truth), (testing.votes, testing.truth), fit)
     novelty, novelty_at = _fit_novelty(fitting, testing, fit)
     fitted = Calibration(
@@ -242,6 +252,9 @@ def rank_accuracy(
     for rank, name in enumerate(RANKS):
         known = truth[:, rank] != -1
         if not known.any():
+            continue
+        if (taxa[:, rank] < 0).all():
+            lines.append(f"{name:8} is not named: no reference near these {known.sum():,} barcodes has a name there")
             continue
         right = (taxa[:, rank] == truth[:, rank]) & known
         line = f"{name:8} {right.sum() / known.sum():.4f} of {known.sum():,} best guesses are correct"
@@ -641,14 +654,14 @@ def from_json(text: str | bytes, where: str) -> tuple[Calibration, ...]:
         body = json.loads(text)
         if body.pop("sha256") != _digest(body):
             raise ValueError("its checksum is wrong")
-        if body["format"] != FORMAT:
-            raise InputError(
-                f"{where} was fitted for the vote of another version ({body['format']}, here {FORMAT}); run bioscan "
-                "calibrate again"
-            )
-        return tuple(_read(entry) for entry in body["calibrations"])
+        if body["format"] == FORMAT:
+            return tuple(_read(entry) for entry in body["calibrations"])
+        made_by = str(body["format"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where} is damaged or was edited ({error}); run bioscan calibrate again") from error
+    raise InputError(
+        f"{where} was fitted for the vote of another version ({made_by}, here {FORMAT}); run bioscan calibrate again"
+    )
 
 
 def _read(entry: dict[str, Any]) -> Calibration:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bioscan_jax import config
 from bioscan_jax.barcodes.labels import LabelSpace
-from bioscan_jax.barcodes.lineage import LINEAGE_COLUMN, RANKS, read_lineages
+from bioscan_jax.barcodes.lineage import lineage_columns, missing_lineages, read_lineages
 from bioscan_jax.checkpoints.hub import Provenance
 from bioscan_jax.checkpoints.model_card import data_facts, write_facts
 from bioscan_jax.checkpoints.projection_files import write_projection
@@ -383,21 +383,15 @@ def _check_sizes(where: str, rows: int, features: int, settings: config.MetricCo
         )
 
 
-def _label_columns(dataset: "lance.LanceDataset") -> list[str]:
-    names = dataset.schema.names
-    wanted = RANKS if all(rank in names for rank in RANKS) else (LINEAGE_COLUMN,)
-    return [name for name in wanted if name in names]
-
-
 def _labels(dataset: "lance.LanceDataset", condition: str | None) -> Iterator[Any]:
     """Yields the label columns of the rows, in batches.
 
     Raises:
         InputError: The table has no labels.
     """
-    columns = _label_columns(dataset)
+    columns = lineage_columns(dataset.schema.names)
     if not columns:
-        read_lineages(dataset.schema.empty_table())  # raises, with the columns that exist
+        raise missing_lineages(dataset.schema.names)
     with storage_errors(dataset.uri):
         yield from dataset.scanner(columns=columns, filter=condition, batch_size=65536, scan_in_order=True).to_batches()
 
@@ -406,7 +400,7 @@ def _blocks(
     dataset: "lance.LanceDataset", condition: str | None, space: LabelSpace, bar: tqdm
 ) -> Iterator[tuple[Float32[np.ndarray, "_ _"], Int32[np.ndarray, "_ 7"]]]:
     """Yields vectors and taxa of the rows, in batches of one size: sums do not depend on the table's files."""
-    columns = ["vector", *_label_columns(dataset)]
+    columns = ["vector", *lineage_columns(dataset.schema.names)]
     rows = min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * dataset.schema.field("vector").type.list_size))
     scanner = dataset.scanner(
         columns=columns, filter=condition, batch_size=rows, scan_in_order=True, strict_batch_size=True

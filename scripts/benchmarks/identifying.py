@@ -158,7 +158,9 @@ def _read(path: str, fasta: Path) -> pa.Table:
     source = open_queries(config.QueryConfig(path=path), fasta.parent)
     table = pa.concat_tables([source[block].table for block in range(len(source))])
     if not {"taxonomy", "species"} & set(table.column_names):
-        raise InputError(f"{path} has no labels; pass barcodes with taxonomy or the seven rank columns")
+        raise InputError(
+            f"{path} has no labels; pass barcodes with a column of lineages, or rank columns such as genus and species"
+        )
     vsearch.write_fasta(table[source.sequence_column].to_pylist(), fasta)
     return table
 

@@ -194,7 +194,9 @@ def test_a_file_of_an_earlier_version_is_one_line_with_the_fix() -> None:
     }
     body = {"format": "bioscan_jax calibration 1", "calibrations": [entry | {"head_weight": 0.0}]}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    with pytest.raises(InputError, match=r"^here .*another version .*calibration 1.*run bioscan calibrate again$"):
+    with pytest.raises(
+        InputError, match=r"^here was fitted .*another version .*calibration 1.*run bioscan calibrate again$"
+    ):
         from_json(json.dumps({"sha256": digest, **body}), "here")
 
 

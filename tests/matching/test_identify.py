@@ -277,9 +277,16 @@ def test_labelled_barcodes_of_the_reference_are_counted_and_left_out(judged, tmp
     assert path.read_bytes() == before
 
 
-def test_labels_are_needed_to_calibrate(world: World):
-    with pytest.raises(InputError, match="queries.fasta has no labels; pass barcodes with taxonomy"):
+def test_labels_are_needed_to_calibrate(world: World, tmp_path: Path):
+    with pytest.raises(InputError, match="queries.fasta has no labels; pass barcodes with a column of lineages"):
         calibrate(config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=world.fasta), progress=False)
+    some = str(tmp_path / "some.parquet")
+    labels = pq.read_table(world.queries)
+    pq.write_table(labels.select(["sequence_id", "dna_sequence", "genus", "species"]), some)
+    with pytest.raises(
+        InputError, match="labels no barcode with a name of kingdom, phylum, class, order, family, which"
+    ):
+        calibrate(config.ReferenceConfig(uri=world.uri), config.QueryConfig(path=some), progress=False)
     assert not Path(world.uri, "sequences.calibration.json").exists()
 
 

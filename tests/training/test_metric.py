@@ -218,6 +218,9 @@ def test_rank_columns_serve_as_the_lineage_does(uri, tmp_path):
     fit(uri, tmp_path, "lineage", shrinkage=0.1)
     fit(columns, tmp_path, "columns", shrinkage=0.1)
     assert files(tmp_path / "lineage") == files(tmp_path / "columns")
+    lance.dataset(f"{columns}/sequences.lance").drop_columns(["kingdom"])  # as BIOSCAN-5M has them
+    fit(columns, tmp_path, "some", shrinkage=0.1)
+    assert files(tmp_path / "lineage") == files(tmp_path / "some")
 
 
 def test_the_network_continues_to_the_same_bits_in_a_bucket(uri, tmp_path, monkeypatch):
