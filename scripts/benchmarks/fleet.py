@@ -15,18 +15,19 @@ from benchmarks.figures import Figures, at_least, in_a_process, rounded
 from bioscan_jax import config
 from bioscan_jax.barcodes.schemas import REJECTS
 from bioscan_jax.barcodes.tokenizer import Vocabulary
+from bioscan_jax.dashboard import NOT_TRACKED
 from bioscan_jax.data.encode import Encoding
 from bioscan_jax.data.parquet import open_source
 from bioscan_jax.devices.interrupt import StopRequest
 from bioscan_jax.embedding.block import Part, Tally, packed
 from bioscan_jax.embedding.pipeline import Work
+from bioscan_jax.embedding.progress import open_progress
 from bioscan_jax.embedding.summary import StageClock
 from bioscan_jax.fleet.cluster import Answer, Cluster, Member
 from bioscan_jax.fleet.driver import Run
 from bioscan_jax.fleet.naming import Naming
 from bioscan_jax.fleet.orders import Facts, Order, WorkerRecord, Written
 from bioscan_jax.fleet.run import embed as run_embed
-from bioscan_jax.notebook import progress_bar
 from bioscan_jax.table.columns import vector_schema
 from bioscan_jax.table.plan import Plan
 from bioscan_jax.table.sink import VectorTable, write_fragments
@@ -137,11 +138,12 @@ def _commit_rate(directory: Path, number: int, blocks: int, workers: int) -> flo
     pq.write_table(few, path)
     source = open_source(config.DataConfig(path=str(path)), scratch=None)
     schema, sink = vector_schema(source.schema, _WIDTH, "float32"), config.SinkConfig(uri=uri)
+    plan = Plan({"benchmark": number})
     with VectorTable.open(
         uri,
         sink.table,
         schema=schema,
-        plan=Plan({"benchmark": number}),
+        plan=plan,
         provenance={},
         rows=source.rows,
         block_rows=block_rows,
@@ -161,10 +163,14 @@ def _commit_rate(directory: Path, number: int, blocks: int, workers: int) -> flo
         )
         settings, fleet = config.EmbedConfig(cache_rows=0), config.FleetConfig(address="simulated")
         cluster, work = _Simulated(workers, parts), Work(0)
-        run = Run(cluster, source, settings, sink, fleet, facts, table, work, progress_bar(disable=True), StageClock())
-        begun = time.perf_counter()
-        run.until_finished(StopRequest())
-        return source.rows / (time.perf_counter() - begun)
+        shown = open_progress(
+            NOT_TRACKED, "disabled", sink, rows=source.rows, resumed=0, plan=plan, settings={}, shown=False
+        )
+        with shown as progress:
+            run = Run(cluster, source, settings, sink, fleet, facts, table, work, progress, StageClock())
+            begun = time.perf_counter()
+            run.until_finished(StopRequest())
+            return source.rows / (time.perf_counter() - begun)
 
 
 def _written_block(uri: str, sink: config.SinkConfig, schema: pa.Schema, rows: int) -> Part:
