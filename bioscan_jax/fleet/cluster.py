@@ -117,7 +117,7 @@ def _connection_error(address: str, error: BaseException) -> InputError:
     if "AuthToken" in told:
         return InputError(
             f"--fleet.address {address}: that cluster asks for a token, which this process does not give; set "
-            "RAY_AUTH_MODE=token and the token as Ray's documentation says, here and on every machine"
+            "RAY_AUTH_MODE=token here, and copy the head's ~/.ray/auth_token to every machine"
         )
     if "ersion mismatch" in text or "ersions" in text and "Python" in text:
         return InputError(
