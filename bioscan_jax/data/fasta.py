@@ -272,8 +272,8 @@ def _fastq(first: str, lines: _Lines) -> Iterator[tuple[str, str]]:
             raise _FormatError("Premature end of file encountered", lines.number + 1)
         if not plus.startswith("+"):
             raise _FormatError(
-                f"Expected '+' at beginning of the third line of a record, but got {plus[:60]!r} (records of more than "
-                "four lines must be unwrapped, as `seqtk seq -l0` does)",
+                f"Expected '+' at beginning of the third line of a record, but got {plus[:30]!r} (unwrap longer records, "
+                "by `seqtk seq -l0`)",
                 lines.number - 1,
             )
         if len(plus) > 1 and lines.header(plus[1:]) != name:
