@@ -99,8 +99,12 @@ def test_a_sync_both_ways_through_a_remote(configured, tmp_path):
     assert sync(str(tmp_path / "new"), place, progress=False).sent == 0
     vectors = next((configured / "deep" / "outputs").rglob("vector-*"))
     vectors.write_bytes(b"x" * vectors.stat().st_size)
-    with pytest.raises(InputError, match="vector-.* is damaged; sync the copy from its source again"):
+    with pytest.raises(InputError, match="vector-.* is damaged; remove it, then sync the copy from its source again"):
         sync(place, str(tmp_path / "third"), progress=False)
+    vectors.unlink()
+    assert sync(str(tmp_path / "db"), place, part_bytes=PARTS, progress=False).sent == 1
+    sync(place, str(tmp_path / "third"), progress=False)
+    assert same_bits(read(tmp_path / "third"), made)
     with pytest.raises(InputError, match="a folder of tables is a directory or a URL"):
         sync(place, "rclone:stick:elsewhere", progress=False)
     with pytest.raises(InputError, match="no synced copy is there; check the path, or swap"):
