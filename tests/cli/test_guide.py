@@ -40,6 +40,7 @@ ELSEWHERE = {
     "JAX_PLATFORMS=cpu bioscan plan --config embed_nt_2.5b_v3-8 --topology v3-8": "tests/planning, -m aot",
     "pip install '.[data]'": "an install",
     "pip install gcsfs": "an install",
+    "pip install -e '.[report]'": "an install: PaCMAP is in the test extra",
     "pip install 'bioscan_jax[onnx]'": "an install",
     "python run_onnx.py barcodes.fasta vectors.npy": "tests/embedding/test_to_onnx.py, in a directory that export wrote",
     "bioscan export --format onnx --model.checkpoint default --output model_onnx": "tests/embedding, -m onnx",
