@@ -209,6 +209,10 @@ def _some(paths: Sequence[str], most: int = 3) -> str:
     return ", ".join(paths[:most]) + more
 
 
+def _damaged(part: str) -> InputError:
+    return InputError(f"{part} is damaged; remove it, then sync the copy from its source again")
+
+
 def _check_apart(source: Path, target: Path) -> None:
     """Raises InputError if one directory holds the other, whose files would then be copied, too, and again each time."""
     if source == target or source in target.parents or target in source.parents:
@@ -693,7 +697,7 @@ class _Run:
             with storage_errors(str(file), flag="--source"):
                 if sha256_of(file) == one.sha256:
                     return file, True
-            raise InputError(f"{file} is damaged; remove it, then sync the copy from its source again")
+            raise _damaged(str(file))
         goal = self.state.incoming / one.sha256
         if goal.exists() and sha256_of(goal) == one.sha256:
             return goal, False
@@ -707,9 +711,7 @@ class _Run:
                     scratch.rmdir()
                     return goal, True
             logger.warning(f"{self.place.name}/{one.path} did not arrive intact; fetching it again")
-        raise InputError(
-            f"{self.place.name}/{one.path} is damaged; remove it, then sync the copy from its source again"
-        )
+        raise _damaged(f"{self.place.name}/{one.path}")
 
     def _delete(self, path: str) -> None:
         """Deletes a table or file of the folder."""

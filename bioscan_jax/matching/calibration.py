@@ -41,8 +41,10 @@ _SATURATIONS = (BY_SCORE.saturation, 1.0)
 """None below that of the default: see `Candidates.transversions`."""
 _TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 _HEAD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
+_OF_ALIGNMENT = ("aligned", "identity_weight", "saturation", "temperature", "min_overlap", "min_identity")
+"""Settings without effect where nothing is aligned."""
 _CLEARLY = 2.0
-"""Standard errors by which weights must be better than the default ones."""
+"""How many standard errors better than the default weights others must be."""
 _THRESHOLD_STEP = 0.02
 """Share of the rows by which the answers grow from one tried threshold to the next."""
 _SHARE_CLIP = 1e-4
@@ -561,12 +563,7 @@ def settings_binding(settings: config.IdentifyConfig, search: str, heads: str | 
     return {
         "k": settings.k,
         "rerank": settings.rerank,
-        "aligned": settings.aligned if settings.rerank == "alignment" else None,
-        "identity_weight": settings.identity_weight if settings.rerank == "alignment" else None,
-        "saturation": settings.saturation if settings.rerank == "alignment" else None,
-        "temperature": settings.temperature if settings.rerank == "alignment" else None,
-        "min_overlap": settings.min_overlap if settings.rerank == "alignment" else None,
-        "min_identity": settings.min_identity if settings.rerank == "alignment" else None,
+        **{name: getattr(settings, name) if settings.rerank == "alignment" else None for name in _OF_ALIGNMENT},
         "filter": settings.filter,
         "search": search,
         "nprobes": settings.nprobes if search == "index" else None,
