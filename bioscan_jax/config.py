@@ -567,7 +567,7 @@ class TrackingConfig:
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online if WANDB_API_KEY or a login is found, else offline; disabled logs nothing there."""
+    """auto is online if WANDB_API_KEY or a login is found, else offline; disabled sends nothing."""
     project: str = "bioscan_jax"
     """Weights & Biases project."""
     name: str | None = None

@@ -174,7 +174,7 @@ class Columns:
 def take_by_column(
     table: Int32[np.ndarray, "columns 5"], placed: UInt8[np.ndarray, "rows columns"]
 ) -> Int32[np.ndarray, "rows columns"]:
-    """Looks up each base of an alignment among the numbers of its column."""
+    """Returns the number that `table` has for each base of an alignment in its column."""
     return table.reshape(-1).take(placed + np.arange(0, table.size, table.shape[1]))
 
 

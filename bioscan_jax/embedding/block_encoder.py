@@ -36,7 +36,7 @@ class BlockEncoder:
     layout: Layout
     shapes: tuple[BatchShape, ...] = ()
     spare: tuple[BatchShape, ...] = ()
-    """What a block that `shapes` fit badly may add."""
+    """The shapes that may be added for a block that `shapes` fit badly."""
     projector: Projector | None = None
 
     def batches(self, views: Views, sequences: int, first: int = 0) -> list[TokenBatch]:
@@ -71,7 +71,7 @@ class BlockEncoder:
         return row if isinstance(self.steps, CountingSteps) else self.first_computed(int(views.owner[row]), sequences)
 
     def first_computed(self, sequence: int, sequences: int) -> int:
-        """Returns the sequence at which to begin, or end, to compute so that projected groups stay whole."""
+        """Returns the first of the sequences that are projected in one call with this one; itself without a projection."""
         return sequence if self.projector is None else sequence - sequence % rows_per_call(sequences, self.layout)
 
     def vectors(
